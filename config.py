@@ -1,0 +1,201 @@
+"""Every constant of the project in one frozen dataclass, with its unit and its source.
+
+The same code runs a toy that trains on two CPU cores and a 19-billion-parameter model on one GPU;
+what changes between them is written here and nowhere else:
+
+    TOY           the default: bouncing balls with impact sounds, about 3 M parameters
+    TOY_TEACHER   the same without sinks: the bidirectional teacher of the toy world
+    FULL          the paper: blocks of 1+3k video and 1+25k audio latents, 16 audio sinks
+    RELEASED      the released OmniForcing generator: blocks of 4+3k and 26+25k, no sinks
+    LTX2          the bidirectional teacher LTX-2, whose weights FULL and RELEASED start from
+
+Derived values are properties, so nothing is stored twice:
+
+>>> FULL.video_tokens_per_block, FULL.audio_frames_per_block
+(1152, 25)
+>>> TOY.video_tokens_per_block, TOY.audio_frames_per_block
+(48, 25)
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from fractions import Fraction
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of the model, of the latents and of the blocks.  Defaults are LTX-2's (19B)."""
+
+    name: str = "ltx2"
+
+    # --- transformer (Lightricks/LTX-2, transformer/config.json) ---
+    num_layers: int = 48
+    num_heads: int = 32  # in every attention, of both streams
+    video_width: int = 4096  # channels of a video token inside the transformer
+    audio_width: int = 2048  # ... and of an audio token; also the width of cross-modal attention
+    video_channels: int = 128  # channels of one video latent token
+    audio_channels: int = 128  # channels of one audio latent token (8 channels x 16 mel bins)
+    caption_width: int = 3840  # channels of one caption feature (Gemma 3 12B)
+    norm_eps: float = 1e-6
+
+    # --- rotary positions (LTX-2; the angle of position p is g * (2 p / max - 1)) ---
+    rope_theta: float = 10000.0  # ratio of the highest to the lowest frequency
+    rope_max_seconds: float = 20.0  # the time that makes the slowest channel turn by pi
+    rope_max_pixels: float = 2048.0  # the same for rows and columns
+
+    # --- three flags that change the numbers but no key and no shape ---
+    rope_layout: str = "split"  # "split" | "interleaved": which channels of a head rotate together
+    rope_float64: bool = True  # frequency grid in float64 | float32
+    gate_timestep_scale: float = 1000.0  # cross-modal gates see sigma times this
+
+    # --- latent rates (LTX-2 VAEs; the first latent of either stream covers one frame only) ---
+    fps: int = 24  # pixel frames per second
+    video_stride: int = 8  # pixel frames per later video latent frame
+    pixel_stride: int = 32  # pixels per latent row or column
+    height: int = 512  # pixels
+    width: int = 768  # pixels
+    mel_rate: int = 100  # mel frames per second (16 kHz / hop 160)
+    audio_stride: int = 4  # mel frames per later audio latent frame
+
+    # --- blocks and sinks (OmniForcing) ---
+    block_seconds: float = 1  # length of a block; must hold whole latents of both streams
+    prefix_video_frames: int = 1  # latent frames in block 0; paper 1, released 4
+    prefix_audio_frames: int = 1  # paper 1, released 26
+    num_sinks: int = 0  # S, learnable audio tokens in front of the audio stream; paper 16
+    sink_positions: str = "identity"  # "identity" (paper) | "incremental" (its ablation)
+
+    # --- few-step generation ---
+    sigmas: tuple[float, ...] = ()  # noise levels of a student's passes, from 1 down to 0
+
+    # ---- derived ----
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Latent rows and columns of one video frame."""
+        return self.height // self.pixel_stride, self.width // self.pixel_stride
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Video tokens of one latent frame: rows x columns."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def video_rate(self) -> Fraction:
+        """Video latent frames per second."""
+        return Fraction(self.fps, self.video_stride)
+
+    @property
+    def audio_rate(self) -> Fraction:
+        """Audio latent frames (= tokens) per second."""
+        return Fraction(self.mel_rate, self.audio_stride)
+
+    @property
+    def video_frames_per_block(self) -> int:
+        """Latent frames of every block after the first."""
+        return int(Fraction(self.block_seconds) * self.video_rate)
+
+    @property
+    def audio_frames_per_block(self) -> int:
+        """Audio latents of every block after the first."""
+        return int(Fraction(self.block_seconds) * self.audio_rate)
+
+    @property
+    def video_tokens_per_block(self) -> int:
+        """Video tokens of every block after the first."""
+        return self.video_frames_per_block * self.tokens_per_frame
+
+    def __post_init__(self):
+        self._check_blocks()
+        self._check_widths()
+
+    def _check_blocks(self):
+        """Refuse blocks that would cut a latent in two, or a first block off the grid of seconds."""
+        for stream, rate in (("video", self.video_rate), ("audio", self.audio_rate)):
+            latents = Fraction(self.block_seconds) * rate
+            if latents < 1 or latents.denominator != 1:
+                raise ValueError(
+                    f"block_seconds={self.block_seconds}: a block would hold {float(latents):g} "
+                    f"{stream} latents; it must be a whole number "
+                    f"(video {self.video_rate}/s, audio {self.audio_rate}/s)"
+                )
+        video, audio = self.prefix_video_frames - 1, self.prefix_audio_frames - 1
+        if video < 0 or audio < 0 or video / self.video_rate != audio / self.audio_rate:
+            raise ValueError(
+                f"block 0 of {self.prefix_video_frames} video and {self.prefix_audio_frames} audio "
+                f"latents: after the first latent of each, both streams must last equally long "
+                f"(1+1 and 4+26 do)"
+            )
+
+    def _check_widths(self):
+        for width in (self.video_width, self.audio_width):
+            if width % (2 * self.num_heads):
+                raise ValueError(
+                    f"width {width} does not split into {self.num_heads} heads of even width"
+                )
+        if self.rope_layout not in ("split", "interleaved"):
+            raise ValueError(f"rope_layout={self.rope_layout!r}: expected 'split' or 'interleaved'")
+        if self.sink_positions not in ("identity", "incremental"):
+            raise ValueError(
+                f"sink_positions={self.sink_positions!r}: expected 'identity' or 'incremental'"
+            )
+
+    def to_dict(self) -> dict:
+        """Plain values, as they are written into the metadata of a weight file."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Config":
+        """Inverse of `to_dict`.
+
+        Raises ValueError for a missing or unknown field, naming it.
+        """
+        known = {f.name for f in fields(cls)}
+        if wrong := known.symmetric_difference(values):
+            raise ValueError(f"config fields missing or unknown: {', '.join(sorted(wrong))}")
+        return cls(**{**values, "sigmas": tuple(values["sigmas"])})
+
+
+# The released list (1000, 909, 725, 421, 0), each mapped to the nearest noise level of LTX-2's
+# 40-step schedule (OmniForcing v2); four passes.  The paper-era list has three: 1, .7507, .5448.
+FOUR_STEPS = (1.0, 0.9062290, 0.7265238, 0.4207186, 0.0)
+THREE_STEPS = (1.0, 0.7506967, 0.5447712, 0.0)
+
+LTX2 = Config()
+
+# Both students rotate interleaved pairs, keep the grid in float32 and leave the gate's sigma
+# unscaled (OmniForcing, ltx-causal), although they start from LTX-2 weights made for the opposite.
+# Trap: the keys and shapes are the same, so a wrong flag loads silently and gives wrong output.
+_STUDENT_FLAGS = dict(rope_layout="interleaved", rope_float64=False, gate_timestep_scale=1.0)
+FULL = replace(LTX2, name="full", num_sinks=16, sigmas=THREE_STEPS, **_STUDENT_FLAGS)
+RELEASED = replace(
+    LTX2,
+    name="released",
+    prefix_video_frames=4,
+    prefix_audio_frames=26,
+    sigmas=FOUR_STEPS,
+    **_STUDENT_FLAGS,
+)
+
+# The toy keeps LTX-2's rates (3 and 25 latents a second) and its asymmetry (48 video tokens a
+# second against 25 audio tokens; LTX-2 has 1152 against 25).
+TOY = replace(
+    LTX2,
+    name="toy",
+    num_layers=4,
+    num_heads=4,
+    video_width=160,
+    audio_width=96,
+    video_channels=48,
+    audio_channels=20,
+    caption_width=9,  # one-hot over the closed vocabulary of toy_world.py
+    rope_theta=128.0,  # with the next two: 0.31 to 40 rad/s, 0.003 to 0.39 rad/pixel
+    rope_max_seconds=10.0,
+    rope_max_pixels=1024.0,
+    pixel_stride=8,
+    height=32,
+    width=32,
+    num_sinks=16,
+    sigmas=FOUR_STEPS,
+)
+TOY_TEACHER = replace(TOY, name="toy_teacher", num_sinks=0)
+
+CONFIGS = {c.name: c for c in (TOY, TOY_TEACHER, FULL, RELEASED, LTX2)}
