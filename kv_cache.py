@@ -1,0 +1,224 @@
+"""What may these queries attend to?  Two answers: a mask, or a rolling cache.
+
+While training on whole clips, every token is recomputed and a mask hides the future. While
+streaming, the past is finished and its keys and values are kept, so that block k costs the same
+whether it is the 6th or the 6000th. Both answers give the same numbers; that is the invariant this
+project rests on, and `tests/test_kv_cache.py` checks it for every block.
+
+Each layer has four attentions over the two streams, and each keeps a cache of its own:
+
+    video_self   keys from video          audio_self   keys from sinks and audio
+    a2v          keys from sinks + audio  v2a          keys from video
+
+A cache is one buffer (B, slots, H, D_head). Block 0 (with the sinks) is pinned in front; behind it
+a ring holds the latest blocks, the current one included, and the oldest is overwritten:
+
+    window = 2            slots:   prefix | ring of 3 blocks
+    during block 3                 S V0   | 1  2  3
+    during block 4                 S V0   | 4  2  3      1 is forgotten
+    during block 5                 S V0   | 4  5  3      2 is forgotten
+
+Slots are out of order in time; attention does not mind, since positions are inside the keys. The
+filled slots are always [0, n) with n known on the host: no mask is needed, a slice does it.
+
+A block takes several passes (one per noise level, then one at sigma = 0, the *refresh*, that leaves
+the clean keys and values for later blocks). Every pass writes the same slots; only the loop moves
+on to the next block, by `next_block()`. So a pass may be repeated without harm.
+
+Positions.  When a block is forgotten, the pinned keys move one block later in time, so that prefix
+and sinks stay at a distance the model was trained on, however long the stream. Rotations add up
+(rope.py): the pinned keys are turned from their original each time, by one exact angle, so errors
+do not add up as well.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import config
+import rope
+from masks import SITES
+
+
+class Heads(NamedTuple):
+    """How raw projections become queries and keys: full-width RMSNorm, heads, rotation."""
+
+    count: int
+    eps: float
+    q_weight: torch.Tensor  # (H*D,) the norm runs over the whole width, before the head split
+    k_weight: torch.Tensor  # (H*D,)
+    q_rope: rope.Rope | None = None  # None: text, which has no positions here
+    k_rope: rope.Rope | None = None
+
+    def split(self, x):
+        """(B, T, H*D) -> (B, T, H, D)."""
+        return x.unflatten(-1, (self.count, -1))
+
+    def queries(self, q):
+        """Raw (B, T, H*D) -> normed, rotated (B, T, H, D)."""
+        return self._normed(q, self.q_weight, self.q_rope)
+
+    def keys(self, k):
+        """Raw (B, T, H*D) -> normed, rotated (B, T, H, D)."""
+        return self._normed(k, self.k_weight, self.k_rope)
+
+    def _normed(self, x, weight, table):
+        x = self.split(F.rms_norm(x, x.shape[-1:], weight, self.eps))
+        return x if table is None else rope.rotate(x, table)
+
+
+def attention(q, k, v, may_attend=None):
+    """softmax(q k^T / sqrt(D)) v over (B, T, H, D) tensors -> (B, Q, H*D).
+
+    may_attend   booleans or additive floats, broadcastable to (B, H, Q, K); None: everything
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, may_attend).transpose(1, 2).flatten(2)
+
+
+class MaskedView:
+    """Attend within this very pass, as far as the masks allow; no masks: bidirectional."""
+
+    def __init__(self, masks=None):
+        self.masks = masks or {}  # site -> (Q, K) booleans, see masks.four_masks
+
+    def attend(self, layer, site, q, k, v, heads: Heads):
+        """Raw projections (B, T, H*D) of one pass -> (B, Q, H*D)."""
+        mask = self.masks.get(site)
+        return attention(heads.queries(q), heads.keys(k), heads.split(v), mask)
+
+
+class RollingCache:
+    """Keys and values of one attention: the pinned prefix, then a ring of blocks."""
+
+    def __init__(self, prefix_tokens, block_tokens, ring_blocks):
+        self.prefix_tokens = prefix_tokens  # keys of block 0, sinks included
+        self.block_tokens = block_tokens  # keys of every later block
+        self.ring_blocks = ring_blocks  # window + 1: the current block needs a place as well
+        self.block = 0  # the block being written
+        self.k = self.v = None  # (B, slots, H, D), made by the first append
+        self.original_prefix_k = None  # (B, prefix, H, D) as rotated when it was written
+
+    @property
+    def num_filled(self) -> int:
+        """Slots in use once the current block is written; always the first ones."""
+        return self.prefix_tokens + min(self.block, self.ring_blocks) * self.block_tokens
+
+    @property
+    def slots(self) -> slice:
+        """Where the current block is written."""
+        if self.block == 0:
+            return slice(0, self.prefix_tokens)
+        start = self.prefix_tokens + (self.block - 1) % self.ring_blocks * self.block_tokens
+        return slice(start, start + self.block_tokens)
+
+    def append(self, k, v):
+        """Write the current block's keys and values (B, T, H, D); return all visible ones.
+
+        Without gradient the answer is a view of the buffer: nothing is copied. Under autograd it
+        is a copy, history first: the gradient reaches the current block only, and the next write
+        into the buffer cannot spoil a backward pass that still needs these values.
+        """
+        if self.k is None:
+            self._allocate(k)
+        here = self.slots
+        if k.shape[1] != here.stop - here.start:
+            raise ValueError(
+                f"block {self.block} brings {k.shape[1]} keys, its place in the cache holds "
+                f"{here.stop - here.start}"
+            )
+        with torch.no_grad():
+            self.k[:, here], self.v[:, here] = k, v
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return self._history_and(k, self.k), self._history_and(v, self.v)
+        return self.k[:, : self.num_filled], self.v[:, : self.num_filled]
+
+    def _allocate(self, k):
+        slots = self.prefix_tokens + self.ring_blocks * self.block_tokens
+        self.k, self.v = (k.new_empty(k.shape[0], slots, *k.shape[2:]) for _ in range(2))
+
+    def _history_and(self, new, buffer):
+        here = self.slots
+        return torch.cat([buffer[:, : here.start], buffer[:, here.stop : self.num_filled], new], 1)
+
+    def next_block(self):
+        """Leave the current block as it is and move to the next place."""
+        if self.block == 0:
+            self.original_prefix_k = self.k[:, : self.prefix_tokens].clone()
+        self.block += 1
+
+    def move_prefix(self, by: rope.Rope):
+        """Turn the pinned keys by an angle counted from where they were written."""
+        self.k[:, : self.prefix_tokens] = rope.rotate(self.original_prefix_k, by)
+
+
+def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
+    """Norm and rotate, append to the cache, attend to all it holds: one call per attention.
+
+    q (B, Q, H*D)   k, v (B, T, H*D) raw projections -> (B, Q, H*D); Q may differ from T.
+    """
+    keys, values = cache.append(heads.keys(k), heads.split(v))
+    return attention(heads.queries(q), keys, values)
+
+
+class CachedView:
+    """Attend to the finished blocks and to the current one: four rolling caches per layer."""
+
+    def __init__(self, cfg, num_blocks, window=None):
+        """Room for a stream of `num_blocks`.
+
+        window   blocks remembered before the current one, besides block 0; None: all of them.
+        """
+        if window is not None and window < 1:
+            raise ValueError(f"window={window}: a block must remember at least the one before it")
+        self.cfg = cfg
+        self.window = num_blocks if window is None else window
+        ring = max(1, min(self.window + 1, num_blocks - 1))
+        video = cfg.prefix_video_frames * cfg.tokens_per_frame, cfg.video_tokens_per_block, ring
+        audio = cfg.num_sinks + cfg.prefix_audio_frames, cfg.audio_frames_per_block, ring
+        sizes = dict(zip(SITES, (video, audio, audio, video)))  # keys: own, own, audio, video
+        self.layers = [
+            {site: RollingCache(*sizes[site]) for site in SITES} for _ in range(cfg.num_layers)
+        ]
+        self.block = 0
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks forgotten by now."""
+        return max(0, self.block - 1 - self.window)
+
+    def attend(self, layer, site, q, k, v, heads: Heads):
+        """Raw projections (B, T, H*D) of the current block -> (B, Q, H*D)."""
+        return cache_append_attention(q, k, v, heads, self.layers[layer][site])
+
+    @torch.no_grad()  # what is remembered is data: no gradient crosses from block to block
+    def next_block(self):
+        """The current block is finished: keep it, make room, move the pinned keys."""
+        self.block += 1
+        for site in SITES:
+            caches = [layer[site] for layer in self.layers]
+            for cache in caches:
+                cache.next_block()
+            if self.num_evicted:
+                by = self._shift(site, caches[0].k)
+                for cache in caches:
+                    cache.move_prefix(by)
+
+    def _shift(self, site, like) -> rope.Rope:
+        seconds = self.num_evicted * self.cfg.block_seconds
+        angles = rope.shift_angles(site, seconds, self.cfg)
+        return rope.tables(angles, self.cfg, like.device, like.dtype)
+
+    def num_bytes(self) -> int:
+        """Memory held by the caches."""
+        buffers = [b for layer in self.layers for c in layer.values() for b in (c.k, c.v)]
+        return sum(b.numel() * b.element_size() for b in buffers if b is not None)
+
+
+if __name__ == "__main__":
+    cache = RollingCache(prefix_tokens=1, block_tokens=1, ring_blocks=3)
+    for block in range(6):
+        cache.append(*(torch.full((1, 1, 1, 2), float(block)) for _ in range(2)))
+        print(f"during block {block}: {cache.k[0, : cache.num_filled, 0, 0].int().tolist()}")
+        cache.next_block()

@@ -1,0 +1,381 @@
+"""The dual-stream transformer: LTX-2's, exactly, at any size.
+
+Video and audio are the same thing at two widths, so each is written once: `HalfLayer` is one
+modality's half of a layer, `Stream` is everything of one modality, `OmniTransformer` is two streams
+that listen to each other. One forward serves the bidirectional teacher, the masked (training) and
+the cached (streaming) student; only the `view` differs: what the queries may attend to (kv_cache.py).
+
+Legend, for the whole project
+    B clips, T tokens, F latent frames, C channels, H heads, D width per head, S sinks, N blocks,
+    Q, K queries and keys where they differ; subscripts _v and _a for the stream.
+    sigma   noise level in [0, 1]: **1 is pure noise, 0 is clean**
+    x_sigma = (1 - sigma) x0 + sigma noise,   velocity v = noise - x0,   x0 = x_sigma - sigma v
+
+    block   one second: 3 video latent frames and 25 audio latents;  prefix: block 0
+    pass    one call of the transformer;  refresh: the pass at sigma = 0 that rewrites a finished
+            block's keys and values;  window: blocks remembered besides prefix and sinks
+
+One layer (N is RMSNorm without weight; each arrow is a gated residual)
+
+    video  v --self--> --text-->  n_v = N(v) \\/ --listen to n_a--> --MLP-->
+    audio  a --self--> --text-->  n_a = N(a) /\\ --listen to n_v--> --MLP-->
+
+Both n_v and n_a are taken before either stream listens. Sources: Lightricks/LTX-2, ltx-core
+transformer; Hugging Face diffusers, transformer_ltx2.py, against which it is tested.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import config
+import rope
+from kv_cache import Heads, MaskedView, attention
+from masks import Span, clip_span, four_masks
+from sink_tokens import SinkTokens, sink_angles
+
+# ---- noise, velocity and clean estimates: the only place where they are converted ----
+
+
+def add_noise(x0, noise, sigma):
+    """x_sigma = (1 - sigma) x0 + sigma noise.  (flow matching; sigma = 1 is the noise end)
+
+    x0, noise (B, T, C)   sigma (B, T) or (B, 1), in [0, 1] -> (B, T, C)
+
+    >>> add_noise(torch.zeros(1, 2, 1), torch.ones(1, 2, 1), torch.tensor([[0.0, 0.25]])).flatten()
+    tensor([0.0000, 0.2500])
+    """
+    sigma = sigma[..., None].to(x0.dtype)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def to_x0(x, sigma, v):
+    """Clean estimate from a velocity: x0 = x_sigma - sigma v, computed in float32 or better.
+
+    x, v (B, T, C)   sigma (B, T) or (B, 1) -> (B, T, C) in x's dtype
+
+    >>> x0, noise, sigma = torch.ones(1, 2, 4), torch.randn(1, 2, 4), torch.tensor([[1.0, 0.3]])
+    >>> torch.allclose(to_x0(add_noise(x0, noise, sigma), sigma, noise - x0), x0, atol=1e-6)
+    True
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) - sigma[..., None].to(wide) * v.to(wide)).to(x.dtype)
+
+
+# ---- adaptive normalisation ----
+
+
+def timestep_embedding(tau, width=256):
+    """Sines and cosines of a timestep, 0 .. 1000: (B, T) -> (B, T, width) float32, cosines first.
+
+    >>> timestep_embedding(torch.tensor([[0.0]])).sum()       # 128 cosines of 0
+    tensor(128.)
+    """
+    half = width // 2
+    rates = torch.exp(-math.log(10000) * torch.arange(half, device=tau.device) / half)
+    angles = tau[..., None].float() * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class AdaLN(nn.Module):
+    """From a noise level to `rows` vectors that shift, scale or gate a stream."""
+
+    def __init__(self, width, rows):
+        super().__init__()
+        self.rows = rows
+        self.linear_1 = nn.Linear(256, width)
+        self.linear_2 = nn.Linear(width, width)
+        self.linear = nn.Linear(width, rows * width)
+
+    def forward(self, tau):
+        """tau (B, T) -> rows (B, T, rows, C) and the embedded timestep (B, T, C)."""
+        e = timestep_embedding(tau).to(self.linear.weight.dtype)
+        z = self.linear_2(F.silu(self.linear_1(e)))
+        return self.linear(F.silu(z)).unflatten(-1, (self.rows, -1)), z
+
+
+class Modulation(NamedTuple):
+    """What a pass's noise levels ask of every layer of one stream; T is 1 for one shared sigma."""
+
+    main: torch.Tensor  # (B, T, 6, C) shift, scale, gate of self attention; the same of the MLP
+    cross: torch.Tensor  # (B, T, 4, C) scale, shift for A2V; scale, shift for V2A
+    gate: torch.Tensor  # (B, T, 1, C) gate of what this stream hears
+    final: torch.Tensor  # (B, T, C) embedded timestep, for the output layer
+
+
+def norm(x, eps):
+    """N(x): RMSNorm without weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+# ---- one half of a layer ----
+
+
+class Attention(nn.Module):
+    """Projections around an attention; what it may see is the view's business."""
+
+    def __init__(self, query_width, context_width, inner_width, cfg):
+        super().__init__()
+        self.num_heads, self.eps = cfg.num_heads, cfg.norm_eps
+        self.to_q = nn.Linear(query_width, inner_width)
+        self.to_k = nn.Linear(context_width, inner_width)
+        self.to_v = nn.Linear(context_width, inner_width)
+        self.to_out = nn.Linear(inner_width, query_width)
+        self.q_norm = nn.Parameter(torch.ones(inner_width))
+        self.k_norm = nn.Parameter(torch.ones(inner_width))
+
+    def heads(self, q_rope=None, k_rope=None) -> Heads:
+        return Heads(self.num_heads, self.eps, self.q_norm, self.k_norm, q_rope, k_rope)
+
+    def forward(self, x, context, q_rope, k_rope, attend):
+        """Queries from x (B, Q, C), keys and values from context (B, K, C') -> (B, Q, C)."""
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attend(q, k, v, self.heads(q_rope, k_rope)))
+
+    def keys_values(self, context):
+        """Text, projected once per prompt: (B, K, C') -> two of (B, K, H, D)."""
+        heads = self.heads()
+        return heads.keys(self.to_k(context)), heads.split(self.to_v(context))
+
+    def read(self, x, keys, values, mask):
+        """Attend to keys and values that are ready: (B, Q, C) -> (B, Q, C)."""
+        return self.to_out(attention(self.heads().queries(self.to_q(x)), keys, values, mask))
+
+
+class HalfLayer(nn.Module):
+    """One modality's half of a layer: self attention, text, the other stream, MLP.
+
+    listens_in   first of the two rows of `cross_table` that shape this stream when it listens;
+                 the other pair shapes it when it is heard. LTX-2 stores A2V before V2A in both
+                 streams: 0 for video (which listens in A2V), 2 for audio.
+    """
+
+    def __init__(self, width, other_width, listens_in, cfg):
+        super().__init__()
+        self.eps, self.listens_in = cfg.norm_eps, listens_in
+        self.self_attn = Attention(width, width, width, cfg)
+        self.text_attn = Attention(width, width, width, cfg)
+        self.cross_attn = Attention(width, other_width, cfg.audio_width, cfg)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+        self.table = nn.Parameter(torch.zeros(6, width))  # as Modulation.main
+        self.cross_table = nn.Parameter(torch.zeros(5, width))  # as Modulation.cross, then gate
+
+    def attend_self(self, x, modulation, table, attend):
+        shift, scale, gate = (self.table[:3] + modulation.main[:, :, :3]).unbind(2)
+        y = norm(x, self.eps) * (1 + scale) + shift
+        return x + gate * self.self_attn(y, y, table, table, attend)
+
+    def attend_text(self, x, keys_values, mask):
+        return x + self.text_attn.read(norm(x, self.eps), *keys_values, mask)
+
+    def listening(self, normed, modulation):
+        """N(x) as the queries of what this stream hears."""
+        return self._cross_modulated(normed, modulation, self.listens_in)
+
+    def heard(self, normed, modulation):
+        """N(x) as the context for the other stream."""
+        return self._cross_modulated(normed, modulation, 2 - self.listens_in)
+
+    def _cross_modulated(self, normed, modulation, row):
+        # Trap: scale comes before shift here; in the main table it is the other way round.
+        rows = self.cross_table[row : row + 2] + modulation.cross[:, :, row : row + 2]
+        scale, shift = rows.unbind(2)
+        return normed * (1 + scale) + shift
+
+    def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
+        gate = self.cross_table[4] + modulation.gate[:, :, 0]
+        return x + gate * self.cross_attn(queries, context, q_rope, k_rope, attend)
+
+    def mlp(self, x, modulation):
+        shift, scale, gate = (self.table[3:] + modulation.main[:, :, 3:]).unbind(2)
+        y = norm(x, self.eps) * (1 + scale) + shift
+        return x + gate * self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+
+
+# ---- one modality ----
+
+
+class Stream(nn.Module):
+    """Everything of one modality: entrance, noise levels, text, half-layers, exit."""
+
+    def __init__(self, width, other_width, channels, listens_in, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.patchify = nn.Linear(channels, width)
+        self.caption_1 = nn.Linear(cfg.caption_width, width)
+        self.caption_2 = nn.Linear(width, width)
+        self.adaln = AdaLN(width, 6)
+        self.adaln_cross = AdaLN(width, 4)
+        self.adaln_gate = AdaLN(width, 1)
+        self.layers = nn.ModuleList(
+            HalfLayer(width, other_width, listens_in, cfg) for _ in range(cfg.num_layers)
+        )
+        self.table = nn.Parameter(torch.zeros(2, width))  # shift, scale of the exit
+        self.unpatchify = nn.Linear(width, channels)
+
+    def modulate(self, sigma, tokens_per_level=1) -> Modulation:
+        """sigma (B, levels) -> rows for every token; each level serves that many tokens in a row."""
+        tau = 1000 * sigma  # in sigma's own dtype, as LTX-2 does: bfloat16 rounds .421 to 420
+        main, final = self.adaln(tau)
+        cross, _ = self.adaln_cross(tau)
+        gate, _ = self.adaln_gate(sigma * self.cfg.gate_timestep_scale)
+        rows = Modulation(main, cross, gate, final)
+        if tokens_per_level == 1:
+            return rows
+        return Modulation(*(r.repeat_interleave(tokens_per_level, dim=1) for r in rows))
+
+    def project_text(self, features):
+        """Caption features (B, L, C_text) -> keys and values of every layer's text attention."""
+        c = self.caption_2(F.gelu(self.caption_1(features), approximate="tanh"))
+        return [layer.text_attn.keys_values(c) for layer in self.layers]
+
+    def exit(self, x, modulation):
+        """(B, T, width) -> velocity (B, T, channels)."""
+        shift, scale = (self.table + modulation.final[:, :, None]).unbind(2)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.cfg.norm_eps)
+        return self.unpatchify(y * (1 + scale) + shift)
+
+
+class Text(NamedTuple):
+    """A prompt as the layers read it: projected once, used by every pass."""
+
+    video: list  # per layer: keys and values (B, L, H, D_v)
+    audio: list  # per layer: keys and values (B, L, H, D_a)
+    mask: torch.Tensor | None  # (B, 1, 1, L) booleans, True = read this token
+
+
+# ---- both ----
+
+
+class OmniTransformer(nn.Module):
+    """Two streams, one velocity for each."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        v, a = cfg.video_width, cfg.audio_width
+        self.video = Stream(v, a, cfg.video_channels, 0, cfg)
+        self.audio = Stream(a, v, cfg.audio_channels, 2, cfg)
+        self.sinks = SinkTokens(cfg.num_sinks, a) if cfg.num_sinks else None
+
+    def project_text(self, video_features, audio_features=None, mask=None) -> Text:
+        """Caption features (B, L, C_text), one per stream or shared, and an (B, L) 0/1 mask."""
+        audio_features = video_features if audio_features is None else audio_features
+        mask = None if mask is None else mask.bool()[:, None, None, :]
+        return Text(
+            self.video.project_text(video_features), self.audio.project_text(audio_features), mask
+        )
+
+    def forward(self, video, audio, sigma_video, sigma_audio, text: Text, span: Span, view):
+        """Velocities of the noisy tokens of `span`.
+
+        video  (B, F_v * rows * columns, C_v)   audio  (B, F_a, C_a), without sinks
+        sigma  (B,) for the clip, (B, F) per latent frame or (B, T) per token, for each stream
+        text   from `project_text`
+        span   which latent frames these are; positions are global
+        view   MaskedView or CachedView: what may be attended to
+        ->     (B, T_v, C_v), (B, F_a, C_a) velocities
+        """
+        with_sinks = self.sinks is not None and span.has_sinks
+        v, a = self.video.patchify(video), self.audio.patchify(audio)
+        sigma_video, sigma_audio = (s.view(len(s), -1) for s in (sigma_video, sigma_audio))
+        if with_sinks:
+            a, sigma_audio = self.sinks.prepend(a), self.sinks.prepend_sigma(sigma_audio)
+        per_frame = sigma_video.shape[1] not in (1, v.shape[1])
+        m_v = self.video.modulate(sigma_video, self.cfg.tokens_per_frame if per_frame else 1)
+        m_a = self.audio.modulate(sigma_audio)
+        ropes = ropes_of(self.cfg, span, v.device, v.dtype)
+        for i, (half_v, half_a) in enumerate(zip(self.video.layers, self.audio.layers)):
+
+            def at(site, layer=i):
+                return functools.partial(view.attend, layer, site)
+
+            v = half_v.attend_self(v, m_v, ropes["video_self"], at("video_self"))
+            v = half_v.attend_text(v, text.video[i], text.mask)
+            a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
+            a = half_a.attend_text(a, text.audio[i], text.mask)
+            v, a = self._listen(half_v, half_a, v, a, m_v, m_a, ropes, at)
+            v, a = half_v.mlp(v, m_v), half_a.mlp(a, m_a)
+        if with_sinks:
+            a = self.sinks.remove(a)
+            m_a = m_a._replace(final=m_a.final[:, -a.shape[1] :])
+        return self.video.exit(v, m_v), self.audio.exit(a, m_a)
+
+    def _listen(self, half_v, half_a, v, a, m_v, m_a, ropes, at):
+        """Both streams hear each other as they were before either listened."""
+        n_v, n_a = norm(v, self.cfg.norm_eps), norm(a, self.cfg.norm_eps)
+        q_v, c_v = half_v.listening(n_v, m_v), half_v.heard(n_v, m_v)
+        q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)
+        r_v, r_a = ropes["video_cross"], ropes["audio_cross"]
+        v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))
+        a = half_a.attend_other(a, q_a, c_v, m_a, r_a, r_v, at("v2a"))
+        return v, a
+
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+@functools.lru_cache(maxsize=16)  # the passes of a block share their tables
+def ropes_of(cfg, span: Span, device, dtype) -> dict[str, rope.Rope]:
+    """Rotation tables of a span's tokens, sinks included, for self and cross-modal attention."""
+    audio = rope.time_angles(rope.audio_times(span.audio, cfg), cfg)
+    if cfg.num_sinks and span.has_sinks:
+        audio = torch.cat([sink_angles(cfg), audio])
+    times = rope.video_times(span.video, cfg).repeat_interleave(cfg.tokens_per_frame)
+    angles = {
+        "video_self": rope.video_angles(span.video, cfg),
+        "audio_self": audio,
+        "video_cross": rope.time_angles(times, cfg),  # cross-modal attention is about time alone
+        "audio_cross": audio,
+    }
+    return {name: rope.tables(a, cfg, device, dtype) for name, a in angles.items()}
+
+
+def build(cfg, seed=0, device=None) -> OmniTransformer:
+    """A fresh model: a plain pre-norm transformer whose layers start by changing nothing.
+
+    Gates start at 1 and the last matrix of every branch at 0, so the residual stream is the
+    input's and gradients reach every branch from the first step on.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device(device or "cpu"):
+        model = OmniTransformer(cfg)
+    if device != "meta":
+        _initialise(model, generator)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model, generator):
+    for name, p in model.named_parameters():
+        is_branch_end = name.endswith(("to_out.weight", "mlp_out.weight", "unpatchify.weight"))
+        if name.endswith("bias") or is_branch_end or ".adaln" in name and ".linear.w" in name:
+            p.zero_()
+        elif name.endswith(".weight"):
+            p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
+        elif name.endswith("sinks.tokens"):
+            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
+    for stream in (model.video, model.audio):
+        for layer in stream.layers:
+            layer.table[[2, 5]] = 1.0
+            layer.cross_table[4] = 1.0
+
+
+if __name__ == "__main__":
+    cfg = config.TOY
+    model = build(cfg)
+    span = clip_span(6, cfg)
+    noise = torch.randn(1, 256, 48), torch.randn(1, 126, 20)
+    sigma = torch.ones(1)
+    text = model.project_text(torch.eye(9)[None, 1:4])
+    for label, masks in (("bidirectional", None), ("block-causal", four_masks(cfg, 6))):
+        v, a = model(*noise, sigma, sigma, text, span, MaskedView(masks))
+        print(f"{label}: video {tuple(v.shape)}, audio {tuple(a.shape)}")
+    print(f"{cfg.name}: {model.num_parameters():,} parameters")
+    for big in (config.LTX2, config.FULL, config.RELEASED):
+        print(f"{big.name}: {build(big, device='meta').num_parameters():,} parameters")
