@@ -1,0 +1,47 @@
+"""What the command lines share: one-line errors with exit status 2, and a help that teaches."""
+
+import argparse
+import sys
+
+import torch
+
+import config
+
+
+def run(main):
+    """Call main(); bad input becomes one line on stderr and exit status 2, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parser(doc):
+    """An ArgumentParser whose help is the module's docstring and shows every default."""
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    return argparse.ArgumentParser(description=doc, formatter_class=Help)
+
+
+def find_device(name) -> torch.device:
+    """A usable torch device.  Raises ValueError if it is unknown or not there."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
+    return torch.device(name)
+
+
+def find_config(name) -> config.Config:
+    """The config of that name.  Raises ValueError, listing the known ones."""
+    if name not in config.CONFIGS:
+        raise ValueError(f"--config {name}: unknown; expected one of {', '.join(config.CONFIGS)}")
+    return config.CONFIGS[name]

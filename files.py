@@ -1,0 +1,78 @@
+"""Weight files: written beside their target and renamed, checked when read, never unpickled.
+
+A `.safetensors` file holds tensors and a few strings. Ours carry the config under "config" and, in
+"made_by", what produced them (command, steps, seconds, versions), both as JSON.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config import Config
+
+
+def write_beside(path, write):
+    """Call `write(temporary path)`, then rename: a reader never meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_weights(path, tensors, cfg, made_by):
+    """Write a dict of tensors with its config and a dict that says how it was made."""
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    metadata = {"config": json.dumps(cfg.to_dict()), "made_by": json.dumps(made_by)}
+    write_beside(path, lambda p: save_file(tensors, p, metadata))
+
+
+def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
+    """Tensors, config and made_by of a file that `save_weights` wrote.
+
+    Raises ValueError, in one line, for a file that is missing, cut short, no safetensors, not of
+    this project, or that holds a NaN.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt", device=str(device)) as f:
+            metadata = f.metadata() or {}
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    if "config" not in metadata:
+        raise ValueError(f"{path}: its metadata has no config, so it was not written by this project")
+    for name, t in tensors.items():
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
+    cfg = Config.from_dict(json.loads(metadata["config"]))
+    return tensors, cfg, json.loads(metadata.get("made_by", "{}"))
+
+
+def load_into(module, tensors, path):
+    """Fill a module with exactly these tensors.
+
+    Raises ValueError that names the first tensor that is missing, unexpected or of another shape.
+    """
+    want = module.state_dict()
+    for name in sorted(want.keys() ^ tensors.keys()):
+        raise ValueError(f"{path}: tensor {name} is {'missing' if name in want else 'unexpected'}")
+    for name, t in tensors.items():
+        if t.shape != want[name].shape:
+            raise ValueError(
+                f"{path}: tensor {name} is {tuple(t.shape)}, expected {tuple(want[name].shape)}"
+            )
+    module.load_state_dict(tensors)

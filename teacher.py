@@ -1,0 +1,198 @@
+"""Flow matching: train the bidirectional toy teacher, and sample from it.
+
+The paper starts from LTX-2, a model that turns noise into a whole clip at once in 40 steps, every
+token seeing every other, past and future alike. This is its counterpart for the toy world.
+
+    x_sigma = (1 - sigma) x0 + sigma noise         noise a clip, by as much as sigma says
+    loss    = | v(x_sigma, sigma) - (noise - x0) |^2     and learn which way it was moved
+
+Sampling walks the other way: start at sigma = 1, follow -v in small Euler steps. Guidance pushes
+the prediction away from what an empty caption would give: x0_u + s (x0_c - x0_u).
+
+One sigma per clip, shared by video and audio: they are one thing, and at no noise level may one
+stream know more about the clip than the other.
+
+    python teacher.py                train from scratch, about an hour on two CPU cores
+    python teacher.py --help
+"""
+
+import json
+
+import torch
+
+import cli
+import config
+import files
+import model
+import toy_codec
+import toy_world
+import training
+from kv_cache import MaskedView
+from masks import clip_span, num_blocks
+
+SECONDS = 5  # length of a training clip, as in the paper
+DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
+
+
+# ---- noise levels ----
+
+
+def shifted(sigma, shift):
+    """Move noise levels towards the noisy end: shift sigma / (1 + (shift - 1) sigma).
+
+    >>> [round(1000 * shifted(s, 5.0), 1) for s in (1.0, 0.75, 0.5, 0.25)]     # Self-Forcing's list
+    [1000.0, 937.5, 833.3, 625.0]
+    """
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def schedule(steps, shift=3.0) -> list[float]:
+    """steps + 1 noise levels from 1 to 0 for as many passes.
+
+    >>> [round(s, 3) for s in schedule(4)]                # close to config.FOUR_STEPS
+    [1.0, 0.9, 0.75, 0.5, 0.0]
+    """
+    return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
+
+
+def draw_sigmas(n, generator) -> torch.Tensor:
+    """(n,) noise levels to train on: sigmoid of N(0.4, 1), with 10 % uniform for the two ends."""
+    sigma = torch.sigmoid(0.4 + torch.randn(n, generator=generator))
+    uniform = torch.rand(n, generator=generator)
+    return torch.where(torch.rand(n, generator=generator) < 0.1, uniform, sigma)
+
+
+# ---- training ----
+
+
+def hide_words(tokens, generator):
+    """Blank whole captions and single words, so that guidance and partial prompts have meaning."""
+    B, words = tokens.shape
+    hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
+    hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
+    return tokens.masked_fill(hide, 0)
+
+
+def velocity_losses(net, latents, tokens, sigma, generator):
+    """Squared error of the velocities: (B,) for video and (B,) for audio, mean over elements."""
+    text = net.project_text(toy_world.caption_features(tokens))
+    noise = [torch.randn(x.shape, generator=generator) for x in latents]
+    noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(latents, noise)]
+    span = clip_span(num_blocks(SECONDS, net.cfg), net.cfg)
+    v = net(*noisy, sigma, sigma, text, span, MaskedView())
+    return [(p - (n - x)).square().mean((1, 2)) for p, n, x in zip(v, noise, latents)]
+
+
+def losses_of(net, codec, recipe):
+    """The function that `training.Run.train` minimises: fresh clips at every step."""
+
+    def losses(step):
+        g = training.generator(recipe.seed, step)
+        clips = toy_world.draw_clips(range(step * recipe.batch, (step + 1) * recipe.batch))
+        latents = toy_codec.encode_clips(codec, clips, SECONDS)
+        tokens = hide_words(toy_world.caption_tokens(clips), g)
+        sigma = draw_sigmas(recipe.batch, g)
+        video, audio = velocity_losses(net, latents, tokens, sigma, g)
+        return {"loss": video.mean() + audio.mean(), **by_level(video, audio, sigma)}
+
+    return losses
+
+
+def by_level(video, audio, sigma) -> dict:
+    """Teaching readout: both losses, and video's at low, middle and high noise.
+
+    Where the loss is high is where the model still has something to decide: at high noise where the
+    ball will fly, at low noise only its pixels.
+    """
+    values = {"video": video.mean(), "audio": audio.mean()}
+    for name, low, high in (("low", 0, 0.4), ("mid", 0.4, 0.7), ("high", 0.7, 1.01)):
+        inside = (sigma >= low) & (sigma < high)
+        values[name] = video[inside].mean() if inside.any() else video.mean()
+    return {name: value.item() for name, value in values.items()}
+
+
+# ---- sampling ----
+
+
+class Guided:
+    """x0 predictions of a model with classifier-free guidance, for one batch of captions."""
+
+    def __init__(self, net, tokens, scale_video, scale_audio=None):
+        """scale 1 is no guidance; (B, 3) caption tokens."""
+        self.net = net
+        self.scales = scale_video, scale_video if scale_audio is None else scale_audio
+        self.is_guided = self.scales != (1, 1)
+        both = torch.cat([tokens, torch.zeros_like(tokens)]) if self.is_guided else tokens
+        self.text = net.project_text(toy_world.caption_features(both))
+
+    def x0(self, video, audio, sigma, span, view):
+        """Noisy (B, T, C) latents at (B,) sigma -> clean estimates of both."""
+        copies = 2 if self.is_guided else 1
+        x = [x.repeat(copies, 1, 1) for x in (video, audio)]
+        s = sigma.repeat(copies)
+        v = self.net(*x, s, s, self.text, span, view)
+        x0 = [model.to_x0(x, s[:, None], v) for x, v in zip(x, v)]
+        if not self.is_guided:
+            return x0
+        pairs = [x.chunk(2) for x in x0]
+        return [u + w * (c - u) for (c, u), w in zip(pairs, self.scales)]
+
+
+def noise_like_clip(n, span, cfg, generator):
+    """Pure noise for n clips of a span: (n, T_v, C_v) and (n, F_a, C_a)."""
+    return (
+        torch.randn(n, len(span.video) * cfg.tokens_per_frame, cfg.video_channels, generator=generator),
+        torch.randn(n, len(span.audio), cfg.audio_channels, generator=generator),
+    )
+
+
+@torch.no_grad()
+def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
+    """Whole clips by Euler steps, everything at once.
+
+    tokens   (B, 3) captions
+    sigmas   noise levels from 1 to 0; one pass for each but the last
+    keep     indices into sigmas whose states are to be returned as well
+    ->       video (B, T_v, C_v) and audio (B, F_a, C_a) latents; and, if `keep`, the kept states:
+             (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)
+    """
+    span = clip_span(num_blocks(seconds, net.cfg), net.cfg)
+    x = noise_like_clip(len(tokens), span, net.cfg, torch.Generator().manual_seed(seed))
+    guided, kept = Guided(net, tokens, guidance), {0: x}
+    for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
+        x0 = guided.x0(*x, torch.full((len(tokens),), sigma), span, MaskedView())
+        # the same straight line seen from its clean end: at `lower`, this share of x is left
+        x = [x0 + lower / sigma * (x - x0) for x, x0 in zip(x, x0)]
+        kept[i + 1] = x
+    if not keep:
+        return x
+    return x, [torch.stack(states, 1) for states in zip(*(kept[i] for i in keep))]
+
+
+def save(run, cfg, path, command):
+    """Ship the averaged weights in half precision, and the loss curve beside them."""
+    half = {name: t.half() for name, t in run.average.tensors.items()}
+    files.save_weights(path, half, cfg, run.made_by(command))
+    curve = f"results/{path.stem}_curve.json"
+    files.write_json(curve, run.log)
+    print(f"wrote {path} and {curve}")
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--steps", type=int, default=4500, help="training steps of 16 clips")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
+    p.add_argument("--out", default="weights/toy_teacher.safetensors", help="weights to write")
+    args = p.parse_args()
+    recipe = training.Recipe(args.steps, seed=args.seed)
+    net = model.build(config.TOY_TEACHER, args.seed)
+    run = training.Run(net, recipe, args.run)
+    print(f"{net.num_parameters():,} parameters, from step {run.step}")
+    run.train(losses_of(net, toy_codec.load(), recipe))
+    command = f"python teacher.py --steps {args.steps} --seed {args.seed}"
+    save(run, net.cfg, files.Path(args.out), command)
+
+
+if __name__ == "__main__":
+    cli.run(main)

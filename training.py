@@ -1,0 +1,187 @@
+"""What every trainer needs once: optimisers, averaged weights, exact resumption, a progress line.
+
+All randomness of step n is drawn from a generator seeded with (seed, n), so a run that was killed
+and resumed goes on exactly as if it had never stopped: the state is weights, averages, optimiser
+moments and the number of the next step, and nothing else.
+
+Muon (Jordan et al. 2024) trains the matrices inside the layers: it replaces a gradient by the
+nearest orthogonal matrix, so that all its directions are learnt at the same pace. Everything else
+(tables, biases, entrances and exits) is AdamW's. On the toy it halves the steps a teacher needs.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import files
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long and how fast to train."""
+
+    steps: int
+    batch: int = 16  # clips
+    seed: int = 0
+    muon_lr: float = 0.02
+    adam_lr: float = 1.5e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.01
+    warmup: int = 30  # steps
+    decay: float = 0.5  # last share of the run, over which the rates fall linearly to 0
+    clip: float = 1.0  # largest gradient norm
+    ema: float = 0.995  # decay of the averaged weights
+
+
+def rate(step, recipe) -> float:
+    """Share of the full learning rate at a step: warm-up, constant, linear decay.
+
+    >>> [round(rate(s, Recipe(steps=100, warmup=10)), 2) for s in (0, 9, 30, 75, 99)]
+    [0.1, 1.0, 1.0, 0.5, 0.02]
+    """
+    left = (recipe.steps - step) / max(1, recipe.decay * recipe.steps)
+    return min(1.0, (step + 1) / recipe.warmup, left)
+
+
+def generator(seed, step) -> torch.Generator:
+    """The only source of randomness of a step."""
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def optimisers(model, recipe):
+    """Muon for the matrices of the layers, AdamW for the rest."""
+    named = list(model.named_parameters())
+    matrices = [p for n, p in named if ".layers." in n and n.endswith("weight")]
+    rest = [p for n, p in named if not (".layers." in n and n.endswith("weight"))]
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+    adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=recipe.betas, weight_decay=0.0)
+    return [muon, adam]
+
+
+class Averaged:
+    """Exponential moving average of a model's weights: what is evaluated and shipped."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.tensors = {n: p.detach().clone() for n, p in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model, step):
+        # Early on the average would be mostly the initial weights: let it follow faster.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in model.state_dict().items():
+            self.tensors[name].lerp_(p, 1 - decay)
+
+
+class Run:
+    """One training: model, optimisers, average, log; saved as one file, resumed from it."""
+
+    def __init__(self, model, recipe, folder=None):
+        self.model, self.recipe = model, recipe
+        self.optimisers = optimisers(model, recipe)
+        self.average = Averaged(model, recipe.ema)
+        self.step, self.seconds, self.log = 0, 0.0, []
+        self.file = Path(folder) / "state.safetensors" if folder else None
+        if self.file and self.file.exists():
+            self._load()
+
+    def _tensors(self):
+        yield from (("model." + n, p) for n, p in self.model.state_dict().items())
+        yield from (("average." + n, p) for n, p in self.average.tensors.items())
+        for i, optimiser in enumerate(self.optimisers):
+            for j, state in optimiser.state_dict()["state"].items():
+                yield from ((f"optimiser.{i}.{j}.{n}", t) for n, t in state.items())
+
+    def save(self):
+        """Write everything needed to go on, beside the old state, then rename."""
+        if not self.file:
+            return
+        tensors = {n: t.detach().clone() for n, t in self._tensors()}
+        about = {"step": self.step, "seconds": self.seconds, "log": self.log}
+        about["recipe"] = asdict(self.recipe)
+        metadata = {"run": json.dumps(about)}
+        files.write_beside(self.file, lambda p: save_file(tensors, p, metadata))
+
+    def _load(self):
+        with safe_open(self.file, "pt") as f:
+            about = json.loads(f.metadata()["run"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        recipe = json.loads(json.dumps(asdict(self.recipe)))
+        if about["recipe"] != recipe:
+            raise ValueError(f"{self.file}: belongs to another recipe; remove it to start anew")
+        self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
+        part = lambda prefix: {  # noqa: E731
+            n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)
+        }
+        self.model.load_state_dict(part("model."))
+        self.average.tensors = part("average.")
+        for i, optimiser in enumerate(self.optimisers):
+            state = {}
+            for name, t in part(f"optimiser.{i}.").items():
+                j, name = name.split(".", 1)
+                state.setdefault(int(j), {})[name] = t
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+
+    def update(self, loss):
+        """One step down the loss.  Raises ValueError, naming step and tensor, on NaN."""
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {self.step}: the loss is {loss.item()}; lower the learning rate")
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {self.step}: gradient of {self._first_bad()} is not finite")
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group.setdefault("full_lr", group["lr"])
+                group["lr"] = group["full_lr"] * rate(self.step, self.recipe)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.average.update(self.model, self.step)
+        return norm.item()
+
+    def _first_bad(self):
+        named = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
+        return next((n for n, g in named if not torch.isfinite(g).all()), "?")
+
+    def train(self, losses, print_every=25, save_every=100):
+        """Train to the end of the recipe.
+
+        losses(step) -> dict of named scalars; "loss" is minimised, all of them are logged
+        """
+        while self.step < self.recipe.steps:
+            start = time.perf_counter()
+            values = losses(self.step)
+            values["norm"] = self.update(values["loss"])
+            self.step += 1
+            self.seconds += time.perf_counter() - start
+            self._log(values, print_every)
+            if self.step % save_every == 0 or self.step == self.recipe.steps:
+                self.save()
+
+    def _log(self, values, print_every):
+        row = {name: float(value) for name, value in values.items()}
+        self._recent = [*getattr(self, "_recent", []), row]
+        if self.step % print_every and self.step != self.recipe.steps:
+            return
+        mean = {n: sum(r[n] for r in self._recent) / len(self._recent) for n in row}
+        self._recent = []
+        self.log.append({"step": self.step, **{n: round(x, 5) for n, x in mean.items()}})
+        shown = "  ".join(f"{n} {x:.3f}" for n, x in mean.items())
+        left = self.seconds / self.step * (self.recipe.steps - self.step)
+        print(f"{self.step:5}/{self.recipe.steps}  {shown}  {left / 60:.0f} min left", flush=True)
+
+    def made_by(self, command) -> dict:
+        """What a weight file says about its making."""
+        return {
+            "command": command,
+            "steps": self.step,
+            "minutes": round(self.seconds / 60, 1),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
