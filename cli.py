@@ -21,13 +21,19 @@ def run(main):
         sys.exit(130)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" would teach nothing
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+
 def parser(doc):
     """An ArgumentParser whose help is the module's docstring and shows every default."""
-
-    class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    return argparse.ArgumentParser(description=doc, formatter_class=Help)
+    return _Parser(description=doc, formatter_class=_Help)
 
 
 def find_device(name) -> torch.device:

@@ -108,7 +108,7 @@ class Config:
         self._check_widths()
 
     def _check_blocks(self):
-        """Refuse blocks that would cut a latent in two, or a first block off the grid of seconds."""
+        """Refuse blocks that cut a latent in two, or a first block off the grid of seconds."""
         for stream, rate in (("video", self.video_rate), ("audio", self.audio_rate)):
             latents = Fraction(self.block_seconds) * rate
             if latents < 1 or latents.denominator != 1:

@@ -54,7 +54,9 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if "config" not in metadata:
-        raise ValueError(f"{path}: its metadata has no config, so it was not written by this project")
+        raise ValueError(
+            f"{path}: its metadata has no config, so it was not written by this project"
+        )
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")

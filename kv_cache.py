@@ -36,7 +36,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import config
 import rope
 from masks import SITES
 
@@ -144,12 +143,12 @@ class RollingCache:
 
     def next_block(self):
         """Leave the current block as it is and move to the next place."""
-        if self.block == 0:
-            self.original_prefix_k = self.k[:, : self.prefix_tokens].clone()
         self.block += 1
 
     def move_prefix(self, by: rope.Rope):
         """Turn the pinned keys by an angle counted from where they were written."""
+        if self.original_prefix_k is None:  # a stream that forgets nothing needs no second copy
+            self.original_prefix_k = self.k[:, : self.prefix_tokens].clone()
         self.k[:, : self.prefix_tokens] = rope.rotate(self.original_prefix_k, by)
 
 
@@ -212,7 +211,8 @@ class CachedView:
 
     def num_bytes(self) -> int:
         """Memory held by the caches."""
-        buffers = [b for layer in self.layers for c in layer.values() for b in (c.k, c.v)]
+        caches = [cache for layer in self.layers for cache in layer.values()]
+        buffers = [b for c in caches for b in (c.k, c.v, c.original_prefix_k)]
         return sum(b.numel() * b.element_size() for b in buffers if b is not None)
 
 

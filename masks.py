@@ -29,7 +29,7 @@ A boolean mask is named for what True means: `may_attend[q, k]`, as in torch's S
 ########
 ########
 
-Draw all four as the paper's figure does: `python notebooks/plots.py masks`.
+Draw all four as the paper's figure does: `python plots.py masks`.
 """
 
 from dataclasses import dataclass
@@ -72,7 +72,9 @@ def num_blocks(seconds, cfg) -> int:
     later = (Fraction(seconds) - first_end) / step
     if later < 0 or later.denominator != 1:
         ends = ", ".join(f"{float(first_end + k * step):g}" for k in range(3))
-        raise ValueError(f"{seconds:g} seconds end inside a block: blocks end at {ends}, ... seconds")
+        raise ValueError(
+            f"{seconds:g} seconds end inside a block: blocks end at {ends}, ... seconds"
+        )
     return 1 + int(later)
 
 
@@ -185,5 +187,7 @@ def text_picture(mask) -> str:
 
 if __name__ == "__main__":
     for site, mask in four_masks(config.TOY, 3).items():
-        print(f"{site}: {mask.shape[0]} queries x {mask.shape[1]} keys, {mask.float().mean():.0%} on")
+        print(
+            f"{site}: {mask.shape[0]} queries x {mask.shape[1]} keys, {mask.float().mean():.0%} on"
+        )
         print(text_picture(mask[::6, ::6]), end="\n\n")

@@ -3,7 +3,7 @@
 Video and audio are the same thing at two widths, so each is written once: `HalfLayer` is one
 modality's half of a layer, `Stream` is everything of one modality, `OmniTransformer` is two streams
 that listen to each other. One forward serves the bidirectional teacher, the masked (training) and
-the cached (streaming) student; only the `view` differs: what the queries may attend to (kv_cache.py).
+the cached (streaming) student; only the `view` differs: what queries may attend to (kv_cache.py).
 
 Legend, for the whole project
     B clips, T tokens, F latent frames, C channels, H heads, D width per head, S sinks, N blocks,
@@ -51,6 +51,18 @@ def add_noise(x0, noise, sigma):
     """
     sigma = sigma[..., None].to(x0.dtype)
     return (1 - sigma) * x0 + sigma * noise
+
+
+def draw_noise(n, span, cfg, generator, device=None, dtype=None):
+    """Pure noise for n clips of a span: (n, T_v, C_v) and (n, F_a, C_a).
+
+    Drawn on the CPU, video first, so that a seed means the same clip on every device.
+    """
+    shapes = (
+        (n, len(span.video) * cfg.tokens_per_frame, cfg.video_channels),
+        (n, len(span.audio), cfg.audio_channels),
+    )
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def to_x0(x, sigma, v):
@@ -219,7 +231,7 @@ class Stream(nn.Module):
         self.unpatchify = nn.Linear(width, channels)
 
     def modulate(self, sigma, tokens_per_level=1) -> Modulation:
-        """sigma (B, levels) -> rows for every token; each level serves that many tokens in a row."""
+        """sigma (B, levels) -> rows for every token; a level serves that many tokens in a row."""
         tau = 1000 * sigma  # in sigma's own dtype, as LTX-2 does: bfloat16 rounds .421 to 420
         main, final = self.adaln(tau)
         cross, _ = self.adaln_cross(tau)
@@ -320,6 +332,24 @@ class OmniTransformer(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def predict_x0(net, video, audio, sigma_video, sigma_audio, text: Text, span: Span, view):
+    """One pass of the transformer, answered as clean estimates of both streams; see `forward`."""
+    velocities = net(video, audio, sigma_video, sigma_audio, text, span, view)
+    noisy, sigmas = (video, audio), (sigma_video, sigma_audio)
+    return [to_x0(x, per_token(s, x), v) for x, s, v in zip(noisy, sigmas, velocities)]
+
+
+def per_token(sigma, x):
+    """Noise levels (B,), (B, F) or (B, T) of tokens x (B, T, C) -> (B, 1) or (B, T).
+
+    >>> per_token(torch.tensor([[0.1, 0.5]]), torch.zeros(1, 4, 8))          # 2 frames, 4 tokens
+    tensor([[0.1000, 0.1000, 0.5000, 0.5000]])
+    """
+    sigma = sigma.view(len(sigma), -1)
+    levels = sigma.shape[1]
+    return sigma if levels == 1 else sigma.repeat_interleave(x.shape[1] // levels, dim=1)
+
+
 @functools.lru_cache(maxsize=16)  # the passes of a block share their tables
 def ropes_of(cfg, span: Span, device, dtype) -> dict[str, rope.Rope]:
     """Rotation tables of a span's tokens, sinks included, for self and cross-modal attention."""
@@ -339,8 +369,8 @@ def ropes_of(cfg, span: Span, device, dtype) -> dict[str, rope.Rope]:
 def build(cfg, seed=0, device=None) -> OmniTransformer:
     """A fresh model: a plain pre-norm transformer whose layers start by changing nothing.
 
-    Gates start at 1 and the last matrix of every branch at 0, so the residual stream is the
-    input's and gradients reach every branch from the first step on.
+    Gates start at 1 and the last matrix of every branch at 0, so the residual stream starts as the
+    input's; the exits learn first, then the ends of the branches, then everything.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device(device or "cpu"):

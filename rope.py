@@ -47,7 +47,8 @@ def rotate(x, rope: Rope):
     >>> quarter = Rope(torch.zeros(1, 2), torch.ones(1, 2), "split")          # 90 degrees
     >>> rotate(torch.tensor([1., 2., 3., 4.]).view(1, 1, 1, 4), quarter).flatten()
     tensor([-3., -4.,  1.,  2.])
-    >>> rotate(torch.tensor([1., 2., 3., 4.]).view(1, 1, 1, 4), quarter._replace(layout="interleaved")).flatten()
+    >>> quarter = quarter._replace(layout="interleaved")
+    >>> rotate(torch.tensor([1., 2., 3., 4.]).view(1, 1, 1, 4), quarter).flatten()
     tensor([-2.,  1., -4.,  3.])
     """
     H, half = x.shape[2], x.shape[3] // 2
@@ -107,7 +108,9 @@ def slot_angles(turns, width, cfg) -> torch.Tensor:
 def video_angles(frames, cfg) -> torch.Tensor:
     """(F * rows * columns, video_width/2) angles of video tokens by time, row and column."""
     rows, columns = cfg.grid
-    pixels = [(torch.arange(n, dtype=torch.float64) + 0.5) * cfg.pixel_stride for n in (rows, columns)]
+    pixels = [
+        (torch.arange(n, dtype=torch.float64) + 0.5) * cfg.pixel_stride for n in (rows, columns)
+    ]
     t, y, x = torch.meshgrid(video_times(frames, cfg), *pixels, indexing="ij")
     scaled = (t / cfg.rope_max_seconds, y / cfg.rope_max_pixels, x / cfg.rope_max_pixels)
     turns = torch.stack([2 * p.flatten() - 1 for p in scaled], dim=1)

@@ -9,7 +9,8 @@ The remedy.  S learnable vectors stand in front of the audio tokens, behind the 
 
   * they belong to block 0: every token sees them; they see themselves, A0 and V0 (masks.py)
   * identity RoPE: cos = 1, sin = 0, in audio self-attention and in both cross-modal directions.
-    (A rotation by zero is the angle of the time max/2, see rope.py: no position of their own.)
+    (A rotation by zero is the angle of the time max/2, see rope.py: no position of their own.
+    In a stream longer than the window the cache moves all pinned keys along, the sinks too.)
   * their noise level is that of A0, and every other operation treats them as audio tokens
   * they are removed before the output layer and never supervised
 
@@ -33,7 +34,7 @@ import rope
 
 
 class SinkTokens(nn.Module):
-    """S learnable vectors of the audio width; absent from LTX-2's weights, so kept at their init."""
+    """S learnable vectors of the audio width; LTX-2's weights lack them, so they keep their init."""
 
     def __init__(self, num_sinks, width):
         super().__init__()
@@ -85,4 +86,6 @@ if __name__ == "__main__":
     heads = (cfg.num_heads, cfg.audio_width // cfg.num_heads)
     x = torch.randn(1, cfg.num_sinks, *heads)
     assert torch.equal(rope.rotate(x, rope.tables(sink_angles(cfg), cfg)), x)
-    print(f"{cfg.num_sinks} sinks: rotation leaves them as they are, wherever the stream has got to")
+    print(
+        f"{cfg.num_sinks} sinks: rotation leaves them as they are, wherever the stream has got to"
+    )

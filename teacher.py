@@ -16,8 +16,6 @@ stream know more about the clip than the other.
     python teacher.py --help
 """
 
-import json
-
 import torch
 
 import cli
@@ -130,20 +128,11 @@ class Guided:
         copies = 2 if self.is_guided else 1
         x = [x.repeat(copies, 1, 1) for x in (video, audio)]
         s = sigma.repeat(copies)
-        v = self.net(*x, s, s, self.text, span, view)
-        x0 = [model.to_x0(x, s[:, None], v) for x, v in zip(x, v)]
+        x0 = model.predict_x0(self.net, *x, s, s, self.text, span, view)
         if not self.is_guided:
             return x0
         pairs = [x.chunk(2) for x in x0]
         return [u + w * (c - u) for (c, u), w in zip(pairs, self.scales)]
-
-
-def noise_like_clip(n, span, cfg, generator):
-    """Pure noise for n clips of a span: (n, T_v, C_v) and (n, F_a, C_a)."""
-    return (
-        torch.randn(n, len(span.video) * cfg.tokens_per_frame, cfg.video_channels, generator=generator),
-        torch.randn(n, len(span.audio), cfg.audio_channels, generator=generator),
-    )
 
 
 @torch.no_grad()
@@ -157,7 +146,7 @@ def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
              (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)
     """
     span = clip_span(num_blocks(seconds, net.cfg), net.cfg)
-    x = noise_like_clip(len(tokens), span, net.cfg, torch.Generator().manual_seed(seed))
+    x = model.draw_noise(len(tokens), span, net.cfg, torch.Generator().manual_seed(seed))
     guided, kept = Guided(net, tokens, guidance), {0: x}
     for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
         x0 = guided.x0(*x, torch.full((len(tokens),), sigma), span, MaskedView())
@@ -180,7 +169,7 @@ def save(run, cfg, path, command):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--steps", type=int, default=4500, help="training steps of 16 clips")
+    p.add_argument("--steps", type=int, default=3000, help="training steps of 16 clips")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
     p.add_argument("--out", default="weights/toy_teacher.safetensors", help="weights to write")

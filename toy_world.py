@@ -82,7 +82,7 @@ def caption_tokens(clips) -> torch.Tensor:
     """(B, 3) tokens that describe the clips: colour, speed, material.
 
     >>> [VOCABULARY[t] for t in caption_tokens(draw_clips([0]))[0]]
-    ['blue', 'fast', 'metal']
+    ['yellow', 'fast', 'metal']
     """
     first = torch.tensor([VOCABULARY.index(slot[0]) for slot in SLOTS])
     return clips.words + first
@@ -94,7 +94,7 @@ def parse_prompt(text) -> torch.Tensor:
     Raises ValueError for an empty prompt, an unknown word or two words for the same thing.
 
     >>> parse_prompt("fast red metal").tolist()
-    [[1, 5, 8]]
+    [[1, 6, 8]]
     >>> parse_prompt("a purple ball")
     Traceback (most recent call last):
     ValueError: prompt: unknown word 'purple'; known: red green blue yellow, slow fast, wood metal
@@ -108,7 +108,9 @@ def parse_prompt(text) -> torch.Tensor:
         if slot is None:
             raise ValueError(f"prompt: unknown word {word!r}; known: {known}")
         if tokens[slot]:
-            raise ValueError(f"prompt: {VOCABULARY[tokens[slot]]!r} and {word!r} exclude each other")
+            raise ValueError(
+                f"prompt: {VOCABULARY[tokens[slot]]!r} and {word!r} exclude each other"
+            )
         tokens[slot] = VOCABULARY.index(word)
     if not any(tokens):
         raise ValueError(f"prompt {text!r} says nothing; use some of: {known}")

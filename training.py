@@ -78,6 +78,11 @@ class Averaged:
             self.tensors[name].lerp_(p, 1 - decay)
 
 
+def _part(tensors, prefix) -> dict:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+
+
 class Run:
     """One training: model, optimisers, average, log; saved as one file, resumed from it."""
 
@@ -85,7 +90,7 @@ class Run:
         self.model, self.recipe = model, recipe
         self.optimisers = optimisers(model, recipe)
         self.average = Averaged(model, recipe.ema)
-        self.step, self.seconds, self.log = 0, 0.0, []
+        self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
         self.file = Path(folder) / "state.safetensors" if folder else None
         if self.file and self.file.exists():
             self._load()
@@ -115,14 +120,11 @@ class Run:
         if about["recipe"] != recipe:
             raise ValueError(f"{self.file}: belongs to another recipe; remove it to start anew")
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
-        part = lambda prefix: {  # noqa: E731
-            n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)
-        }
-        self.model.load_state_dict(part("model."))
-        self.average.tensors = part("average.")
+        self.model.load_state_dict(_part(tensors, "model."))
+        self.average.tensors = _part(tensors, "average.")
         for i, optimiser in enumerate(self.optimisers):
             state = {}
-            for name, t in part(f"optimiser.{i}.").items():
+            for name, t in _part(tensors, f"optimiser.{i}.").items():
                 j, name = name.split(".", 1)
                 state.setdefault(int(j), {})[name] = t
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
@@ -130,7 +132,9 @@ class Run:
     def update(self, loss):
         """One step down the loss.  Raises ValueError, naming step and tensor, on NaN."""
         if not torch.isfinite(loss):
-            raise ValueError(f"step {self.step}: the loss is {loss.item()}; lower the learning rate")
+            raise ValueError(
+                f"step {self.step}: the loss is {loss.item()}; lower the learning rate"
+            )
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         if not torch.isfinite(norm):
@@ -164,8 +168,8 @@ class Run:
                 self.save()
 
     def _log(self, values, print_every):
-        row = {name: float(value) for name, value in values.items()}
-        self._recent = [*getattr(self, "_recent", []), row]
+        row = {n: float(x.detach() if torch.is_tensor(x) else x) for n, x in values.items()}
+        self._recent.append(row)
         if self.step % print_every and self.step != self.recipe.steps:
             return
         mean = {n: sum(r[n] for r in self._recent) / len(self._recent) for n in row}

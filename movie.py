@@ -1,0 +1,76 @@
+"""Frames and sound into an mp4 while they are being made.
+
+The file is fragmented: its index is written piece by piece, so whatever has been written plays.
+It grows beside its target as NAME.partial.mp4 and takes the target's name at the end, or when the
+stream is interrupted; only a kill leaves it under that name, playable but for its last quarter second.
+"""
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+OPTIONS = {
+    "movflags": "frag_keyframe+empty_moov+default_base_moof",
+    "frag_duration": "250000",  # microseconds a fragment
+    "flush_packets": "1",
+}
+
+
+class Movie:
+    """An mp4 (H.264, AAC) that can be added to, second after second."""
+
+    def __init__(self, path, fps, sample_rate, scale=1):
+        """scale   whole number that enlarges every pixel, for small pictures to be watched."""
+        self.path, self.scale = Path(path), scale
+        self.partial = self.path.with_suffix(f".partial{self.path.suffix}")
+        check_writable(self.path)
+        self.file = av.open(str(self.partial), "w", format="mp4", options=OPTIONS)
+        self.video = self.file.add_stream("libx264", rate=fps)
+        # zerolatency: no frame waits in the encoder for later ones
+        self.video.options = {"preset": "veryfast", "crf": "16", "tune": "zerolatency"}
+        self.video.pix_fmt = "yuv420p"
+        self.audio = self.file.add_stream("aac", rate=sample_rate, layout="mono")
+        self.frames = self.samples = 0
+
+    def add(self, frames, samples):
+        """(P, H, W, 3) uint8 frames and (n,) float32 samples that follow what there is."""
+        if len(samples):
+            sound = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
+            sound.sample_rate, sound.pts = self.audio.rate, self.samples
+            sound.time_base = Fraction(1, self.audio.rate)
+            self.samples += len(samples)
+            self.file.mux(self.audio.encode(sound))
+        for frame in frames:
+            large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))
+            picture = av.VideoFrame.from_ndarray(large, "rgb24")
+            if not self.frames:
+                self.video.height, self.video.width = large.shape[:2]
+            picture.pts, picture.time_base = self.frames, Fraction(1, self.video.codec_context.rate)
+            self.frames += 1
+            self.file.mux(self.video.encode(picture))
+
+    def close(self):
+        """Finish the file and give it its name; nothing at all if nothing was added."""
+        if self.frames:
+            self.file.mux(self.video.encode(None))
+            self.file.mux(self.audio.encode(None))
+            self.file.close()
+            os.replace(self.partial, self.path)
+        self.discard()
+
+    def discard(self):
+        """Leave nothing behind that has no name yet."""
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def check_writable(path):
+    """Raises ValueError if no file can be written there."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise ValueError(f"{path}: not writable; choose another --out")

@@ -1,0 +1,179 @@
+"""Every picture of the project: small functions that take tensors and return a figure.
+
+One palette with one meaning everywhere: video blue, audio orange, sinks grey, forbidden white.
+
+    python plots.py masks            writes assets/masks.png, the paper's mask figure from our masks
+    python plots.py --help
+"""
+
+import matplotlib
+
+matplotlib.use("Agg")  # files, not windows
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import cli
+import config
+import files
+import masks
+import toy_detectors
+import toy_world
+
+VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
+WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # of impacts and onsets
+TITLES = {
+    "video_self": "video self-attention",
+    "audio_self": "audio self-attention",
+    "a2v": "A2V: video listens to audio",
+    "v2a": "V2A: audio listens to video",
+}
+
+
+def save(figure, path, dpi=100):
+    """Write a PNG beside its target, rename it, and close the figure."""
+    files.write_beside(path, lambda p: figure.savefig(p, dpi=dpi, format="png"))
+    plt.close(figure)
+
+
+# ---- masks ----
+
+
+def draw_masks(cfg, blocks=4, window=None):
+    """The four masks of a clip, tokens coloured by the stream of the key, blocks marked."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
+    all_masks = masks.four_masks(cfg, blocks, window)
+    video, audio = masks.video_token_blocks(blocks, cfg), masks.audio_token_blocks(blocks, cfg)
+    for ax, site in zip(axes.flat, masks.SITES):
+        from_video = site in ("video_self", "a2v")
+        to_video = site in ("video_self", "v2a")
+        image = np.ones((*all_masks[site].shape, 3))
+        image[all_masks[site].numpy()] = matplotlib.colors.to_rgb(VIDEO if to_video else AUDIO)
+        if not to_video:
+            sinks = all_masks[site].numpy().copy()
+            sinks[:, cfg.num_sinks :] = False
+            image[sinks] = matplotlib.colors.to_rgb(SINK)
+        ax.imshow(image, interpolation="nearest", aspect="auto")
+        _mark_blocks(ax, video if from_video else audio, video if to_video else audio, cfg)
+        ax.set(title=TITLES[site], xlabel="key", ylabel="query")
+    figure.suptitle(f"{cfg.name}: {blocks} blocks, S = {cfg.num_sinks} sinks (grey) in block 0")
+    return figure
+
+
+def _mark_blocks(ax, rows, columns, cfg):
+    """Lines at block borders, labels in blocks and seconds."""
+    for blocks, line, axis in ((rows, ax.axhline, ax.yaxis), (columns, ax.axvline, ax.xaxis)):
+        starts = (blocks[1:] != blocks[:-1]).nonzero()[:, 0] + 1
+        for start in starts.tolist():
+            line(start - 0.5, color="black", lw=0.8)
+        edges = [0, *starts.tolist(), len(blocks)]
+        names = []
+        for k in range(len(edges) - 1):
+            low, high = masks.block_seconds(k, cfg)
+            names.append(f"B{k}\n{low:g}-{high:g} s" if k else "B0")
+        axis.set_ticks([(a + b) / 2 - 0.5 for a, b in zip(edges, edges[1:])], names, fontsize=7)
+
+
+# ---- clips ----
+
+
+def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_second=4):
+    """Contact sheet of a clip above the bands of its sound, impacts and onsets marked.
+
+    frames   (P, 3, H, W) in [0, 1], all frames from time 0 on
+    sound    (M, 16) levels
+    """
+    seconds = (len(frames) - 1) / cfg.fps
+    rows = max(1, int(np.ceil(seconds / row_seconds)))
+    width = min(row_seconds, seconds)
+    figure, axes = plt.subplots(
+        2 * rows, 1, figsize=(1.3 * width + 0.8, 1.9 * rows + 0.7), layout="constrained",
+        gridspec_kw={"height_ratios": [width / per_second / width * 1.2, 1] * rows}, squeeze=False,
+    )  # fmt: skip
+    seen = toy_detectors.find_impacts(toy_detectors.see_ball(frames[None]), cfg)[0]
+    heard = toy_detectors.find_onsets(sound[None], cfg)[0]
+    for r in range(rows):
+        start = r * row_seconds
+        strip, bands = axes[2 * r, 0], axes[2 * r + 1, 0]
+        _draw_strip(strip, frames, start, width, per_second, cfg)
+        _draw_bands(bands, sound, start, width, cfg)
+        for ax, events, marker in ((strip, seen, "v"), (bands, heard, "^")):
+            for time, wall in zip(*events):
+                if start <= time < start + width:
+                    _mark(ax, float(time), int(wall), marker)
+    axes[-1, 0].set_xlabel("seconds")
+    figure.suptitle(f"{title}   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$")
+    return figure
+
+
+def _draw_strip(ax, frames, start, width, per_second, cfg):
+    step = cfg.fps // per_second
+    first = start * cfg.fps + step // 2
+    pictures = frames[first : int((start + width) * cfg.fps) + 1 : step]
+    if len(pictures):
+        image = torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()
+        end = start + len(pictures) / per_second
+        ax.imshow(image, extent=(start, end, 0, 1), aspect="auto", interpolation="nearest")
+    for border in np.arange(start, start + width, 1 / per_second):
+        ax.axvline(border, color="white", lw=0.5)
+    ax.set(xlim=(start, start + width), ylim=(0, 1), xticks=[], yticks=[])
+
+
+def _draw_bands(ax, sound, start, width, cfg):
+    piece = sound[start * cfg.mel_rate : int((start + width) * cfg.mel_rate) + 1]
+    end = start + len(piece) / cfg.mel_rate
+    ax.imshow(
+        piece.T.numpy(), extent=(start, end, 0, toy_world.BANDS), origin="lower", aspect="auto",
+        cmap="magma", vmin=0, vmax=1, interpolation="nearest",
+    )  # fmt: skip
+    centres = [band + 0.5 for band in toy_world.WALL_BANDS]
+    ax.set_yticks(centres, toy_world.WALLS, fontsize=7)
+    ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
+    ax.tick_params(axis="x", labelsize=7)
+
+
+def _mark(ax, time, wall, marker):
+    low, high = ax.get_ylim()
+    y = high if marker == "v" else low
+    ax.plot(time, y, marker, color=WALL_COLOURS[wall], ms=7, clip_on=False, zorder=5, mec="white")
+    ax.axvline(time, color=WALL_COLOURS[wall], lw=0.8, alpha=0.7)
+
+
+# ---- curves ----
+
+
+def draw_loss(log, title):
+    """Loss curves of a training log, a list of {"step": .., name: ..}."""
+    figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    steps = [row["step"] for row in log]
+    for name in log[0]:
+        if name not in ("step", "norm", "loss"):
+            colour = {"video": VIDEO, "audio": AUDIO}.get(name, SINK)
+            style = {"low": ":", "mid": "--", "high": "-."}.get(name, "-")
+            label = {"low": "video, sigma < .4", "mid": "video, .4 - .7", "high": "video, > .7"}
+            values = [row[name] for row in log]
+            ax.plot(steps, values, style, color=colour, lw=1.2, label=label.get(name, name))
+    ax.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+    ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("picture", choices=["masks"], help="which picture to draw")
+    p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
+    p.add_argument("--blocks", type=int, default=4)
+    p.add_argument("--window", type=int, help="blocks remembered; default all")
+    p.add_argument("--out", default="assets/masks.png")
+    args = p.parse_args()
+    cfg = cli.find_config(args.config)
+    if cfg.tokens_per_frame > 24:
+        raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
+    save(draw_masks(cfg, args.blocks, args.window), args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""Tiny models with random weights everywhere, so that no agreement is trivial."""
+
+from dataclasses import replace
+
+import torch
+
+import config
+from masks import block_span, clip_span
+from model import OmniTransformer
+
+PAPER = replace(config.TOY, name="paper")
+MERGED = replace(config.TOY, name="merged", prefix_video_frames=4, prefix_audio_frames=26)
+LAYOUTS = [replace(cfg, num_sinks=S) for cfg in (PAPER, MERGED) for S in (0, 16)]
+
+
+def layout_name(cfg):
+    """A readable test id, e.g. 4+26,S=16."""
+    return f"{cfg.prefix_video_frames}+{cfg.prefix_audio_frames},S={cfg.num_sinks}"
+
+
+def tiny(cfg, **changes):
+    """The same blocks with 2 layers, small widths and 2 x 2 video tokens a frame.
+
+    The video width is no multiple of 6, so that one rotary slot never turns, as at full size.
+    """
+    small = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16)
+    channels = dict(video_channels=5, audio_channels=3, height=16, width=16)
+    return replace(cfg, **{**small, **channels, **changes})
+
+
+def random_model(cfg, dtype=torch.float64, seed=0):
+    """A model whose every parameter is random: no gate is closed, no matrix is zero."""
+    torch.manual_seed(seed)
+    model = OmniTransformer(cfg).to(dtype)
+    for name, p in model.named_parameters():
+        near_one = name.endswith(("q_norm", "k_norm"))
+        scale = p.shape[-1] ** -0.5 if name.endswith(".weight") else 0.3
+        torch.nn.init.normal_(p, mean=1.0 if near_one else 0.0, std=scale)
+    return model.requires_grad_(False)
+
+
+def random_text(model, cfg, length=3, clips=1):
+    """Random caption features as the layers read them."""
+    like = model.video.patchify.weight
+    return model.project_text(torch.randn(clips, length, cfg.caption_width, dtype=like.dtype))
+
+
+def random_clip(cfg, blocks, clips=1, dtype=torch.float64):
+    """Random latents of a whole clip: (B, T_v, C_v) and (B, F_a, C_a)."""
+    span = clip_span(blocks, cfg)
+    video_tokens = len(span.video) * cfg.tokens_per_frame
+    return (
+        torch.randn(clips, video_tokens, cfg.video_channels, dtype=dtype),
+        torch.randn(clips, len(span.audio), cfg.audio_channels, dtype=dtype),
+    )
+
+
+def block_rows(k, cfg):
+    """Slices of block k's tokens in a clip's video and audio, sinks not counted."""
+    span = block_span(k, cfg)
+    video = slice(span.video.start * cfg.tokens_per_frame, span.video.stop * cfg.tokens_per_frame)
+    return video, slice(span.audio.start, span.audio.stop)

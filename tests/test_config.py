@@ -1,0 +1,65 @@
+"""Config: derived numbers, refusals that say why, and models of the published size."""
+
+from dataclasses import replace
+
+import pytest
+
+import config
+from model import build
+
+
+def test_full_blocks_hold_1152_video_and_25_audio_tokens():
+    """At full size a second is 3 frames of 384 video tokens, and 25 audio tokens."""
+    assert (config.FULL.tokens_per_frame, config.FULL.video_frames_per_block) == (384, 3)
+    assert config.FULL.video_tokens_per_block == 1152
+    assert config.FULL.audio_frames_per_block == 25
+
+
+def test_half_second_blocks_work_at_other_rates():
+    """Blocks of half a second are fine when both streams have whole latents in them."""
+    cfg = replace(config.TOY, block_seconds=0.5, fps=32, mel_rate=80)
+    assert (cfg.video_frames_per_block, cfg.audio_frames_per_block) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(block_seconds=0.5), "block_seconds=0.5: a block would hold 1.5 video latents"),
+        (dict(block_seconds=1 / 3), "must be a whole number"),
+        (dict(block_seconds=1, mel_rate=90), "a block would hold 22.5 audio latents"),
+        (dict(block_seconds=0), "a block would hold 0 video latents"),
+        (dict(prefix_video_frames=4), "block 0 of 4 video and 1 audio latents"),
+        (dict(prefix_video_frames=4, prefix_audio_frames=25), "1\\+1 and 4\\+26 do"),
+        (dict(prefix_video_frames=0, prefix_audio_frames=0), "block 0 of 0 video"),
+        (dict(audio_width=92), "width 92 does not split into 4 heads of even width"),
+        (dict(rope_layout="halves"), "rope_layout='halves': expected 'split' or 'interleaved'"),
+        (dict(sink_positions="none"), "sink_positions='none': expected 'identity' or"),
+    ],
+)
+def test_impossible_configs_are_refused_with_the_reason(change, message):
+    """A config that would cut a latent, misalign block 0 or name no layout says so at once."""
+    with pytest.raises(ValueError, match=message):
+        replace(config.TOY, **change)
+
+
+@pytest.mark.parametrize("cfg", config.CONFIGS.values(), ids=lambda c: c.name)
+def test_config_survives_a_round_trip_through_plain_values(cfg):
+    """from_dict undoes to_dict, also after a list has replaced the tuple, as in JSON."""
+    values = cfg.to_dict()
+    assert config.Config.from_dict(values) == cfg
+    assert config.Config.from_dict({**values, "sigmas": list(cfg.sigmas)}) == cfg
+
+
+def test_missing_and_unknown_fields_are_named():
+    """A dictionary of another version is refused, naming the fields."""
+    values = config.TOY.to_dict()
+    values["sinks"] = values.pop("num_sinks")
+    with pytest.raises(ValueError, match="missing or unknown: num_sinks, sinks"):
+        config.Config.from_dict(values)
+
+
+@pytest.mark.parametrize("name, sinks", [("ltx2", 0), ("released", 0), ("full", 32_768)])
+def test_full_size_models_have_the_published_number_of_parameters(name, sinks):
+    """LTX-2's transformer has 18,876,174,592 parameters; 16 sinks of width 2048 add 32,768."""
+    model = build(config.CONFIGS[name], device="meta")
+    assert model.num_parameters() == 18_876_174_592 + sinks
