@@ -2,7 +2,8 @@
 
 The file is fragmented: its index is written piece by piece, so whatever has been written plays.
 It grows beside its target as NAME.partial.mp4 and takes the target's name at the end, or when the
-stream is interrupted; only a kill leaves it under that name, playable but for its last quarter second.
+stream is interrupted. Only a kill leaves it under that name, playable but for its last quarter
+second.
 """
 
 import os

@@ -160,6 +160,31 @@ def draw_loss(log, title):
     return figure
 
 
+DRIFT = {  # metric: label and range
+    "f1": ("F1", (0, 1.02)),
+    "capped_ms": ("DeSync, capped (ms)", (0, 200)),
+    "impacts_rate": ("impacts / truth", (0, 1.5)),
+    "onsets_rate": ("onsets / truth", (0, 1.5)),
+    "caption": ("caption shown", (0, 1.02)),
+    "whole": ("one whole ball", (0, 1.02)),
+}
+
+
+def draw_drift(by_second):
+    """Metrics by second of the stream: {name: [metrics of second 0, 1, ...]}."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5), layout="constrained", sharex=True)
+    for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
+        for i, (name, seconds) in enumerate(by_second.items()):
+            middle = np.arange(len(seconds)) + 0.5
+            ax.plot(middle, [s[metric] for s in seconds], "o-", ms=3, label=name, color=f"C{i}")
+        ax.set(title=label, ylim=limits)
+        ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("second of the stream (= block)")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
 def main():
     p = cli.parser(__doc__)
     p.add_argument("picture", choices=["masks"], help="which picture to draw")

@@ -34,7 +34,7 @@ import rope
 
 
 class SinkTokens(nn.Module):
-    """S learnable vectors of the audio width; LTX-2's weights lack them, so they keep their init."""
+    """S learnable vectors of the audio width; LTX-2 lacks them, so they keep their init."""
 
     def __init__(self, num_sinks, width):
         super().__init__()

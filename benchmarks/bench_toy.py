@@ -1,0 +1,155 @@
+"""How fast does the toy stream, does it stay so, and what does the cache buy?  (CPU)
+
+    python benchmarks/bench_toy.py               all three, about 6 minutes on two CPU cores
+    python benchmarks/bench_toy.py --only prefix
+
+  stream   generate.py as a user runs it: TTFC, frames a second, times real time
+  long     60 and 600 blocks: is time per block flat, is peak memory?
+  prefix   time of block k with the rolling cache, and by re-running the whole prefix under the
+           masks (as the first official release did), side by side in one run
+
+Writes results/bench_toy.json and results/bench_toy.png.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+
+import cli  # noqa: E402
+import config  # noqa: E402
+import files  # noqa: E402
+import generate  # noqa: E402
+import model  # noqa: E402
+import plots  # noqa: E402
+import self_forcing  # noqa: E402
+import toy_world  # noqa: E402
+from kv_cache import CachedView, MaskedView  # noqa: E402
+from masks import block_span, clip_span, four_masks  # noqa: E402
+
+LONGEST_PREFIX = 30  # blocks
+FIRST_FULL = 6  # with window 4 the first block whose cache is full is 5; one more to be settled
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def run_generate(seconds) -> dict:
+    """Timings of one run of generate.py in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, str(ROOT / "generate.py"), "--seconds", str(seconds)]
+        command += ["--out", f"{folder}/out.mp4", "--report", str(report)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return json.loads(report.read_text())
+
+
+def bench_stream(repeats=5) -> dict:
+    """Medians over runs of 5 seconds."""
+    runs = [run_generate(5) for _ in range(repeats)]
+    names = (
+        "ttfc_seconds",
+        "passes_times_real_time",
+        "end_to_end_times_real_time",
+        "peak_memory_mb",
+    )
+    return {name: round(median([r[name] for r in runs]), 3) for name in names}
+
+
+def bench_long() -> dict:
+    """Is a long stream as fast and as small as a short one?"""
+    short, long = run_generate(60), run_generate(600)
+    early = median(short["passes_seconds"][FIRST_FULL : FIRST_FULL + 10])
+    return {
+        "first_full_window_ms": round(1000 * early, 1),
+        "blocks_50_to_60_ms": round(1000 * median(short["passes_seconds"][50:61]), 1),
+        "blocks_590_to_600_ms": round(1000 * median(long["passes_seconds"][590:601]), 1),
+        "peak_memory_60_mb": round(short["peak_memory_mb"], 1),
+        "peak_memory_600_mb": round(long["peak_memory_mb"], 1),
+    }
+
+
+@torch.inference_mode()
+def bench_prefix(net, text, window=4) -> dict:
+    """Seconds for the passes of block k: cached, and with every pass over blocks 0 .. k."""
+    cfg, view = net.cfg, CachedView(net.cfg, LONGEST_PREFIX + 1, window)
+    generator, cached, rerun, history = torch.Generator().manual_seed(0), [], [], []
+    for k in range(LONGEST_PREFIX + 1):
+        span = block_span(k, cfg)
+        noise = model.draw_noise(1, span, cfg, generator)
+        start = time.perf_counter()
+        x0 = self_forcing.denoise(net, noise, cfg.sigmas, text, span, view, generator)
+        self_forcing.at_sigma(net, x0, 0.0, text, span, view)
+        view.next_block()
+        cached.append(time.perf_counter() - start)
+        history.append(x0)
+        rerun.append(time_rerun(net, text, history, cfg.sigmas))
+    return {"cached_seconds": cached, "rerun_seconds": rerun}
+
+
+def time_rerun(net, text, history, sigmas):
+    """Seconds of the same passes over the whole prefix: no cache, so no refresh either."""
+    k = len(history) - 1
+    span, masks = clip_span(k + 1, net.cfg), four_masks(net.cfg, k + 1)
+    video, audio = (torch.cat(x, 1) for x in zip(*history))
+    start = time.perf_counter()
+    for sigma in sigmas[:-1]:
+        levels = [torch.zeros(1, x.shape[1]) for x in (video, audio)]
+        for level, new in zip(levels, history[-1]):
+            level[:, -new.shape[1] :] = sigma
+        model.predict_x0(net, video, audio, *levels, text, span, MaskedView(masks))
+    return time.perf_counter() - start
+
+
+def draw_prefix(result):
+    """The two curves of `bench_prefix`."""
+    figure, ax = plots.plt.subplots(figsize=(6, 3.4), layout="constrained")
+    for name, label in (("rerun", "re-run the prefix, 4 passes"), ("cached", "cache, 4 + refresh")):
+        ax.plot([1000 * t for t in result[f"{name}_seconds"]], "o-", ms=3, label=label)
+    ax.set(xlabel="block (= second of the stream)", ylabel="ms a block", yscale="log")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--only", choices=["stream", "long", "prefix"], help="just one of the three")
+    args = p.parse_args()
+    net = generate.load_student(generate.WEIGHTS["toy"], config.TOY)
+    tokens = toy_world.parse_prompt("red fast metal")
+    with torch.inference_mode():
+        text = net.project_text(toy_world.caption_features(tokens))
+    parts = {"stream": bench_stream, "long": bench_long, "prefix": lambda: bench_prefix(net, text)}
+    result = {name: part() for name, part in parts.items() if args.only in (None, name)}
+    for name in ("stream", "long"):
+        if name in result:
+            print(name, json.dumps(result[name], indent=1))
+    if "prefix" in result:
+        pairs = list(zip(*result["prefix"].values()))
+        for k in (1, 5, 10, 20, 30):
+            c, r = pairs[k]
+            print(
+                f"block {k:2}: cached {1000 * c:5.0f} ms, re-run {1000 * r:5.0f} ms, {r / c:.1f}x"
+            )
+        plots.save(draw_prefix(result["prefix"]), ROOT / "results" / "bench_toy.png")
+    result["machine"] = {
+        "processor": platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if not args.only:
+        files.write_json(ROOT / "results" / "bench_toy.json", result)
+        print("wrote results/bench_toy.json and .png")
+
+
+if __name__ == "__main__":
+    cli.run(main)

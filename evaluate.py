@@ -1,0 +1,352 @@
+"""The toy JavisBench: what do a model's clips show, do they sound in sync, and for how long?
+
+Every row is scored on the same held-out captions by the same detectors (toy_detectors.py):
+
+    F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
+    DeSync    ms between the two; `capped` counts a missing partner as 300 ms
+    wall      the sound comes from the wall that was hit
+    events    impacts seen and onsets heard, as shares of the truth's: F1 does not punish silence
+    caption   colour, speed and material as asked for (mean of the three; each is in the JSON)
+    whole     frames with exactly one whole ball
+    kept      identity the caption does not tell (hue, radius, pitch): 1 as in the first 2 seconds,
+              0 as unlike as another clip
+    Frechet   distance of 14 measured features to those of other true clips, as FVD and FAD
+              measure theirs; each in units of its spread among true clips, see UNITS
+
+Numbers stand with 95 % intervals from resampling the clips. Streams are scored in windows of 5 s,
+so that drift over time would show, and second by second in the plot.
+
+    python evaluate.py                     the shipped teacher and student, about 10 minutes
+    python evaluate.py --clips 16 --seconds 10
+"""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+import config
+import files
+import generate
+import model
+import plots
+import self_forcing
+import teacher
+import toy_codec
+import toy_detectors as detectors
+import toy_world
+from masks import num_blocks
+
+BATCH = 16  # clips at a time
+WINDOW = 5  # seconds
+REFERENCE_SECONDS = 2  # identity is what it was here
+REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6
+RESAMPLES = 400
+
+# The features of the Frechet distance, and the least difference in each that is worth noticing
+# (some, like the ball's mass, hardly vary among true clips).
+UNITS = {
+    "speed (px/s)": 1.0, "bend (px/frame^2)": 0.3,
+    "mass": 0.2, "its change": 0.1, "spread": 0.1, "its change ": 0.1,
+    "range of x (px)": 1.0, "range of y": 1.0,
+    "left": 0.05, "right": 0.05, "top": 0.05, "bottom": 0.05,
+    "impacts": 0.5, "onsets": 0.5,
+}  # fmt: skip
+
+
+# ---- measuring one batch ----
+
+
+class Window(NamedTuple):
+    """What B clips show between two times; counts of toy_detectors.Match and more."""
+
+    match: np.ndarray  # (B, 8) the fields of toy_detectors.Match
+    seconds: float  # in which events were asked for
+    words: np.ndarray  # (B, 3) caption words shown as asked for
+    whole: np.ndarray  # (B,) share of frames with one whole ball
+    reference: np.ndarray  # (B, 3) identity in the first seconds
+    identity: np.ndarray  # (B, 3) identity in the second half of the window
+    features: np.ndarray  # (B, 14)
+
+
+def measure(video, sound, words, windows, shuffle=False) -> list[Window]:
+    """Detect once, then count in every (start, stop) window.
+
+    video (B, P, 3, H, W)   sound (B, M, 16)   words (B, 3) as asked for
+    shuffle   judge every picture with the next clip's sound: what chance would score
+    """
+    if shuffle:
+        sound = sound.roll(-1, 0)
+    ball = detectors.see_ball(video)
+    seen, heard = detectors.find_impacts(ball), detectors.find_onsets(sound)
+    end = (video.shape[1] - 1) / config.TOY.fps
+    reference = _identity(ball, sound, heard, 0, REFERENCE_SECONDS)
+    result = []
+    for start, stop in windows:
+        low, high = max(start, detectors.MARGIN), min(stop, end - detectors.MARGIN)
+        match = [detectors.match(s, h, low, high) for s, h in zip(seen, heard)]
+        part, levels, onsets = _cut(ball, sound, heard, start, stop)
+        result.append(
+            Window(
+                np.array(match, dtype=float),
+                high - low,
+                (detectors.read_words(part, levels, onsets) == words).numpy(),
+                detectors.persistence(part).float().mean(1).numpy(),
+                reference,
+                _identity(ball, sound, heard, (start + stop) / 2, stop),
+                _features(part, levels, match),
+            )
+        )
+    return result
+
+
+def _cut(ball, sound, events, start, stop):
+    """The part between two times, its events counted from its start."""
+    cfg = config.TOY
+    frames = slice(math.floor(start * cfg.fps), math.ceil(stop * cfg.fps) + 1)
+    mel = slice(math.floor(start * cfg.mel_rate), math.ceil(stop * cfg.mel_rate) + 1)
+    inside = [(e.times >= start) & (e.times < stop) for e in events]
+    kept = [detectors.Events(e.times[i] - start, e.walls[i]) for e, i in zip(events, inside)]
+    return detectors.Ball(*(x[:, frames] for x in ball)), sound[:, mel], kept
+
+
+def _identity(ball, sound, events, start, stop):
+    return detectors.identity(*_cut(ball, sound, events, start, stop)).numpy()
+
+
+def _features(ball, sound, match):
+    """(B, 14) numbers that describe a clip: motion, looks, loudness of each wall, events."""
+    bend = ball.place.diff(n=2, dim=1).norm(dim=-1).mean(1)
+    looks = [ball.mass.mean(1), ball.mass.std(1), ball.spread.mean(1), ball.spread.std(1)]
+    place = [ball.place[..., 0].std(1), ball.place[..., 1].std(1)]
+    walls = detectors.wall_levels(sound).square().mean(1).sqrt()  # (B, 4)
+    events = torch.tensor([[m.impacts, m.onsets] for m in match]).float()
+    parts = [detectors.speeds(ball), bend, *looks, *place, *walls.unbind(1), *events.unbind(1)]
+    return torch.stack(parts, 1).numpy()
+
+
+# ---- summing up ----
+
+
+def join(batches) -> list[Window]:
+    """Windows of several batches -> windows of all clips."""
+    return [
+        Window(*(x[0] if np.isscalar(x[0]) else np.concatenate(x) for x in zip(*same)))
+        for same in zip(*batches)
+    ]
+
+
+def metrics(w: Window, truth: Window, rows=slice(None)) -> dict:
+    """The numbers of one table row, over a choice of clips."""
+    m = detectors.Match(*w.match[rows].sum(0))
+    true = detectors.Match(*truth.match.mean(0) / truth.seconds)
+    clips = len(w.match[rows]) * w.seconds
+    colour, speed, material = w.words[rows].mean(0)
+    values = {
+        "f1": m.hits / max(1, m.impacts + m.onsets),
+        "desync_ms": 1000 * m.offsets / max(1, m.near),
+        "capped_ms": 1000 * (m.offsets + detectors.CAP * m.missed) / max(1, m.near + m.missed),
+        "wall": m.right_wall / max(1, m.pairs),
+        "impacts_rate": m.impacts / clips / true.impacts,
+        "onsets_rate": m.onsets / clips / true.onsets,
+        "colour": colour,
+        "speed": speed,
+        "material": material,
+        "caption": (colour + speed + material) / 3,
+        "whole": w.whole[rows].mean(),
+        "kept": identity_kept(w.reference[rows], w.identity[rows]),
+        "frechet": frechet(w.features[rows], truth.features),
+    }
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+def identity_kept(before, after):
+    """1 - change / difference between clips, mean of the three attributes; 1 is perfect memory.
+
+    >>> z = np.random.default_rng(0).normal(size=(50, 3))
+    >>> round(float(identity_kept(z, z)), 2), round(float(identity_kept(z, np.roll(z, 7, 0))), 2)
+    (1.0, -0.04)
+    """
+    if np.isnan(after).all(0).any() or np.isnan(before).all(0).any():
+        return np.nan  # nothing was heard at all
+    change = np.abs(after - before)
+    other = np.abs(after[:, None] - before[None])
+    other[np.arange(len(other)), np.arange(len(other))] = np.nan
+    return np.mean(1 - np.nanmean(change, 0) / (np.nanmean(other, (0, 1)) + 1e-9))
+
+
+def frechet(x, truth):
+    """Frechet distance between two sets of features (n, 14), each taken as a Gaussian.
+
+    >>> x = np.random.default_rng(0).normal(size=(500, 14))
+    >>> round(float(frechet(x, x)), 6), frechet(x + 1, x) > frechet(x + 0.5, x) > 1
+    (0.0, np.True_)
+    """
+    scale = np.hypot(truth.std(0), list(UNITS.values()))
+    x, truth = x / scale, truth / scale
+    a, b = np.cov(x.T), np.cov(truth.T)
+    values, vectors = np.linalg.eigh(b)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ a @ root).clip(0)).sum()
+    return ((x.mean(0) - truth.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross
+
+
+def with_intervals(w: Window, truth: Window) -> dict:
+    """Each metric with its 95 % interval: {"f1": [value, low, high], ...}."""
+    rng = np.random.default_rng(0)
+    n = len(w.match)
+    draws = [metrics(w, truth, rng.integers(n, size=n)) for _ in range(RESAMPLES)]
+
+    def interval(name):
+        values = [d[name] for d in draws]
+        if np.isnan(values).any():  # nothing to measure: no sound at all, say
+            return [None, None]
+        return [round(float(x), 4) for x in np.percentile(values, (2.5, 97.5))]
+
+    return {k: [v if v == v else None, *interval(k)] for k, v in metrics(w, truth).items()}
+
+
+# ---- who is judged: functions whose last arguments are clips (captions, mostly) and a seed ----
+
+
+def true_clips(seconds, clips, seed):
+    return toy_world.render_video(clips, seconds), toy_world.render_sound(clips, seconds)
+
+
+def decode(codec, latents):
+    return codec.decode_video(latents[0], True), codec.decode_audio(latents[1], True)
+
+
+def through_codec(codec, seconds, clips, seed):
+    return decode(codec, codec.encode(*true_clips(seconds, clips, seed)))
+
+
+def from_teacher(net, codec, steps, guidance, clips, seed):
+    tokens, sigmas = toy_world.caption_tokens(clips), teacher.schedule(steps)
+    return decode(codec, teacher.sample(net, tokens, sigmas, guidance=guidance, seed=seed))
+
+
+@torch.inference_mode()
+def from_stream(net, codec, seconds, window, steps, clips, seed):
+    """Stream one block at a time, as generate.py does, for many captions side by side."""
+    text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
+    sigmas = self_forcing.few_step_sigmas(net.cfg, steps)
+    g = torch.Generator().manual_seed(seed)
+    blocks, n = num_blocks(seconds, net.cfg), len(clips.words)
+    rolled = self_forcing.rollout(net, lambda k: text, blocks, sigmas, g, n, window)
+    return decode(codec, self_forcing.whole_clip(rolled))
+
+
+def judge(make, seeds, windows, title, shuffle=False) -> list[Window]:
+    """Make clips batch by batch and measure them.  make(clips, seed) -> video, sound."""
+    batches = []
+    for first in tqdm(range(0, len(seeds), BATCH), desc=title, mininterval=5, leave=False):
+        clips = toy_world.draw_clips(seeds[first : first + BATCH])
+        batches.append(measure(*make(clips, seeds[first]), clips.words, windows, shuffle))
+    return join(batches)
+
+
+def load_model(path):
+    """A toy model and how it was made, from a shipped file."""
+    tensors, cfg, made_by = files.read_weights(path)
+    net = model.build(cfg)
+    files.load_into(net, tensors, path)
+    return net.eval(), made_by
+
+
+# ---- the table ----
+
+COLUMNS = ("f1", "desync_ms", "capped_ms", "wall", "impacts_rate", "onsets_rate", "caption",
+           "whole", "kept", "frechet")  # fmt: skip
+HEADS = ("F1", "DeSync ms", "capped ms", "wall", "impacts", "onsets", "caption", "whole", "kept",
+         "Frechet")  # fmt: skip
+
+
+def table(rows) -> str:
+    """Markdown: one line per (name, metrics with intervals)."""
+    lines = ["| | " + " | ".join(HEADS) + " |", "|---|" + "---|" * len(HEADS)]
+    for name, values in rows.items():
+        cells = [_cell(column, *values[column]) for column in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(column, value, low, high):
+    if low is None:
+        return "–"
+    digits = 0 if column.endswith("_ms") else 2 if column == "frechet" else 3
+    return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+def five_second_windows(seconds):
+    return [(t, t + WINDOW) for t in range(0, seconds, WINDOW)]
+
+
+def evaluate(args):
+    """All rows: {name: metrics}, and second by second: {name: [metrics]}."""
+    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    once = five_second_windows(WINDOW)
+    other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
+    true = partial(true_clips, WINDOW)
+    truth = judge(true, other, once, "reference")[0]
+    rows = {}
+
+    def add(name, make, shuffle=False):
+        rows[name] = with_intervals(judge(make, seeds, once, name, shuffle)[0], truth)
+
+    add("truth", true)
+    add("truth, sounds shuffled", true, shuffle=True)
+    add("truth through the codec", partial(through_codec, codec, WINDOW))
+    net, _ = load_model(args.teacher)
+    for steps in (32, 4):
+        add(f"teacher, {steps} steps", partial(from_teacher, net, codec, steps, args.guidance))
+    by_second = {}
+    for path in args.student:
+        net, _ = load_model(path)
+        windows = five_second_windows(args.seconds)
+        seconds = [(t, t + 1) for t in range(args.seconds)]
+        name = Path(path).stem
+        make = partial(from_stream, net, codec, args.seconds, args.window, args.steps)
+        judged = judge(make, seeds, windows + seconds, name)
+        for (start, stop), w in zip(windows, judged):
+            rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth)
+        by_second[name] = [metrics(w, truth) for w in judged[len(windows) :]]
+    return rows, by_second
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--clips", type=int, default=96, help="held-out clips a row")
+    p.add_argument("--seconds", type=int, default=20, help="length of the streams, in fives")
+    p.add_argument("--teacher", default="weights/toy_teacher.safetensors")
+    p.add_argument("--guidance", type=float, default=1.5, help="of the teacher")
+    p.add_argument("--student", nargs="*", default=[str(generate.WEIGHTS["toy"])])
+    p.add_argument("--window", type=int, default=4, help="seconds the student remembers")
+    p.add_argument("--steps", type=int, help="passes a block; default as trained")
+    p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
+    args = p.parse_args()
+    if args.seconds < WINDOW or args.seconds % WINDOW:
+        raise ValueError(f"--seconds {args.seconds}: expected a multiple of {WINDOW}")
+    if args.clips < 2:
+        raise ValueError(f"--clips {args.clips}: expected at least 2")
+    start = time.perf_counter()
+    rows, by_second = evaluate(args)
+    print(table(rows))
+    minutes = round((time.perf_counter() - start) / 60, 1)
+    about = {"clips": args.clips, "guidance": args.guidance, "window": args.window}
+    about |= {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    result = {"about": about, "rows": rows, "by_second": by_second}
+    files.write_json(f"{args.out}.json", result)
+    files.write_beside(f"{args.out}.md", lambda p: p.write_text(table(rows) + "\n"))
+    plots.save(plots.draw_drift(by_second), f"{args.out}.png")
+    print(f"wrote {args.out}.json, .md and .png after {minutes} minutes")
+
+
+if __name__ == "__main__":
+    cli.run(main)

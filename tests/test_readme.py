@@ -1,0 +1,85 @@
+"""The README tells the truth: its paths exist, its commands run, its tables are the scripts'."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+TABLE = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE))
+COMMANDS = sorted(set(re.findall(r"python ((?:benchmarks/)?\w+\.py[^#`\n]*)", README)))
+HELPERS = ["files.py", "cli.py", "movie.py", "plots.py"]
+
+
+def test_paths_exist():
+    """Every picture and every file named in the README is in the repository."""
+    pictures = re.findall(r"\]\(([\w/.]+)\)", README)
+    named = re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt|json|png|safetensors))`", README)
+    produced = {"out.png", "dmd.py"}  # written by a command; said to be missing
+    missing = [p for p in pictures + named if p not in produced and not (ROOT / p).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_accepted(command):
+    """Every command of the README names a script, and options that its --help knows."""
+    script, *options = command.split()
+    assert (ROOT / script).exists()
+    flags = [o for o in options if o.startswith("--")]
+    if flags:
+        run = [sys.executable, str(ROOT / script), "--help"]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        assert all(flag in text for flag in flags)
+
+
+def test_line_counts():
+    """The table's line counts are right to within a tenth."""
+    assert len(TABLE) >= 15
+    for file, lines in TABLE.items():
+        actual = len((ROOT / file).read_text().splitlines())
+        assert abs(actual - int(lines)) <= 0.1 * actual, f"{file} has {actual} lines"
+
+
+def test_reading_order_is_import_order():
+    """A module imports only from modules above it in the table, or from the named helpers."""
+    order = list(TABLE)
+    for i, file in enumerate(order):
+        imported = {f"{name}.py" for name in _imports(ROOT / file)} & set(order)
+        assert imported <= set(order[:i]), f"{file} imports from below: {imported - set(order[:i])}"
+
+
+def _imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_only_plots_imports_matplotlib():
+    """Modules that are read to learn do not draw."""
+    importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in set(_imports(p))]
+    assert importing == ["plots.py"]
+
+
+def test_result_table_is_the_scripts():
+    """The results table is, to the letter, what evaluate.py wrote."""
+    assert (ROOT / "results" / "evaluation.md").read_text().strip() in README
+
+
+def test_benchmark_numbers_are_the_scripts():
+    """The speeds quoted are those of results/bench_toy.json."""
+    stream = json.loads((ROOT / "results" / "bench_toy.json").read_text())["stream"]
+    quoted = f"{stream['passes_times_real_time']:.1f}× real time"
+    assert quoted in README
+
+
+def test_simplifications_are_told():
+    """Every `# Simpler:` of a module is found in the README's table of differences."""
+    count = sum(p.read_text().count("# Simpler:") for p in ROOT.glob("*.py"))
+    assert README.count("`# Simpler:`") == count > 0
