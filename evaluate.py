@@ -252,14 +252,6 @@ def judge(make, seeds, windows, title, shuffle=False) -> list[Window]:
     return join(batches)
 
 
-def load_model(path):
-    """A toy model and how it was made, from a shipped file."""
-    tensors, cfg, made_by = files.read_weights(path)
-    net = model.build(cfg)
-    files.load_into(net, tensors, path)
-    return net.eval(), made_by
-
-
 # ---- the table ----
 
 COLUMNS = ("f1", "desync_ms", "capped_ms", "wall", "impacts_rate", "onsets_rate", "caption",
@@ -303,12 +295,12 @@ def evaluate(args):
     add("truth", true)
     add("truth, sounds shuffled", true, shuffle=True)
     add("truth through the codec", partial(through_codec, codec, WINDOW))
-    net, _ = load_model(args.teacher)
+    net = model.load(args.teacher)
     for steps in (32, 4):
         add(f"teacher, {steps} steps", partial(from_teacher, net, codec, steps, args.guidance))
     by_second = {}
     for path in args.student:
-        net, _ = load_model(path)
+        net = model.load(path)
         windows = five_second_windows(args.seconds)
         seconds = [(t, t + 1) for t in range(args.seconds)]
         name = Path(path).stem

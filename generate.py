@@ -134,17 +134,15 @@ class Decoder:
 
 def load_student(path, cfg, device="cpu", dtype=torch.float32):
     """A student for this config.  Raises ValueError for a file that does not fit it."""
-    tensors, made_for, _ = files.read_weights(path)
-    ours, theirs = cfg.to_dict(), made_for.to_dict()
+    net = model.load(path)
+    ours, theirs = cfg.to_dict(), net.cfg.to_dict()
     if differing := [n for n in ours if ours[n] != theirs[n] and n != "name"]:
         n = differing[0]
         raise ValueError(
-            f"{path}: made for config {made_for.name!r} with {n}={theirs[n]!r}; "
+            f"{path}: made for config {net.cfg.name!r} with {n}={theirs[n]!r}; "
             f"--config {cfg.name} needs {n}={ours[n]!r}"
         )
-    net = model.build(cfg)
-    files.load_into(net, tensors, path)
-    return net.to(device, dtype).eval()
+    return net.to(device, dtype)
 
 
 def parse_seconds(text) -> float:

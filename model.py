@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import config
+import files
 import rope
 from kv_cache import Heads, MaskedView, attention
 from masks import Span, clip_span, four_masks
@@ -394,6 +395,17 @@ def _initialise(model, generator):
         for layer in stream.layers:
             layer.table[[2, 5]] = 1.0
             layer.cross_table[4] = 1.0
+
+
+def load(path) -> OmniTransformer:
+    """The model of a weight file of this project, in float32, ready to be used.
+
+    Raises ValueError for a file that is not whole, not ours, or does not fit its own config.
+    """
+    tensors, cfg, _ = files.read_weights(path)
+    model = build(cfg)
+    files.load_into(model, tensors, path)
+    return model.eval()
 
 
 if __name__ == "__main__":

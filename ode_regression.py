@@ -189,10 +189,7 @@ def main():
     p.add_argument("--run", default="runs/ode", help="folder of trajectories and state; resumed")
     p.add_argument("--out", default="weights/toy_ode_student.safetensors", help="weights to write")
     args = p.parse_args()
-    tensors, _, _ = files.read_weights(args.teacher)
-    start = time.perf_counter()
-    bidirectional = model.build(config.TOY_TEACHER)
-    files.load_into(bidirectional, tensors, args.teacher)
+    bidirectional, start = model.load(args.teacher), time.perf_counter()
     data = load_trajectories(
         f"{args.run}/trajectories.safetensors", bidirectional, args.clips, args.guidance
     )
@@ -200,12 +197,12 @@ def main():
     recipe = training.Recipe(
         args.steps, batch=8, seed=args.seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98
     )
-    net = student_from(tensors, config.TOY, args.seed)
+    net = student_from(bidirectional.state_dict(), config.TOY, args.seed)
     run = training.Run(net, recipe, args.run)
     run.train(losses_of(net, data, recipe))
     command = f"python ode_regression.py --clips {args.clips} --guidance {args.guidance:g}"
     command += f" --steps {args.steps} --seed {args.seed}"
-    teacher.save(run, net.cfg, Path(args.out), command)
+    run.ship(args.out, net.cfg, command)
 
 
 if __name__ == "__main__":

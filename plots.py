@@ -3,8 +3,12 @@
 One palette with one meaning everywhere: video blue, audio orange, sinks grey, forbidden white.
 
     python plots.py masks            writes assets/masks.png, the paper's mask figure from our masks
+    python plots.py losses           writes results/*_curve.png from the logs of the trainings
     python plots.py --help
 """
+
+import json
+from pathlib import Path
 
 import matplotlib
 
@@ -160,6 +164,14 @@ def draw_loss(log, title):
     return figure
 
 
+def draw_losses(folder="results"):
+    """Draw every curve that a training has left there."""
+    for path in sorted(Path(folder).glob("*_curve.json")):
+        name = path.stem.removesuffix("_curve")
+        save(draw_loss(json.loads(path.read_text()), name), path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
+
+
 DRIFT = {  # metric: label and range
     "f1": ("F1", (0, 1.02)),
     "capped_ms": ("DeSync, capped (ms)", (0, 200)),
@@ -187,12 +199,14 @@ def draw_drift(by_second):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("picture", choices=["masks"], help="which picture to draw")
+    p.add_argument("picture", choices=["masks", "losses"], help="which picture to draw")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
     p.add_argument("--blocks", type=int, default=4)
     p.add_argument("--window", type=int, help="blocks remembered; default all")
     p.add_argument("--out", default="assets/masks.png")
     args = p.parse_args()
+    if args.picture == "losses":
+        return draw_losses()
     cfg = cli.find_config(args.config)
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")

@@ -20,7 +20,6 @@ import torch
 
 import cli
 import config
-import files
 import model
 import toy_codec
 import toy_world
@@ -158,15 +157,6 @@ def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
     return x, [torch.stack(states, 1) for states in zip(*(kept[i] for i in keep))]
 
 
-def save(run, cfg, path, command):
-    """Ship the averaged weights in half precision, and the loss curve beside them."""
-    half = {name: t.half() for name, t in run.average.tensors.items()}
-    files.save_weights(path, half, cfg, run.made_by(command))
-    curve = f"results/{path.stem}_curve.json"
-    files.write_json(curve, run.log)
-    print(f"wrote {path} and {curve}")
-
-
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--steps", type=int, default=3000, help="training steps of 16 clips")
@@ -180,7 +170,7 @@ def main():
     print(f"{net.num_parameters():,} parameters, from step {run.step}")
     run.train(losses_of(net, toy_codec.load(), recipe))
     command = f"python teacher.py --steps {args.steps} --seed {args.seed}"
-    save(run, net.cfg, files.Path(args.out), command)
+    run.ship(args.out, net.cfg, command)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def synthesise(levels, first_frame=0, cfg=config.TOY):
     ramp = torch.arange(hop)[:, None] / hop
     amplitude = levels[:-1, None] + ramp * (levels[1:] - levels[:-1])[:, None]  # (M, hop, 16)
     samples = torch.arange(hop * (len(levels) - 1)) + hop * first_frame
-    turns = (samples / SAMPLE_RATE).double()[:, None] * pitches().double()
+    turns = (samples.double() / SAMPLE_RATE)[:, None] * pitches().double()  # exact for hours
     sines = torch.sin(2 * torch.pi * (turns % 1)).float()
     return torch.tanh(LOUDNESS * (amplitude.flatten(0, 1) * sines).sum(1))
 

@@ -29,7 +29,7 @@ MIN_FLUX = 0.25  # rise of a wall's level over two mel frames
 MIN_GAP = 6  # mel frames between two onsets on one wall
 MATCH, NEAR, CAP = 0.060, 0.250, 0.300  # seconds
 CORNER = 0.020  # seconds further away that a partner on the other wall counts
-MARGIN = 0.25  # seconds at either end of a clip in which events are not asked for
+MARGIN = 0.25  # seconds at either end of a clip in which reflections are not seen
 FAST = 20.0  # pixels per second; slow balls end at 15, fast ones begin at 25
 METAL = 0.24  # level 130 ms after an onset, as a share of its peak: wood .11, metal .49
 BAND_WALLS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3)  # wall of each band below the shimmer
@@ -186,7 +186,7 @@ class Match(NamedTuple):
     """How picture and sound of one clip agree, as counts and sums that may be added up."""
 
     pairs: int  # within MATCH
-    impacts: int  # asked for: not in the margins
+    impacts: int  # asked for
     onsets: int
     hits: float  # impacts with a partner, plus onsets with a partner
     right_wall: int
@@ -196,15 +196,16 @@ class Match(NamedTuple):
 
 
 def match(seen: Events, heard: Events, start, stop) -> Match:
-    """Pair impacts and onsets; only events in [start, stop) + MARGIN are asked for a partner."""
+    """Pair impacts and onsets; only events in [start, stop) seconds are asked for a partner.
+
+    At either end of a clip leave MARGIN out: there a reflection cannot be seen on both sides.
+    """
     distance = (seen.times[:, None] - heard.times[None]).abs()
     # In a corner two impacts are a few ms apart: there the wall decides who belongs to whom.
     other_wall = seen.walls[:, None] != heard.walls[None]
     near = _greedy(distance, distance + CORNER * other_wall)
     pairs = [(i, j) for i, j in near if distance[i, j] <= MATCH]
-    asked_seen, asked_heard = (
-        (e.times >= start + MARGIN) & (e.times < stop - MARGIN) for e in (seen, heard)
-    )
+    asked_seen, asked_heard = ((e.times >= start) & (e.times < stop) for e in (seen, heard))
     inside = [(i, j) for i, j in pairs if asked_seen[i]]
     near_inside = [(i, j) for i, j in near if asked_seen[i] or asked_heard[j]]
     near_seen, near_heard = {i for i, _ in near}, {j for _, j in near}
@@ -303,7 +304,7 @@ if __name__ == "__main__":
     clips = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 16))
     ball, sound = see_ball(world.render_video(clips, 5)), world.render_sound(clips, 5)
     seen, heard = find_impacts(ball), find_onsets(sound)
-    agreed = [match(s, h, 0, 5) for s, h in zip(seen, heard)]
+    agreed = [match(s, h, MARGIN, 5 - MARGIN) for s, h in zip(seen, heard)]
     pairs = sum(m.pairs for m in agreed)
     print(f"{pairs} pairs of {sum(m.impacts for m in agreed)} impacts seen")
     offset = sum(m.offsets for m in agreed) / sum(m.near for m in agreed)

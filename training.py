@@ -49,8 +49,11 @@ def rate(step, recipe) -> float:
 
 
 def generator(seed, step) -> torch.Generator:
-    """The only source of randomness of a step."""
-    return torch.Generator().manual_seed((seed << 32) + step)
+    """The only source of randomness of a step.
+
+    Trap: a CPU generator uses the lowest 32 bits of its seed only. (Steps end before a million.)
+    """
+    return torch.Generator().manual_seed(seed * 10**6 + step)
 
 
 def optimisers(model, recipe):
@@ -136,9 +139,12 @@ class Run:
                 f"step {self.step}: the loss is {loss.item()}; lower the learning rate"
             )
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # Trap: clipping by a norm of NaN would spoil every gradient; look for the culprit before.
         if not torch.isfinite(norm):
             raise ValueError(f"step {self.step}: gradient of {self._first_bad()} is not finite")
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group.setdefault("full_lr", group["lr"])
@@ -178,6 +184,14 @@ class Run:
         shown = "  ".join(f"{n} {x:.3f}" for n, x in mean.items())
         left = self.seconds / self.step * (self.recipe.steps - self.step)
         print(f"{self.step:5}/{self.recipe.steps}  {shown}  {left / 60:.0f} min left", flush=True)
+
+    def ship(self, path, cfg, command):
+        """Write the averaged weights, in half precision, and the loss curve."""
+        half = {name: t.half() for name, t in self.average.tensors.items()}
+        files.save_weights(path, half, cfg, self.made_by(command))
+        curve = Path("results") / f"{Path(path).stem}_curve.json"
+        files.write_json(curve, self.log)
+        print(f"wrote {path} and {curve}")
 
     def made_by(self, command) -> dict:
         """What a weight file says about its making."""

@@ -1,0 +1,181 @@
+"""The codec and the vocoder: rates, the first-frame rule, faithfulness, no seams."""
+
+import pytest
+import torch
+
+import config
+import toy_codec
+import toy_world as world
+
+CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 24))
+SECONDS = 5
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return toy_codec.load()
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """Video and sound of held-out clips."""
+    return world.render_video(CLIPS, SECONDS), world.render_sound(CLIPS, SECONDS)
+
+
+@pytest.fixture(scope="module")
+def latents(codec, clip):
+    return codec.encode(*clip)
+
+
+def psnr(x, y):
+    return float(-10 * (x - y).square().mean().log10())
+
+
+# ---- rates and shapes ----
+
+
+def test_a_second_is_48_video_tokens_and_25_audio_tokens(codec):
+    """As in LTX-2, video is the dense stream: one second more is 48 against 25 tokens."""
+    one, two = (toy_codec.encode_clips(codec, world.draw_clips([0]), s) for s in (1, 2))
+    assert [y.shape[1] - x.shape[1] for x, y in zip(one, two)] == [48, 25]
+
+
+def test_encoding_and_decoding_have_the_shapes_of_the_config(codec, clip, latents):
+    """16 latent frames of 16 tokens, 126 audio latents, and the clip's shapes again."""
+    assert latents[0].shape == (24, 16 * 16, config.TOY.video_channels)
+    assert latents[1].shape == (24, 126, config.TOY.audio_channels)
+    assert codec.decode_video(latents[0], True).shape == clip[0].shape
+    assert codec.decode_audio(latents[1], True).shape == clip[1].shape
+
+
+def test_the_first_latent_covers_one_frame_and_knows_no_other(codec, clip):
+    """Changing all later frames leaves the first latents bitwise equal, and the reverse."""
+    video, sound = (x[:2].clone() for x in clip)
+    before = codec.encode(video, sound)
+    video[:, 1:], sound[:, 1:] = 0.5, 0.5
+    after = codec.encode(video, sound)
+    assert all(torch.equal(x[:, :n], y[:, :n]) for x, y, n in zip(before, after, (16, 1)))
+    assert not any(torch.equal(x[:, n:], y[:, n:]) for x, y, n in zip(before, after, (16, 1)))
+    video[:, 0], sound[:, 0] = 0, 0
+    last = codec.encode(video, sound)
+    assert all(torch.equal(x[:, n:], y[:, n:]) for x, y, n in zip(last, after, (16, 1)))
+
+
+def test_a_first_latent_alone_decodes_to_one_frame(codec, latents):
+    """A stream can begin at once: block 0 is one picture and one mel frame."""
+    assert codec.decode_video(latents[0][:, :16], True).shape[1] == 1
+    assert codec.decode_audio(latents[1][:, :1], True).shape[1] == 1
+
+
+def test_a_later_latent_alone_decodes_to_8_frames_and_4_mel_frames(codec, latents):
+    """Every latent after the first covers the stride of its stream."""
+    assert codec.decode_video(latents[0][:, 16:32], False).shape[1] == 8
+    assert codec.decode_audio(latents[1][:, 1:2], False).shape[1] == 4
+
+
+@pytest.mark.parametrize("frames", [1, 8])
+def test_patches_invert(frames):
+    """Cutting a video into patches loses nothing, also on a grid that is not square."""
+    video = torch.rand(2, 2 * frames, 3, 16, 24)
+    x = toy_codec.video_patches(video, 8, frames)
+    assert x.shape == (2, 2, 6, frames * 3 * 64)
+    assert torch.equal(toy_codec.video_from_patches(x, 8, frames, (2, 3)), video)
+
+
+def test_patches_are_in_order_of_rows_then_columns():
+    """Token 1 is the patch to the right of token 0, token 3 the one below (grid 2 x 3)."""
+    video = torch.zeros(1, 1, 3, 16, 24)
+    video[..., :8, 8:16], video[..., 8:, :8] = 1, 2
+    means = toy_codec.video_patches(video, 8, 1).mean(-1).flatten()
+    assert means.tolist() == [0, 1, 0, 2, 0, 0]
+
+
+# ---- faithfulness ----
+
+
+def test_decoding_block_by_block_equals_decoding_the_clip(codec, latents):
+    """A latent decodes alone, so streaming changes not one bit."""
+    video, audio = latents
+    blocks_v = [video[:, :16], *video[:, 16:].split(48, dim=1)]
+    blocks_a = [audio[:, :1], *audio[:, 1:].split(25, dim=1)]
+    by_block = [codec.decode_video(x, k == 0) for k, x in enumerate(blocks_v)]
+    assert torch.equal(torch.cat(by_block, 1), codec.decode_video(video, True))
+    by_block = [codec.decode_audio(x, k == 0) for k, x in enumerate(blocks_a)]
+    assert torch.equal(torch.cat(by_block, 1), codec.decode_audio(audio, True))
+
+
+def test_latents_of_the_shipped_codec_have_unit_rms(latents):
+    """Within 10 % on clips it was not fitted on, for both streams: what flow matching expects."""
+    for x in latents:
+        assert float(x.square().mean().sqrt()) == pytest.approx(1, abs=0.1)
+
+
+def test_the_shipped_codec_is_faithful(codec, clip, latents):
+    """On held-out clips more than 33 dB in the picture (measured 34.2) and 42 in sound (44.3)."""
+    assert psnr(clip[0], codec.decode_video(latents[0], True)) > 33
+    assert psnr(clip[1], codec.decode_audio(latents[1], True)) > 42
+
+
+def test_decoded_pixels_and_levels_stay_in_range(codec):
+    """Whatever a model dreams up, pixels lie in [0, 1] and levels are not negative."""
+    video, audio = 5 * torch.randn(2, 256, 48), 5 * torch.randn(2, 126, 20)
+    pixels, levels = codec.decode_video(video, True), codec.decode_audio(audio, True)
+    assert (pixels.min(), pixels.max()) == (0, 1)
+    assert levels.min() == 0
+
+
+def test_components_recover_what_lies_in_their_span():
+    """Data of 3 dimensions is kept exactly by 3 components, and each has its own size."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 3) @ torch.randn(3, 10) + 1
+    components = toy_codec.Components(10, 3)
+    components.fit(x)
+    z = components.encode(x)
+    torch.testing.assert_close(components.decode(z), x, atol=1e-4, rtol=0)  # float32, values to 10
+    assert float(z.square().mean()) == pytest.approx(1, abs=1e-3)
+    # half whitened: the variance of z falls like the standard deviation of the data
+    std = (z * components.scale).std(0)
+    torch.testing.assert_close(z.var(0) / std, (z.var(0) / std).mean().expand(3), rtol=0.01, atol=0)
+
+
+# ---- vocoder ----
+
+
+def test_sound_in_chunks_equals_sound_in_one_piece(clip):
+    """Three chunks, each from the last mel frame of the one before, have no seam: bitwise."""
+    levels = clip[1][0]
+    cuts = [0, 1, 137, 500]
+    chunks = [toy_codec.synthesise(levels[a : b + 1], a) for a, b in zip(cuts, cuts[1:])]
+    assert torch.equal(torch.cat(chunks), toy_codec.synthesise(levels))
+
+
+def test_an_hour_into_a_stream_the_vocoder_is_still_exact():
+    """The same levels an hour of whole periods later sound the same: phases do not lose bits."""
+    levels = torch.zeros(51, 16)
+    levels[:, [0, 5, 10, 15]] = 1.0  # 196, 392, 784 and 1568 Hz: whole periods in an hour
+    now, later = (toy_codec.synthesise(levels, start) for start in (0, 360000))
+    torch.testing.assert_close(now, later, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("band", [0, 4, 11, 15])
+def test_a_band_sounds_at_its_pitch(band):
+    """The strongest frequency of one second of a single band is 196 Hz x 2^(band / 5)."""
+    levels = torch.zeros(101, 16)
+    levels[:, band] = 1.0
+    spectrum = torch.fft.rfft(toy_codec.synthesise(levels)).abs()
+    assert int(spectrum.argmax()) == pytest.approx(196 * 2 ** (band / 5), abs=1)  # bins of 1 Hz
+
+
+def test_a_louder_band_sounds_louder_and_silence_is_silent():
+    """Level 0 is exactly 0; level .4 has twice the amplitude of .2 while tanh is straight."""
+    one = torch.zeros(11, 16)
+    assert toy_codec.synthesise(one).abs().max() == 0
+    one[:, 3] = 0.2
+    ratio = toy_codec.synthesise(2 * one).abs().max() / toy_codec.synthesise(one).abs().max()
+    assert float(ratio) == pytest.approx(2, rel=0.01)
+
+
+def test_samples_never_leave_the_range():
+    """240 samples a mel frame, within [-1, 1] even when every band shouts."""
+    sound = toy_codec.synthesise(10 * torch.rand(101, 16))
+    assert sound.shape == (24000,) and sound.abs().max() <= 1

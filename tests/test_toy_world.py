@@ -1,0 +1,238 @@
+"""The toy world: exact motion, sound at impacts, captions that say so much and no more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import config
+import ode_regression
+import toy_world as world
+
+CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 32))
+STEP = 1e-3  # seconds of the slow simulation
+
+
+def first(clips, n):
+    return world.Clips(*(x[:n] for x in clips))
+
+
+# ---- seeds ----
+
+
+def test_a_seed_is_the_same_clip_alone_and_in_a_batch():
+    """Neighbours in a batch change nothing of a clip: no fact, no pixel, no sound."""
+    batch, alone = world.draw_clips([3, 7, 11]), world.draw_clips([7])
+    assert all(torch.equal(x[1:2], y) for x, y in zip(batch, alone))
+    for render in (world.render_video, world.render_sound):
+        assert torch.equal(render(batch, 2)[1:2], render(alone, 2))
+
+
+def test_other_seeds_are_other_clips():
+    """No two of a thousand seeds have the same start and velocity."""
+    clips = world.draw_clips(range(1000))
+    assert len(torch.cat([clips.start, clips.velocity], 1).unique(dim=0)) == 1000
+
+
+def test_every_word_is_drawn_about_equally_often():
+    """In a thousand clips each word takes its share within 5 percentage points."""
+    words = world.draw_clips(range(1000)).words
+    for slot, names in enumerate(world.SLOTS):
+        shares = torch.bincount(words[:, slot], minlength=len(names)) / 1000
+        assert (shares - 1 / len(names)).abs().max() < 0.05
+
+
+def test_held_out_seeds_are_out_of_reach_of_training():
+    """A million steps of 16 clips and a billion trajectories-to-be end below the held-out seeds."""
+    assert 16 * 10**6 < ode_regression.FIRST_SEED
+    assert ode_regression.FIRST_SEED + 10**8 < world.HELD_OUT
+
+
+# ---- motion ----
+
+
+def slow_flight(clips, seconds):
+    """Small steps, turned round at the walls: positions (B, steps + 1, 2), [(clip, time, wall)]."""
+    low = world.radii(clips)[:, None]
+    high = 32 - low
+    x, v = low + clips.start * (high - low), clips.velocity.clone()
+    path, hits = [x], []
+    for i in range(round(seconds / STEP)):
+        x = x + v * STEP
+        for clip, axis in ((x < low) | (x > high)).nonzero().tolist():
+            wall = 2 * axis + int(v[clip, axis] > 0)
+            hits.append((clip, i * STEP, wall, float(v[clip, axis].abs())))
+        x, v = torch.where(x < low, 2 * low - x, x), torch.where((x < low) | (x > high), -v, v)
+        x = torch.where(x > high, 2 * high - x, x)
+        path.append(x)
+    return torch.stack(path, 1), hits
+
+
+def test_analytic_flight_equals_a_slow_simulation():
+    """Folding gives the place of a ball that is moved in steps of 1 ms and reflected."""
+    clips = first(CLIPS, 8)
+    path, _ = slow_flight(clips, 5)
+    times = torch.arange(path.shape[1], dtype=torch.float64) * STEP
+    torch.testing.assert_close(world.ball_positions(clips, times), path, atol=1e-9, rtol=0)
+
+
+def test_analytic_impacts_equal_a_slow_simulation():
+    """Every impact happens within the very step in which the simulation turns the ball round."""
+    clips = first(CLIPS, 8)
+    _, hits = slow_flight(clips, 5)
+    for b in range(8):
+        slow = sorted((t, wall, speed) for clip, t, wall, speed in hits if clip == b)
+        found = world.impacts(world.Clips(*(x[b : b + 1] for x in clips)), 0, 5)
+        fast = list(zip(*(x[0].tolist() for x in found)))
+        assert len(fast) == len(slow) > 0
+        for (t, wall, speed), (step, slow_wall, slow_speed) in zip(fast, slow):
+            assert -1e-9 <= t - step <= STEP + 1e-9
+            assert (wall, pytest.approx(speed)) == (slow_wall, slow_speed)
+
+
+def test_impacts_of_a_stretch_are_those_of_the_whole_inside_it():
+    """[2, 4) holds exactly the impacts of [-1, 6) from 2 to 4: nothing is lost at the ends."""
+    for b in range(len(CLIPS.words)):
+        clip = world.Clips(*(x[b : b + 1] for x in CLIPS))
+        whole, part = world.impacts(clip, -1, 6).times[0], world.impacts(clip, 2, 4).times[0]
+        assert torch.equal(part, whole[(whole >= 2) & (whole < 4)])
+
+
+@pytest.mark.parametrize("cfg", [config.TOY, replace(config.TOY, width=48)], ids=["32", "48"])
+def test_the_ball_never_leaves_the_room(cfg):
+    """For a minute the whole ball stays inside, and it does reach all four walls."""
+    times = torch.linspace(0, 60, 6001, dtype=torch.float64)
+    places, radius = world.ball_positions(CLIPS, times, cfg), world.radii(CLIPS)[:, None]
+    for axis, size in enumerate((cfg.width, cfg.height)):
+        low, high = places[..., axis].aminmax(dim=1)
+        assert (low >= radius[:, 0]).all() and (high <= size - radius[:, 0]).all()
+        assert (low < radius[:, 0] + 0.5).all() and (high > size - radius[:, 0] - 0.5).all()
+
+
+# ---- picture and sound ----
+
+
+def test_pixels_lie_in_range_and_the_ball_is_where_it_should_be():
+    """Values in [0, 1]; the brightest mass is centred on the analytic place."""
+    video = world.render_video(first(CLIPS, 4), 2)
+    assert video.min() >= 0 and video.max() <= 1
+    light = (video.amax(2) - world.BACKGROUND).double()
+    grid = torch.arange(32) + 0.5
+    x = (light.sum(-2) * grid).sum(-1) / light.sum((-1, -2))
+    y = (light.sum(-1) * grid).sum(-1) / light.sum((-1, -2))
+    times = torch.arange(49, dtype=torch.float64) / 24
+    places = world.ball_positions(first(CLIPS, 4), times)
+    # a ball at the wall loses a little of its soft edge, so its mass moves by some tenths
+    torch.testing.assert_close(torch.stack([x, y], -1), places, atol=0.3, rtol=0)
+
+
+def test_there_is_silence_until_the_first_impact_and_sound_right_after():
+    """Exactly 0 before a clip's first impact (counted from 1 s before), loud 20 ms after it."""
+    sound, hits = world.render_sound(CLIPS, 5), world.impacts(CLIPS, -1, 5).times[:, 0]
+    waits = (hits > 0.1).nonzero()[:, 0]
+    assert len(waits) > 5
+    for b in waits.tolist():
+        frame = int(hits[b] * 100)
+        assert sound[b, : frame + 1].max() == 0
+        assert sound[b, frame + 2].max() > 0.3
+
+
+def test_every_impact_raises_the_bands_of_its_wall():
+    """20 ms after an impact its wall's loudest band is louder than just before."""
+    sound, hits = world.render_sound(CLIPS, 5), world.impacts(CLIPS, 0, 4.9)
+    bands = world.wall_profiles(CLIPS).argmax(-1)  # (B, 4)
+    for b, e in hits.times.isfinite().nonzero().tolist():
+        band, frame = bands[b, hits.walls[b, e]], int(hits.times[b, e] * 100)
+        assert sound[b, frame + 2, band] > sound[b, frame, band] + 0.2
+
+
+def test_levels_stay_between_0_and_1_point_2():
+    """A level is never negative, and hardly above the 1 of a ball at 28 pixels a second."""
+    sound = world.render_sound(world.draw_clips(range(256)), 5)
+    assert sound.min() == 0 and 0.8 < sound.max() < 1.2
+
+
+def test_metal_rings_longer_than_wood():
+    """The same clip keeps 1/e of its level 60 ms after an impact of wood, 180 ms of metal."""
+    clip = world.Clips(*(x[:1] for x in CLIPS))
+    hit = next(t for t in world.impacts(clip, 0, 4).times[0].tolist() if t > 1)
+    for material, seconds in enumerate(world.MATERIALS.values()):
+        clip.words[0, 2] = material
+        alone = clip._replace(start=clip.start.clone())
+        level = world.render_sound(alone, 5)[0].amax(1)
+        start = int(hit * 100) + 2
+        kept = level[start + round(100 * seconds)] / level[start]
+        assert kept == pytest.approx(0.37, abs=0.06)
+
+
+def test_both_streams_begin_with_one_frame_at_time_0():
+    """N seconds are 24 N + 1 frames and 100 N + 1 mel frames, and 0 seconds are one of each."""
+    for seconds in (0, 1, 5):
+        assert world.render_video(first(CLIPS, 1), seconds).shape[1] == 24 * seconds + 1
+        assert world.render_sound(first(CLIPS, 1), seconds).shape[1] == 100 * seconds + 1
+
+
+# ---- captions ----
+
+
+def test_captions_survive_a_round_trip_through_words():
+    """Every one of the 16 captions, in any order and case, parses to its own tokens."""
+    words = torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(2))
+    for row, tokens in zip(words, world.caption_tokens(CLIPS._replace(words=words))):
+        names = [world.SLOTS[slot][i] for slot, i in enumerate(row)]
+        for text in (" ".join(names), ", ".join(reversed(names)).upper(), f"a {names[1]} ball"):
+            parsed = world.parse_prompt(text)[0]
+            assert (parsed == tokens)[parsed > 0].all() and parsed.any()
+        assert torch.equal(world.parse_prompt(" ".join(names))[0], tokens)
+
+
+def test_words_left_out_say_nothing():
+    """A partial prompt has token 0 in the other places."""
+    assert world.parse_prompt("blue").tolist() == [[world.VOCABULARY.index("blue"), 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "text", ["purple", "red fast glass", "fast red metall", "5: red", "", " a"]
+)
+def test_bad_prompts_are_refused_with_the_vocabulary(text):
+    """The message lists all words there are, whatever was wrong."""
+    with pytest.raises(ValueError) as error:
+        world.parse_prompt(text)
+    assert all(word in str(error.value) for word in world.VOCABULARY)
+
+
+@pytest.mark.parametrize("text", ["red blue", "fast slow red", "wood metal", "red red"])
+def test_two_words_for_one_thing_are_refused(text):
+    """Colour, speed and material can each be said once."""
+    with pytest.raises(ValueError, match="exclude each other"):
+        world.parse_prompt(text)
+
+
+def test_features_are_one_hot():
+    """A caption's features name its three tokens and nothing else."""
+    tokens = world.caption_tokens(CLIPS)
+    features = world.caption_features(tokens)
+    assert features.shape == (32, 3, config.TOY.caption_width)
+    assert torch.equal(features.argmax(-1), tokens) and (features.sum(-1) == 1).all()
+
+
+# ---- identity ----
+
+
+@pytest.mark.parametrize("part, heard", [(0, False), (1, False), (2, True)])
+def test_identity_is_in_pixels_or_sound_but_not_in_the_caption(part, heard):
+    """Hue and radius change the picture, pitch the sound; the caption does not change."""
+    identity = CLIPS.identity.clone()
+    identity[:, part] = -identity[:, part]
+    other = CLIPS._replace(identity=identity)
+    assert torch.equal(world.caption_tokens(CLIPS), world.caption_tokens(other))
+    if part != 1:  # another radius also moves the impacts, so it is heard as well
+        same, changed = (world.render_sound, world.render_video)[:: -1 if heard else 1]
+        assert torch.equal(same(CLIPS, 2), same(other, 2))
+    else:
+        changed = world.render_video
+    per_clip = (changed(CLIPS, 2) - changed(other, 2)).flatten(1).abs().amax(1)
+    visible = identity[:, part].abs() > 0.1
+    if heard:
+        visible &= changed(CLIPS, 2).flatten(1).amax(1) > 0.2
+    assert visible.sum() > 10 and (per_clip[visible] > 0.01).all()

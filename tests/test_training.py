@@ -1,0 +1,317 @@
+"""Training: exact resumption, refusals that name the step, rates, averages, golden losses.
+
+Golden losses were recorded on one x86 machine. Other CPUs and thread counts add up in another order
+and round differently, at about 1e-7 a step; 1e-4 relative leaves room for ten steps of that, and
+none for another method.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import PAPER, random_clip, tiny
+
+import config
+import files
+import model
+import ode_regression
+import teacher
+import toy_codec
+import training
+from kv_cache import MaskedView
+from masks import clip_span
+
+RECIPE = training.Recipe(steps=10, batch=2, warmup=3, seed=5)
+GOLDEN = dict(rel=1e-4)
+TINY_TEACHER = replace(
+    config.TOY_TEACHER, num_layers=2, num_heads=2, video_width=24, audio_width=16
+)
+TINY_STUDENT = tiny(PAPER, num_sinks=4)
+SPAN = clip_span(2, TINY_STUDENT)
+
+
+def quadratic(net, seed=5):
+    """A small task: velocities of random clips shall be 1; fresh clips at every step."""
+
+    def losses(step):
+        g = training.generator(seed, step)
+        video, audio = (torch.randn(2, n, c, generator=g) for n, c in ((16, 5), (26, 3)))
+        sigma = torch.rand(2, generator=g)
+        text = net.project_text(torch.eye(9)[None, :3].expand(2, -1, -1))
+        v, a = net(video, audio, sigma, sigma, text, SPAN, MaskedView())
+        return {"loss": (v - 1).square().mean() + (a - 1).square().mean(), "mean": v.mean()}
+
+    return losses
+
+
+def new_run(folder=None, recipe=RECIPE):
+    return training.Run(model.build(TINY_STUDENT), recipe, folder)
+
+
+def everything(run):
+    """Weights, averages and optimiser moments by name."""
+    return dict(run._tensors())
+
+
+def assert_equal_runs(one, other):
+    a, b = everything(one), everything(other)
+    assert a.keys() == b.keys() and any("momentum" in n for n in a)
+    assert [n for n in a if not torch.equal(a[n], b[n])] == []
+
+
+class Kill(Exception):
+    pass
+
+
+def killed_at(step, losses):
+    def or_die(s):
+        if s == step:
+            raise Kill
+        return losses(s)
+
+    return or_die
+
+
+# ---- resumption ----
+
+
+@pytest.mark.parametrize("step", [0, 3, 7])
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path, step, capsys):
+    """Killed before the first save, in the warm-up or in the decay: bitwise the same end."""
+    whole = new_run()
+    whole.train(quadratic(whole.model), print_every=1, save_every=2)
+    first = new_run(tmp_path)
+    with pytest.raises(Kill):
+        first.train(killed_at(step, quadratic(first.model)), print_every=1, save_every=2)
+    second = new_run(tmp_path)
+    assert second.step == step // 2 * 2
+    second.train(quadratic(second.model), print_every=1, save_every=2)
+    assert_equal_runs(whole, second)
+    assert whole.log == second.log and len(whole.log) == 10
+
+
+def test_a_kill_while_writing_leaves_the_old_state(tmp_path, monkeypatch, capsys):
+    """The new state is written beside the old one: half of it does no harm and is cleared away."""
+    run = new_run(tmp_path)
+    with pytest.raises(Kill):
+        run.train(killed_at(4, quadratic(run.model)), save_every=2)
+    before = run.file.read_bytes()
+
+    def half(tensors, path, metadata):
+        path.write_bytes(before[:1000])
+        raise Kill
+
+    monkeypatch.setattr(training, "save_file", half)
+    with pytest.raises(Kill):
+        run.save()
+    assert run.file.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
+    """Resuming at the end of the recipe asks for no loss and changes nothing."""
+    run = new_run(tmp_path)
+    run.train(quadratic(run.model))
+    again = new_run(tmp_path)
+    again.train(killed_at(10, quadratic(again.model)))
+    assert again.step == 10
+    assert_equal_runs(run, again)
+
+
+@pytest.mark.parametrize("change", [dict(steps=11), dict(seed=6), dict(betas=(0.9, 0.95))])
+def test_another_recipe_is_refused(tmp_path, change, capsys):
+    """A state belongs to its recipe; the message names the file and what to do."""
+    run = new_run(tmp_path)
+    run.train(quadratic(run.model))
+    with pytest.raises(ValueError, match="state.safetensors: belongs to another recipe; remove"):
+        new_run(tmp_path, replace(RECIPE, **change))
+
+
+def test_randomness_of_a_step_depends_on_seed_and_step_only():
+    """Neighbouring steps and seeds draw different numbers, the same pair the same."""
+    draws = [torch.rand(4, generator=training.generator(*p)) for p in ((0, 1), (1, 0), (0, 0))]
+    assert len(torch.stack(draws).unique()) == 12
+    assert torch.equal(draws[0], torch.rand(4, generator=training.generator(0, 1)))
+
+
+# ---- what is not finite ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_the_step(value, capsys):
+    """Step 4 has no loss: the message says so, and the weights are those after 4 steps."""
+    run = new_run()
+    losses = quadratic(run.model)
+
+    def bad(step):
+        values = losses(step)
+        return {"loss": values["loss"] * value} if step == 4 else values
+
+    with pytest.raises(ValueError, match=f"^step 4: the loss is {value}; lower the learning rate"):
+        run.train(bad)
+    assert run.step == 4 and all(p.isfinite().all() for p in run.model.parameters())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_with_step_and_tensor(bad, capsys):
+    """The very tensor is named, not the first one; and no weight has been touched."""
+    run = new_run()
+    losses, name = quadratic(run.model), "audio.layers.1.mlp_in.weight"
+    parameter = run.model.get_parameter(name)
+    parameter.register_hook(lambda g: g * bad if run.step == 2 else g)
+    run.model.get_parameter("audio.layers.1.mlp_out.weight").data.fill_(0.1)
+    with pytest.raises(ValueError, match=f"^step 2: gradient of {name} is not finite$"):
+        run.train(losses)
+    assert all(p.isfinite().all() for p in run.model.parameters())
+
+
+# ---- rates, optimisers, average ----
+
+
+def test_learning_rates_follow_the_schedule(capsys):
+    """Both optimisers see warm-up, plateau and linear decay, each times its own full rate."""
+    run, seen = new_run(), []
+    losses = quadratic(run.model)
+
+    def recording(step):
+        if step:
+            seen.append([o.param_groups[0]["lr"] for o in run.optimisers])
+        return losses(step)
+
+    run.train(recording)
+    shares = [1 / 3, 2 / 3, 1, 1, 1, 1, 0.8, 0.6, 0.4]
+    assert [m for m, _ in seen] == pytest.approx([0.02 * s for s in shares])
+    assert [a for _, a in seen] == pytest.approx([1.5e-3 * s for s in shares])
+
+
+def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest():
+    """Every parameter has exactly one optimiser; tables, biases, entrances, exits are AdamW's."""
+    net = model.build(TINY_STUDENT)
+    groups = [o.param_groups[0]["params"] for o in training.optimisers(net, RECIPE)]
+    names = {p: n for n, p in net.named_parameters()}
+    muon, adam = ({names[p] for p in group} for group in groups)
+    assert len(groups[0]) + len(groups[1]) == len(names) == len(muon | adam)
+    assert all(net.get_parameter(n).dim() == 2 and ".layers." in n for n in muon)
+    assert {"video.layers.0.self_attn.to_q.weight", "audio.layers.1.mlp_out.weight"} <= muon
+    assert {"video.patchify.weight", "sinks.tokens", "audio.layers.0.table"} <= adam
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_recipe():
+    """The norm returned is that before clipping; what the optimisers see has norm 1."""
+    run, seen = new_run(), []
+    run.optimisers[0].step = lambda: seen.extend(p.grad.clone() for p in run.model.parameters())
+    norm = run.update(1000 * quadratic(run.model)(0)["loss"])
+    assert norm > 10
+    assert float(torch.stack([g.norm() for g in seen]).norm()) == pytest.approx(1, rel=1e-4)
+
+
+def test_the_average_follows_fast_at_first_and_slowly_later():
+    """a <- d a + (1 - d) w with d = min(decay, (1 + step) / (10 + step))."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(0.0)
+    average, expected = training.Averaged(net, 0.9), 0.0
+    for step in (0, 1, 50, 1000):
+        net.weight.data.fill_(float(step + 1))
+        average.update(net, step)
+        d = min(0.9, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * (step + 1)
+        assert average.tensors["weight"].item() == pytest.approx(expected)
+
+
+def test_the_average_is_no_view_of_the_weights():
+    """Training moves the weights without moving the average by itself."""
+    net = torch.nn.Linear(1, 1, bias=False)
+    average = training.Averaged(net, 0.9)
+    before = average.tensors["weight"].clone()
+    net.weight.data.add_(1)
+    assert torch.equal(average.tensors["weight"], before)
+
+
+def test_progress_is_one_short_line_an_interval(capsys):
+    """A line every four steps and one at the end: step, losses, time left; the log likewise."""
+    run = new_run()
+    run.train(quadratic(run.model), print_every=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["4/10", "8/10", "10/10"]
+    assert all("loss" in line and "min left" in line and len(line) < 80 for line in lines)
+    assert [row["step"] for row in run.log] == [4, 8, 10]
+
+
+# ---- golden losses ----
+
+
+def losses_recorded(net, losses):
+    """The losses of ten steps of training."""
+    run, seen = training.Run(net, RECIPE), []
+
+    def recording(step):
+        values = losses(step)
+        seen.append(float(values["loss"].detach()))
+        return values
+
+    run.train(recording)
+    return seen
+
+
+def random_trajectories():
+    """Four states of four clips, of the right shapes and no meaning."""
+    torch.manual_seed(0)
+    walks = [random_clip(TINY_STUDENT, 6, clips=4, dtype=torch.float32) for _ in range(5)]
+    video, audio = (torch.stack(states, 1) for states in zip(*walks))
+    return {"tokens": torch.tensor([[1, 5, 7]] * 4), "video": video, "audio": audio}
+
+
+def test_ten_golden_losses_of_the_teacher(capsys):
+    """Flow matching on true clips: data, codec, noise, model and optimisers are what they were."""
+    net = model.build(TINY_TEACHER)
+    losses = losses_recorded(net, teacher.losses_of(net, toy_codec.load(), RECIPE))
+    assert losses == pytest.approx(TEACHER_LOSSES, **GOLDEN)
+    assert losses[-1] < losses[0]
+
+
+def test_ten_golden_losses_of_ode_regression(capsys):
+    """Regression of made-up trajectories: levels, masks, sinks and loss are what they were."""
+    net = model.build(TINY_STUDENT)
+    losses = losses_recorded(net, ode_regression.losses_of(net, random_trajectories(), RECIPE))
+    assert losses == pytest.approx(ODE_LOSSES, **GOLDEN)
+
+
+TEACHER_LOSSES = [
+    5.00219,
+    3.33269,
+    4.24756,
+    5.63480,
+    4.01313,
+    3.50444,
+    4.79468,
+    4.80574,
+    4.27043,
+    3.05148,
+]
+ODE_LOSSES = [
+    3.88654,
+    4.09239,
+    3.88841,
+    4.04360,
+    4.27288,
+    4.07592,
+    3.76376,
+    3.86221,
+    3.64134,
+    3.84013,
+]
+
+
+def test_shipped_weights_say_how_they_were_made(tmp_path, capsys, monkeypatch):
+    """Half precision of the averages, with command, steps and versions; the curve beside it."""
+    monkeypatch.chdir(tmp_path)
+    run = new_run()
+    run.train(quadratic(run.model))
+    teacher.save(run, TINY_STUDENT, tmp_path / "net.safetensors", "python teacher.py")
+    tensors, cfg, made_by = files.read_weights(tmp_path / "net.safetensors")
+    assert cfg == TINY_STUDENT
+    assert (made_by["command"], made_by["steps"]) == ("python teacher.py", 10)
+    assert made_by["torch"] == torch.__version__
+    assert made_by["parameters"] == run.model.num_parameters()
+    assert all(torch.equal(t, run.average.tensors[n].half()) for n, t in tensors.items())
+    assert (tmp_path / "results" / "net_curve.json").is_file()
