@@ -39,7 +39,7 @@ def parser(doc):
 def find_device(name) -> torch.device:
     """A usable torch device.  Raises ValueError if it is unknown or not there."""
     try:
-        torch.empty(0, device=name)
+        torch.empty(0, device=name).cpu()  # "meta" exists, but nothing comes back from it
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: not usable here ({reason}); try --device cpu") from None

@@ -18,6 +18,7 @@ How speed is counted:  TTFC  from having weights and prompt to the first second 
 written;  passes  the transformer alone;  end to end  with decoding and writing.
 """
 
+import contextlib
 import re
 import resource
 import signal
@@ -192,6 +193,20 @@ def peak_memory_mb() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+@contextlib.contextmanager
+def signals_wait():
+    """Ctrl-C and a polite kill wait until a block is written: no half second in the film."""
+    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(kind, lambda *_: caught.append(True)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, handlers):
+            signal.signal(kind, handler)
+    if caught:
+        raise KeyboardInterrupt
+
+
 def run(blocks, decoder, movie, seconds, timing):
     """Decode and write blocks as they come.  Returns frames and levels for the contact sheet.
 
@@ -205,14 +220,16 @@ def run(blocks, decoder, movie, seconds, timing):
     try:
         for block in blocks:
             timing.passes.append(timing.lap())
-            frames, levels, samples = decoder.decode(block)
-            movie.add((frames * 255).round().byte().permute(0, 2, 3, 1).numpy(), samples.numpy())
-            timing.output.append(timing.lap())
             low, high = block_seconds(block.index, cfg)
-            if block.index == 1:
-                timing.ttfc = timing.mark - timing.start
-            if high <= SHEET_SECONDS:
-                sheet.append((frames, levels))
+            with signals_wait():
+                frames, levels, samples = decoder.decode(block)
+                pictures = (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                movie.add(pictures, samples.numpy())
+                timing.output.append(timing.lap())
+                if block.index == 1:
+                    timing.ttfc = timing.mark - timing.start
+                if high <= SHEET_SECONDS:
+                    sheet.append((frames, levels))
             bar.update(high - low)
             bar.write(
                 f"block {block.index:3}  {low:4g} - {high:<4g} s   passes "
@@ -240,7 +257,7 @@ def main():
     p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
     p.add_argument("--weights", help="safetensors file; default: the shipped student")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
-    p.add_argument("--dtype", default="float32", choices=list(DTYPES))
+    p.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the transformer")
     args = p.parse_args()
     cfg = cli.find_config(args.config)
     if cfg.name not in WEIGHTS:

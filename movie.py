@@ -13,8 +13,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+# Trap: without delay_moov the head is written before the encoder's delay (43 ms of AAC) is known,
+# and then sound and all frames but the first come that much late.
 OPTIONS = {
-    "movflags": "frag_keyframe+empty_moov+default_base_moof",
+    "movflags": "frag_keyframe+delay_moov+default_base_moof",
     "frag_duration": "250000",  # microseconds a fragment
     "flush_packets": "1",
 }
@@ -26,8 +28,8 @@ class Movie:
     def __init__(self, path, fps, sample_rate, scale=1):
         """scale   whole number that enlarges every pixel, for small pictures to be watched."""
         self.path, self.scale = Path(path), scale
-        self.partial = self.path.with_suffix(f".partial{self.path.suffix}")
         check_writable(self.path)
+        self.partial = self.path.with_suffix(".partial.mp4")
         self.file = av.open(str(self.partial), "w", format="mp4", options=OPTIONS)
         self.video = self.file.add_stream("libx264", rate=fps)
         # zerolatency: no frame waits in the encoder for later ones
@@ -38,6 +40,9 @@ class Movie:
 
     def add(self, frames, samples):
         """(P, H, W, 3) uint8 frames and (n,) float32 samples that follow what there is."""
+        if not self.frames:  # before any sound: the file's head, written first, tells the size
+            height, width = frames.shape[1:3]
+            self.video.height, self.video.width = height * self.scale, width * self.scale
         if len(samples):
             sound = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
             sound.sample_rate, sound.pts = self.audio.rate, self.samples
@@ -47,8 +52,6 @@ class Movie:
         for frame in frames:
             large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))
             picture = av.VideoFrame.from_ndarray(large, "rgb24")
-            if not self.frames:
-                self.video.height, self.video.width = large.shape[:2]
             picture.pts, picture.time_base = self.frames, Fraction(1, self.video.codec_context.rate)
             self.frames += 1
             self.file.mux(self.video.encode(picture))
@@ -69,9 +72,11 @@ class Movie:
 
 
 def check_writable(path):
-    """Raises ValueError if no file can be written there."""
+    """Raises ValueError if no film can be written there."""
     folder = Path(path).resolve().parent
     if not folder.is_dir():
         raise ValueError(f"{path}: folder {folder} does not exist; create it first")
     if not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise ValueError(f"{path}: not writable; choose another --out")
+    if Path(path).suffix != ".mp4":
+        raise ValueError(f"{path}: expected a name that ends in .mp4")

@@ -90,19 +90,20 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
     """
     seconds = (len(frames) - 1) / cfg.fps
     rows = max(1, int(np.ceil(seconds / row_seconds)))
-    width = min(row_seconds, seconds)
+    width = min(row_seconds, max(1, seconds))
+    second, picture, bands = 1.8, 1.8 / per_second, 1.2  # inches
     figure, axes = plt.subplots(
-        2 * rows, 1, figsize=(1.3 * width + 0.8, 1.9 * rows + 0.7), layout="constrained",
-        gridspec_kw={"height_ratios": [width / per_second / width * 1.2, 1] * rows}, squeeze=False,
+        2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
+        gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
     )  # fmt: skip
     seen = toy_detectors.find_impacts(toy_detectors.see_ball(frames[None]), cfg)[0]
     heard = toy_detectors.find_onsets(sound[None], cfg)[0]
     for r in range(rows):
         start = r * row_seconds
-        strip, bands = axes[2 * r, 0], axes[2 * r + 1, 0]
+        strip, levels = axes[2 * r, 0], axes[2 * r + 1, 0]
         _draw_strip(strip, frames, start, width, per_second, cfg)
-        _draw_bands(bands, sound, start, width, cfg)
-        for ax, events, marker in ((strip, seen, "v"), (bands, heard, "^")):
+        _draw_bands(levels, sound, start, width, cfg)
+        for ax, events, marker in ((strip, seen, "v"), (levels, heard, "^")):
             for time, wall in zip(*events):
                 if start <= time < start + width:
                     _mark(ax, float(time), int(wall), marker)

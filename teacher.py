@@ -159,7 +159,7 @@ def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--steps", type=int, default=3000, help="training steps of 16 clips")
+    p.add_argument("--steps", type=int, default=3300, help="training steps of 16 clips")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
     p.add_argument("--out", default="weights/toy_teacher.safetensors", help="weights to write")

@@ -106,7 +106,9 @@ def lines(track):
 
 
 def find_impacts(ball: Ball, cfg=config.TOY) -> list[Events]:
-    """Reflections seen in each clip."""
+    """Reflections seen in each clip: none in a clip too short for a line on either side."""
+    if ball.place.shape[1] < 2 * FIT:
+        return [Events(torch.zeros(0), torch.zeros(0, dtype=torch.long)) for _ in ball.place]
     radius = (world.RADIUS * ball.mass.median(1).values.sqrt()).clamp(2, 7)  # (B,)
     found = [_reflections(ball.place[..., axis], axis, radius, cfg) for axis in range(2)]
     events = []

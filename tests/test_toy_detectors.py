@@ -175,6 +175,13 @@ def test_an_empty_room_has_no_ball_and_no_impacts():
     assert all(len(e.times) == 0 for e in detectors.find_impacts(ball))
 
 
+@pytest.mark.parametrize("frames", [1, 3, 7])
+def test_a_clip_too_short_for_lines_shows_no_impacts(truth, frames):
+    """A stream that was stopped after its first frame can still be looked at."""
+    seen = detectors.find_impacts(detectors.see_ball(truth.video[:, :frames]))
+    assert len(seen) == N and all(len(e.times) == 0 for e in seen)
+
+
 def test_a_turn_in_mid_air_is_no_impact(truth):
     """Played forwards and then backwards, the ball turns round in the air: no impact is seen."""
     there = truth.video[:, :13]
@@ -205,6 +212,17 @@ def test_a_ball_that_fades_or_grows_is_not_persistent(truth, strength):
         clips.identity[:, 1] = (strength**0.5 - 1) / world.RADIUS_RANGE
         video = world.render_video(world.Clips(*(x.clone() for x in clips)), 1)
     assert not detectors.persistence(detectors.see_ball(video)).any()
+
+
+def test_two_half_balls_are_not_persistent(truth):
+    """The mass of one ball, but in two places: only its spread tells."""
+    other = truth.video.flip(-1, -2)
+    halves = (truth.video + other) / 2
+    apart = (truth.ball.place - detectors.see_ball(other).place).norm(dim=-1) > 12
+    ball = detectors.see_ball(halves)
+    apart &= (ball.mass > 0.6) & (ball.mass < 1.5)
+    assert apart.sum() > 1000
+    assert not detectors.persistence(ball)[apart].any()
 
 
 # ---- how events are paired ----

@@ -165,6 +165,25 @@ def test_metal_rings_longer_than_wood():
         assert kept == pytest.approx(0.37, abs=0.06)
 
 
+def test_only_metal_shimmers():
+    """Above band 13, metal sounds at .4 of its level and wood not at all."""
+    sound = world.render_sound(CLIPS, 5)
+    high, rest = sound[..., 14:].amax((1, 2)), sound[..., :13].amax((1, 2))
+    is_metal, is_heard = CLIPS.words[:, 2] == 1, rest > 0.3
+    share = (high / rest)[is_heard & is_metal]
+    assert len(share) > 5 and ((share > 0.2) & (share < 0.6)).all()
+    assert high[~is_metal].max() < 0.05
+
+
+def test_an_impact_before_the_clip_still_rings_at_its_beginning():
+    """A ball that hit a wall 50 ms before time 0 is heard in the first mel frame."""
+    clips = world.draw_clips(range(300))
+    times = world.impacts(clips, -0.1, 0).times
+    just_before = ((times > -0.05) & (times < -0.01)).any(1)
+    assert just_before.sum() > 3
+    assert (world.render_sound(clips, 0)[just_before, 0].amax(1) > 0.1).all()
+
+
 def test_both_streams_begin_with_one_frame_at_time_0():
     """N seconds are 24 N + 1 frames and 100 N + 1 mel frames, and 0 seconds are one of each."""
     for seconds in (0, 1, 5):
