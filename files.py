@@ -4,6 +4,7 @@ A `.safetensors` file holds tensors and a few strings. Ours carry the config und
 "made_by", what produced them (command, steps, seconds, versions), both as JSON.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -62,6 +63,18 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
     cfg = Config.from_dict(json.loads(metadata["config"]))
     return tensors, cfg, json.loads(metadata.get("made_by", "{}"))
+
+
+def fingerprint(tensors) -> str:
+    """A short hash of a dict of tensors, to notice that they are others.
+
+    >>> fingerprint({"x": torch.zeros(3)}) == fingerprint({"x": torch.ones(3)})
+    False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def load_into(module, tensors, path):

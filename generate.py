@@ -67,7 +67,7 @@ def parse_cues(prompts, seconds) -> list[Cue]:
     """
     cues = []
     for text in prompts:
-        start, words = re.fullmatch(r"(?:\s*([\d.]+)\s*:)?(.*)", text, re.DOTALL).groups()
+        start, words = re.fullmatch(r"(?:\s*(\d+(?:\.\d+)?)\s*:)?(.*)", text, re.S).groups()
         toy_world.parse_prompt(words)  # complain now, not in the middle of a stream
         cues.append(Cue(float(start or 0), words.strip()))
     cues.sort()

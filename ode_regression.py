@@ -76,6 +76,7 @@ def draw_trajectories(net, sigmas, seeds, guidance):
 def load_trajectories(path, net, count, guidance, batch=16) -> dict:
     """Trajectories from a file, or drawn and written there: "tokens", "video", "audio"."""
     about = {"count": count, "guidance": guidance, "steps_between": STEPS_BETWEEN}
+    about["teacher"] = files.fingerprint(net.state_dict())  # another teacher, other trajectories
     if Path(path).exists():
         tensors, _, made_by = files.read_weights(path)
         if made_by != about:
@@ -182,9 +183,9 @@ def main():
     p.add_argument(
         "--teacher", default="weights/toy_teacher.safetensors", help="weights to start at"
     )
-    p.add_argument("--clips", type=int, default=512, help="trajectories to draw")
+    p.add_argument("--clips", type=int, default=384, help="trajectories to draw")
     p.add_argument("--guidance", type=float, default=1.5, help="of the teacher's trajectories")
-    p.add_argument("--steps", type=int, default=600, help="training steps")
+    p.add_argument("--steps", type=int, default=500, help="training steps")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/ode", help="folder of trajectories and state; resumed")
     p.add_argument("--out", default="weights/toy_ode_student.safetensors", help="weights to write")

@@ -29,6 +29,7 @@ from masks import clip_span, num_blocks
 
 SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
+CLIPS_PER_SEED = 10**7  # runs of another seed see other clips; below HELD_OUT for seeds to 9
 
 
 # ---- noise levels ----
@@ -85,7 +86,8 @@ def losses_of(net, codec, recipe):
 
     def losses(step):
         g = training.generator(recipe.seed, step)
-        clips = toy_world.draw_clips(range(step * recipe.batch, (step + 1) * recipe.batch))
+        first = recipe.seed * CLIPS_PER_SEED + step * recipe.batch
+        clips = toy_world.draw_clips(range(first, first + recipe.batch))
         latents = toy_codec.encode_clips(codec, clips, SECONDS)
         tokens = hide_words(toy_world.caption_tokens(clips), g)
         sigma = draw_sigmas(recipe.batch, g)
@@ -161,15 +163,17 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--steps", type=int, default=3300, help="training steps of 16 clips")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--init", help="weights to go on from instead of a fresh model")
     p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
     p.add_argument("--out", default="weights/toy_teacher.safetensors", help="weights to write")
     args = p.parse_args()
     recipe = training.Recipe(args.steps, seed=args.seed)
-    net = model.build(config.TOY_TEACHER, args.seed)
+    net = model.load(args.init) if args.init else model.build(config.TOY_TEACHER, args.seed)
     run = training.Run(net, recipe, args.run)
     print(f"{net.num_parameters():,} parameters, from step {run.step}")
     run.train(losses_of(net, toy_codec.load(), recipe))
     command = f"python teacher.py --steps {args.steps} --seed {args.seed}"
+    command += f" --init {args.init}" if args.init else ""
     run.ship(args.out, net.cfg, command)
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import files
@@ -116,14 +116,17 @@ class Run:
         files.write_beside(self.file, lambda p: save_file(tensors, p, metadata))
 
     def _load(self):
-        with safe_open(self.file, "pt") as f:
-            about = json.loads(f.metadata()["run"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
+        try:
+            with safe_open(self.file, "pt") as f:
+                about = json.loads(f.metadata()["run"])
+                tensors = {name: f.get_tensor(name) for name in f.keys()}
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{self.file}: not a whole state file ({error})") from None
         recipe = json.loads(json.dumps(asdict(self.recipe)))
         if about["recipe"] != recipe:
             raise ValueError(f"{self.file}: belongs to another recipe; remove it to start anew")
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
-        self.model.load_state_dict(_part(tensors, "model."))
+        files.load_into(self.model, _part(tensors, "model."), self.file)
         self.average.tensors = _part(tensors, "average.")
         for i, optimiser in enumerate(self.optimisers):
             state = {}

@@ -195,7 +195,8 @@ def fake_teacher(monkeypatch):
         return torch.ones(len(seeds), 3, dtype=torch.long), rows.expand(-1, 5, 4, 2), rows + 1
 
     monkeypatch.setattr(ode, "draw_trajectories", draw)
-    return SimpleNamespace(cfg=config.TOY_TEACHER, asked=asked)
+    weights = {"w": torch.zeros(3)}
+    return SimpleNamespace(cfg=config.TOY_TEACHER, asked=asked, state_dict=lambda: weights)
 
 
 def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher, capsys):
@@ -216,6 +217,15 @@ def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, count,
     ode.load_trajectories(path, fake_teacher, 20, 1.5)
     with pytest.raises(ValueError, match="trajectories.safetensors: made with .* remove it"):
         ode.load_trajectories(path, fake_teacher, count, guidance)
+
+
+def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, capsys):
+    """After the teacher was trained on, its old trajectories are not used silently."""
+    path = tmp_path / "trajectories.safetensors"
+    ode.load_trajectories(path, fake_teacher, 20, 1.5)
+    fake_teacher.state_dict()["w"] += 1
+    with pytest.raises(ValueError, match="made with"):
+        ode.load_trajectories(path, fake_teacher, 20, 1.5)
 
 
 # ---- the start ----
