@@ -5,7 +5,8 @@ Every row is scored on the same held-out captions by the same detectors (toy_det
     F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
     DeSync    ms between the two; `capped` counts a missing partner as 300 ms
     wall      the sound comes from the wall that was hit
-    events    impacts seen and onsets heard, as shares of the truth's: F1 does not punish silence
+    impacts, onsets   events seen and heard per second, as shares of the true clips' of the same
+              captions and seeds: F1 does not punish silence
     caption   colour, speed and material as asked for (mean of the three; each is in the JSON)
     whole     frames with exactly one whole ball
     kept      identity the caption does not tell (hue, radius, pitch): 1 as in the first 2 seconds,
@@ -142,26 +143,29 @@ def join(batches) -> list[Window]:
     ]
 
 
-def metrics(w: Window, truth: Window, rows=slice(None)) -> dict:
-    """The numbers of one table row, over a choice of clips."""
+def metrics(w: Window, truth: Window, others: Window, rows=slice(None)) -> dict:
+    """The numbers of one table row, over a choice of clips.
+
+    truth   the true clips of the same captions, for the event rates
+    others  other true clips, for the Frechet distance
+    """
     m = detectors.Match(*w.match[rows].sum(0))
-    true = detectors.Match(*truth.match.mean(0) / truth.seconds)
-    clips = len(w.match[rows]) * w.seconds
+    true = detectors.Match(*truth.match[rows].sum(0) * w.seconds / truth.seconds)
     colour, speed, material = w.words[rows].mean(0)
     values = {
         "f1": m.hits / max(1, m.impacts + m.onsets),
         "desync_ms": 1000 * m.offsets / max(1, m.near),
         "capped_ms": 1000 * (m.offsets + detectors.CAP * m.missed) / max(1, m.near + m.missed),
         "wall": m.right_wall / max(1, m.pairs),
-        "impacts_rate": m.impacts / clips / true.impacts,
-        "onsets_rate": m.onsets / clips / true.onsets,
+        "impacts_rate": m.impacts / true.impacts,
+        "onsets_rate": m.onsets / true.onsets,
         "colour": colour,
         "speed": speed,
         "material": material,
         "caption": (colour + speed + material) / 3,
         "whole": w.whole[rows].mean(),
         "kept": identity_kept(w.reference[rows], w.identity[rows]),
-        "frechet": frechet(w.features[rows], truth.features),
+        "frechet": frechet(w.features[rows], others.features),
     }
     return {name: round(float(value), 4) for name, value in values.items()}
 
@@ -197,11 +201,11 @@ def frechet(x, truth):
     return ((x.mean(0) - truth.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross
 
 
-def with_intervals(w: Window, truth: Window) -> dict:
+def with_intervals(w: Window, truth: Window, others: Window) -> dict:
     """Each metric with its 95 % interval: {"f1": [value, low, high], ...}."""
     rng = np.random.default_rng(0)
     n = len(w.match)
-    draws = [metrics(w, truth, rng.integers(n, size=n)) for _ in range(RESAMPLES)]
+    draws = [metrics(w, truth, others, rng.integers(n, size=n)) for _ in range(RESAMPLES)]
 
     def interval(name):
         values = [d[name] for d in draws]
@@ -209,7 +213,7 @@ def with_intervals(w: Window, truth: Window) -> dict:
             return [None, None]
         return [round(float(x), 4) for x in np.percentile(values, (2.5, 97.5))]
 
-    return {k: [v if v == v else None, *interval(k)] for k, v in metrics(w, truth).items()}
+    return {k: [v if v == v else None, *interval(k)] for k, v in metrics(w, truth, others).items()}
 
 
 # ---- who is judged: functions whose last arguments are clips (captions, mostly) and a seed ----
@@ -286,11 +290,12 @@ def evaluate(args):
     once = five_second_windows(WINDOW)
     other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
     true = partial(true_clips, WINDOW)
-    truth = judge(true, other, once, "reference")[0]
+    others = judge(true, other, once, "other true clips")[0]
+    truth = judge(true, seeds, once, "truth")[0]
     rows = {}
 
     def add(name, make, shuffle=False):
-        rows[name] = with_intervals(judge(make, seeds, once, name, shuffle)[0], truth)
+        rows[name] = with_intervals(judge(make, seeds, once, name, shuffle)[0], truth, others)
 
     add("truth", true)
     add("truth, sounds shuffled", true, shuffle=True)
@@ -307,8 +312,8 @@ def evaluate(args):
         make = partial(from_stream, net, codec, args.seconds, args.window, args.steps)
         judged = judge(make, seeds, windows + seconds, name)
         for (start, stop), w in zip(windows, judged):
-            rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth)
-        by_second[name] = [metrics(w, truth) for w in judged[len(windows) :]]
+            rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth, others)
+        by_second[name] = [metrics(w, truth, others) for w in judged[len(windows) :]]
     return rows, by_second
 
 

@@ -24,7 +24,7 @@ def truth():
 
 def test_truth_is_perfect(truth):
     """True clips have F1 1, the truth's event rate, their captions, and keep their identity."""
-    m = evaluate.metrics(truth, truth)
+    m = evaluate.metrics(truth, truth, truth)
     assert m["f1"] == m["impacts_rate"] == m["onsets_rate"] == m["caption"] == 1
     assert m["frechet"] == pytest.approx(0, abs=1e-6)
     assert m["kept"] > 0.9
@@ -33,7 +33,7 @@ def test_truth_is_perfect(truth):
 def test_shuffled_sounds_are_noticed(truth):
     """With another clip's sound F1 falls to chance, and nothing else of the picture changes."""
     shuffled = evaluate.judge(partial(evaluate.true_clips, 5), SEEDS, WHOLE, "", shuffle=True)[0]
-    m = evaluate.metrics(shuffled, truth)
+    m = evaluate.metrics(shuffled, truth, truth)
     assert m["f1"] < 0.3 and m["whole"] == 1 and m["colour"] == 1
 
 
@@ -44,7 +44,7 @@ def test_silence_is_noticed(truth):
         video, sound = evaluate.true_clips(5, clips, seed)
         return video, 0 * sound
 
-    m = evaluate.metrics(evaluate.judge(silent, SEEDS, WHOLE, "")[0], truth)
+    m = evaluate.metrics(evaluate.judge(silent, SEEDS, WHOLE, "")[0], truth, truth)
     assert m["f1"] == m["onsets_rate"] == 0
     assert m["capped_ms"] == 300
 
@@ -59,7 +59,7 @@ def test_windows_split_the_events():
 def test_intervals_hold_the_value(truth):
     """The value lies within its own interval, and more clips make it narrower."""
     few = truth._replace(**{n: getattr(truth, n)[:4] for n in truth._fields if n != "seconds"})
-    wide, narrow = (evaluate.with_intervals(w, truth)["impacts_rate"] for w in (few, truth))
+    wide, narrow = (evaluate.with_intervals(w, w, truth)["kept"] for w in (few, truth))
     assert narrow[1] <= narrow[0] <= narrow[2]
     assert narrow[2] - narrow[1] < wide[2] - wide[1]
 
