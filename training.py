@@ -184,9 +184,9 @@ class Run:
         mean = {n: sum(r[n] for r in self._recent) / len(self._recent) for n in row}
         self._recent = []
         self.log.append({"step": self.step, **{n: round(x, 5) for n, x in mean.items()}})
-        shown = "  ".join(f"{n} {x:.3f}" for n, x in mean.items())
+        shown = " ".join(f"{n} {x:.2f}".replace(" 0.", " .") for n, x in mean.items())
         left = self.seconds / self.step * (self.recipe.steps - self.step)
-        print(f"{self.step:5}/{self.recipe.steps}  {shown}  {left / 60:.0f} min left", flush=True)
+        print(f"{self.step:5}/{self.recipe.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
     def ship(self, path, cfg, command):
         """Write the averaged weights, in half precision, and the loss curve."""
