@@ -130,17 +130,24 @@ def block_of_frame(frame, prefix, step):
     return later * (frame >= prefix)
 
 
+def frame_blocks(blocks, cfg) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block of every latent frame of a clip: (F_v,) and (F_a,)."""
+    span = clip_span(blocks, cfg)
+    video, audio = torch.tensor(span.video), torch.tensor(span.audio)
+    return (
+        block_of_frame(video, cfg.prefix_video_frames, cfg.video_frames_per_block),
+        block_of_frame(audio, cfg.prefix_audio_frames, cfg.audio_frames_per_block),
+    )
+
+
 def video_token_blocks(blocks, cfg) -> torch.Tensor:
     """(T_v,) block of every video token of a clip; tokens are frame-major, then row, column."""
-    frames = torch.tensor(clip_span(blocks, cfg).video)
-    per_frame = block_of_frame(frames, cfg.prefix_video_frames, cfg.video_frames_per_block)
-    return per_frame.repeat_interleave(cfg.tokens_per_frame)
+    return frame_blocks(blocks, cfg)[0].repeat_interleave(cfg.tokens_per_frame)
 
 
 def audio_token_blocks(blocks, cfg, sinks=True) -> torch.Tensor:
     """(S + F_a,) block of every audio token of a clip; the sinks come first, in block 0."""
-    frames = torch.tensor(clip_span(blocks, cfg).audio)
-    per_frame = block_of_frame(frames, cfg.prefix_audio_frames, cfg.audio_frames_per_block)
+    per_frame = frame_blocks(blocks, cfg)[1]
     return torch.cat([per_frame.new_zeros(cfg.num_sinks if sinks else 0), per_frame])
 
 

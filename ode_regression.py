@@ -18,7 +18,7 @@ clean past before a noisy block, gets a share of its own (CLEAN_SHARE).
 A block's level is shared by its video **and its own** audio. # Paper: the official code spreads
 levels over audio by rounding 126 / 16 frames instead of by block edges (edges at 8, 32, 55, 79, 102
 instead of 1, 26, 51, 76, 101), so a few audio tokens of every block carry their neighbour's level.
-Both streams take the level of `masks.block_of_frame` here.
+Both streams take the level of `masks.frame_blocks` here.
 
     python ode_regression.py         from the shipped teacher, see --help
 """
@@ -37,7 +37,7 @@ import teacher
 import toy_world
 import training
 from kv_cache import MaskedView
-from masks import block_of_frame, clip_span, four_masks, num_blocks
+from masks import clip_span, four_masks, frame_blocks, num_blocks
 
 CLEAN_SHARE = 0.25  # share of blocks shown clean
 STEPS_BETWEEN = 4  # Euler steps of the teacher from one kept noise level to the next
@@ -105,15 +105,6 @@ def draw_levels(batch, blocks, levels, generator) -> torch.Tensor:
     return noisy.masked_fill(is_clean, levels - 1)
 
 
-def frame_blocks(span, cfg):
-    """Block of every latent frame of a span: (F_v,) and (F_a,)."""
-    video, audio = torch.tensor(span.video), torch.tensor(span.audio)
-    return (
-        block_of_frame(video, cfg.prefix_video_frames, cfg.video_frames_per_block),
-        block_of_frame(audio, cfg.prefix_audio_frames, cfg.audio_frames_per_block),
-    )
-
-
 def states_at(trajectory, levels):
     """Each frame's state at its level: (B, L, F, ...), (B, F) indices -> (B, F, ...).
 
@@ -133,7 +124,7 @@ def regression_losses(net, trajectories, levels, sigmas, masks):
     """
     tokens, video, audio = trajectories
     span = clip_span(levels.shape[1], net.cfg)
-    level_v, level_a = (levels[:, blocks] for blocks in frame_blocks(span, net.cfg))
+    level_v, level_a = (levels[:, blocks] for blocks in frame_blocks(levels.shape[1], net.cfg))
     sigma_v, sigma_a = (torch.tensor(sigmas)[level] for level in (level_v, level_a))
     video = video.unflatten(2, (len(span.video), -1))  # (B, L, F_v, rows * columns, C_v)
     noisy = states_at(video, level_v).flatten(1, 2), states_at(audio, level_a)

@@ -11,7 +11,7 @@ import config
 import model
 import ode_regression as ode
 import training
-from masks import clip_span, four_masks
+from masks import clip_span, four_masks, frame_blocks
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 6
@@ -95,7 +95,7 @@ def test_the_student_sees_each_block_as_it_was_at_its_level(walk, levels):
 def test_the_official_rounding_would_give_some_audio_its_neighbours_level():
     """Spreading 16 frames over 126 by rounding puts edges at 8, 32, 55, 79, 102; ours lie at
     1, 26, 51, 76, 101, where the seconds begin."""
-    of_video, of_audio = ode.frame_blocks(SPAN, CFG)
+    of_video, of_audio = frame_blocks(BLOCKS, CFG)
     edges_v, edges_a = ((x[1:] != x[:-1]).nonzero()[:, 0] + 1 for x in (of_video, of_audio))
     assert [round(e * 126 / 16) for e in edges_v.tolist()] == [8, 32, 55, 79, 102]
     assert edges_a.tolist() == [1, 26, 51, 76, 101]
@@ -126,7 +126,7 @@ def test_a_student_off_by_2_has_a_loss_of_4_whatever_the_share_of_clean_blocks(w
 
 def test_clean_blocks_are_not_supervised(walk, levels):
     """A student that is wrong about clean blocks only has no loss; wrong about noisy ones, some."""
-    of_video, of_audio = ode.frame_blocks(SPAN, CFG)
+    of_video, of_audio = frame_blocks(BLOCKS, CFG)
     clean_v = (levels == CLEAN)[:, of_video].repeat_interleave(CFG.tokens_per_frame, dim=1)
     clean = clean_v, (levels == CLEAN)[:, of_audio]
     wrong = [torch.where(c[..., None], 9.0, x) for c, x in zip(clean, ends(walk))]
