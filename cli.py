@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -34,6 +35,22 @@ class _Parser(argparse.ArgumentParser):
 def parser(doc):
     """An ArgumentParser whose help is the module's docstring and shows every default."""
     return _Parser(description=doc, formatter_class=_Help)
+
+
+def command(parser, args, leave_out=("run", "out")) -> str:
+    """The line that repeats these arguments, for the record; paths of results left out.
+
+    >>> p = argparse.ArgumentParser(prog="teacher.py")
+    >>> _ = p.add_argument("--steps", type=int), p.add_argument("--init"), p.add_argument("--out")
+    >>> command(p, p.parse_args(["--steps", "5", "--out", "x"]))
+    'python teacher.py --steps 5'
+    """
+    words = ["python", Path(parser.prog).name]
+    for name, value in vars(args).items():
+        if name not in leave_out and value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
 
 
 def find_device(name) -> torch.device:

@@ -17,7 +17,7 @@ Every row is scored on the same held-out captions by the same detectors (toy_det
 Numbers stand with 95 % intervals from resampling the clips. Streams are scored in windows of 5 s,
 so that drift over time would show, and second by second in the plot.
 
-    python evaluate.py                     the shipped teacher and student, about 10 minutes
+    python evaluate.py                     the shipped teacher and student, about 5 minutes
     python evaluate.py --clips 16 --seconds 10
 """
 
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import cli
 import config
+import dmd
 import files
-import generate
 import model
 import plots
 import self_forcing
@@ -43,7 +43,9 @@ import toy_codec
 import toy_detectors as detectors
 import toy_world
 from masks import num_blocks
+from ode_regression import student_from
 
+STUDENTS = [f"weights/toy_{name}.safetensors" for name in ("ode_regression", "self_forcing")]
 BATCH = 16  # clips at a time
 WINDOW = 5  # seconds
 REFERENCE_SECONDS = 2  # identity is what it was here
@@ -237,14 +239,29 @@ def from_teacher(net, codec, steps, guidance, clips, seed):
 
 
 @torch.inference_mode()
-def from_stream(net, codec, seconds, window, steps, clips, seed):
+def from_few_steps(net, codec, clips, seed):
+    tokens, g = toy_world.caption_tokens(clips), torch.Generator().manual_seed(seed)
+    return decode(codec, dmd.few_step_clips(net, tokens, g))
+
+
+@torch.inference_mode()
+def from_stream(net, codec, seconds, clips, seed, window=4, steps=None, pinned=True):
     """Stream one block at a time, as generate.py does, for many captions side by side."""
     text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
-    sigmas = self_forcing.few_step_sigmas(net.cfg, steps)
+    sigmas = dmd.few_step_sigmas(net.cfg, steps)
     g = torch.Generator().manual_seed(seed)
     blocks, n = num_blocks(seconds, net.cfg), len(clips.words)
-    rolled = self_forcing.rollout(net, lambda k: text, blocks, sigmas, g, n, window)
+    rolled = self_forcing.rollout(net, lambda k: text, blocks, sigmas, g, n, window, pinned)
     return decode(codec, self_forcing.whole_clip(rolled))
+
+
+def short_name(path) -> str:
+    """A student's name in tables.
+
+    >>> short_name("weights/toy_self_forcing.safetensors")
+    'self_forcing'
+    """
+    return Path(path).stem.removeprefix("toy_")
 
 
 def judge(make, seeds, windows, title, shuffle=False) -> list[Window]:
@@ -303,13 +320,19 @@ def evaluate(args):
     net = model.load(args.teacher)
     for steps in (32, 4):
         add(f"teacher, {steps} steps", partial(from_teacher, net, codec, steps, args.guidance))
+    net = model.load(args.few_step)
+    add("stage I, 4 steps", partial(from_few_steps, net, codec))
+    untrained = student_from(net.state_dict(), config.TOY)
+    how = dict(window=args.window, steps=args.steps)
+    make = partial(from_stream, untrained, codec, WINDOW, **how)
+    add("stage I streamed, never trained to", make)
     by_second = {}
     for path in args.student:
         net = model.load(path)
         windows = five_second_windows(args.seconds)
         seconds = [(t, t + 1) for t in range(args.seconds)]
-        name = Path(path).stem
-        make = partial(from_stream, net, codec, args.seconds, args.window, args.steps)
+        name = short_name(path)
+        make = partial(from_stream, net, codec, args.seconds, **how)
         judged = judge(make, seeds, windows + seconds, name)
         for (start, stop), w in zip(windows, judged):
             rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth, others)
@@ -322,8 +345,9 @@ def main():
     p.add_argument("--clips", type=int, default=96, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=20, help="length of the streams, in fives")
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors")
-    p.add_argument("--guidance", type=float, default=1.5, help="of the teacher")
-    p.add_argument("--student", nargs="*", default=[str(generate.WEIGHTS["toy"])])
+    p.add_argument("--guidance", type=float, default=2.0, help="of the teacher")
+    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I student")
+    p.add_argument("--student", nargs="*", default=STUDENTS, help="stage II and III students")
     p.add_argument("--window", type=int, default=4, help="seconds the student remembers")
     p.add_argument("--steps", type=int, help="passes a block; default as trained")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")

@@ -77,8 +77,8 @@ def fingerprint(tensors) -> str:
     return digest.hexdigest()[:12]
 
 
-def load_into(module, tensors, path):
-    """Fill a module with exactly these tensors.
+def load_into(module, tensors, path, assign=False):
+    """Fill a module with exactly these tensors; `assign` takes them over instead of copying.
 
     Raises ValueError that names the first tensor that is missing, unexpected or of another shape.
     """
@@ -90,4 +90,4 @@ def load_into(module, tensors, path):
             raise ValueError(
                 f"{path}: tensor {name} is {tuple(t.shape)}, expected {tuple(want[name].shape)}"
             )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import cli
 import config
+import dmd
 import files
 import model
 import plots
@@ -41,7 +42,7 @@ import toy_world
 from masks import block_seconds, num_blocks
 from movie import Movie
 
-WEIGHTS = {"toy": Path(__file__).parent / "weights" / "toy_ode_student.safetensors"}
+WEIGHTS = {"toy": Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"}
 SHEET_SECONDS = 60  # of a longer stream, only so much is drawn
 SCALE = 10  # the toy's 32 pixels become 320
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +105,7 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1):
             texts.append(net.project_text(toy_world.caption_features(tokens).to(like)))
         return texts[index]
 
-    sigmas = self_forcing.few_step_sigmas(cfg, steps)
+    sigmas = dmd.few_step_sigmas(cfg, steps)
     generator = torch.Generator().manual_seed(seed)
     yield from self_forcing.rollout(net, text_at, blocks, sigmas, generator, batch, window)
 
@@ -263,7 +264,7 @@ def main():
     if cfg.name not in WEIGHTS:
         raise ValueError(f"--config {cfg.name}: only {', '.join(WEIGHTS)} can be streamed so far")
     seconds = parse_seconds(args.seconds)
-    num_blocks(seconds, cfg), self_forcing.few_step_sigmas(cfg, args.steps)
+    num_blocks(seconds, cfg), dmd.few_step_sigmas(cfg, args.steps)
     cues = parse_cues(args.prompt or ["red fast metal"], seconds)
     device, codec = cli.find_device(args.device), toy_codec.load(cfg)
     net = load_student(args.weights or WEIGHTS[cfg.name], cfg, device, DTYPES[args.dtype])

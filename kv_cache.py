@@ -96,6 +96,7 @@ class RollingCache:
         self.block_tokens = block_tokens  # keys of every later block
         self.ring_blocks = ring_blocks  # window + 1: the current block needs a place as well
         self.block = 0  # the block being written
+        self.first = 0  # first slot that may be read: 0, or behind a prefix that is not pinned
         self.k = self.v = None  # (B, slots, H, D), made by the first append
         self.original_prefix_k = None  # (B, prefix, H, D) as rotated when it was written
 
@@ -131,7 +132,7 @@ class RollingCache:
             self.k[:, here], self.v[:, here] = k, v
         if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
             return self._history_and(k, self.k), self._history_and(v, self.v)
-        return self.k[:, : self.num_filled], self.v[:, : self.num_filled]
+        return self.k[:, self.first : self.num_filled], self.v[:, self.first : self.num_filled]
 
     def _allocate(self, k):
         slots = self.prefix_tokens + self.ring_blocks * self.block_tokens
@@ -139,7 +140,8 @@ class RollingCache:
 
     def _history_and(self, new, buffer):
         here = self.slots
-        return torch.cat([buffer[:, : here.start], buffer[:, here.stop : self.num_filled], new], 1)
+        before, after = slice(self.first, here.start), slice(here.stop, self.num_filled)
+        return torch.cat([buffer[:, before], buffer[:, after], new], 1)
 
     def next_block(self):
         """Leave the current block as it is and move to the next place."""
@@ -164,14 +166,15 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
 class CachedView:
     """Attend to the finished blocks and to the current one: four rolling caches per layer."""
 
-    def __init__(self, cfg, num_blocks, window=None):
+    def __init__(self, cfg, num_blocks, window=None, pinned=True):
         """Room for a stream of `num_blocks`.
 
         window   blocks remembered before the current one, besides block 0; None: all of them.
+        pinned   False: block 0, prefix and sinks, is forgotten like any other (a control)
         """
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a block must remember at least the one before it")
-        self.cfg = cfg
+        self.cfg, self.pinned = cfg, pinned
         self.window = num_blocks if window is None else window
         ring = max(1, min(self.window + 1, num_blocks - 1))
         video = cfg.prefix_video_frames * cfg.tokens_per_frame, cfg.video_tokens_per_block, ring
@@ -199,6 +202,8 @@ class CachedView:
             caches = [layer[site] for layer in self.layers]
             for cache in caches:
                 cache.next_block()
+                if not self.pinned and self.block > self.window:
+                    cache.first = cache.prefix_tokens
             if self.num_evicted:
                 by = self._shift(site, caches[0].k)
                 for cache in caches:

@@ -14,11 +14,22 @@ Translation is strict. A key too few or too many is refused by name: a model wit
 at its initial value still runs, and only looks a little worse.
 
 # Trap: names and shapes do not tell a teacher's file from a student's. Rotary layout, precision of
-# the grid and scale of the gates differ (config.py): choose the config that belongs to the file.
+# the grid and scale of the gates differ (config.py). LTX-2's file states its own in its metadata,
+# which is believed; a student's file states nothing, and the config's are taken.
 """
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
 import config
-from model import build
+import files
+from model import OmniTransformer, build
+
+# ---- names ----
 
 # ours, behind "video." or "audio."; LTX-2's for video; LTX-2's for audio
 STREAM = [
@@ -107,6 +118,187 @@ def _renamed(weights, names):
                 f"of an LTX-2 transformer of this config"
             )
     return {names[key]: w for key, w in weights.items()}
+
+
+# ---- files ----
+
+PREFIXES = ("model.diffusion_model.", "model.velocity_model.", "model.")  # ComfyUI's, and trainers'
+OTHER_PARTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
+CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
+SINKS = "audio_sink_tokens"  # paper-era students carry them, (1, S, 2048)
+
+# In the metadata: name -> our field, and how its value is written in ours
+FLAGS = {
+    "rope_type": ("rope_layout", str),
+    "frequencies_precision": ("rope_float64", lambda value: value == "float64"),
+    "av_ca_timestep_scale_multiplier": ("gate_timestep_scale", float),
+}
+LATER = {  # switches of LTX-2.3 and 2.5, and the value each has in LTX-2
+    "apply_gated_attention": False,
+    "cross_attention_adaln": False,
+    "caption_proj_before_connector": False,
+    "ff_bias": True,
+    "use_keyframes_abs_pos_embedding": False,
+}
+
+
+def shards(path) -> list[Path]:
+    """The files of a checkpoint: one `.safetensors`, an index of many, or a folder of either.
+
+    Raises ValueError for anything else, and for a shard that the index names but that is not there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        index = sorted(path.glob("*.safetensors.index.json"))
+        found = index or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"{path}: expected one .safetensors file or index, found {len(found)}")
+        return shards(found[0])
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix != ".json":
+        return [path]
+    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    parts = [path.parent / Path(name).name for name in names]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise ValueError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(parts)} shards)")
+    return parts
+
+
+def transformer_name(key) -> str | None:
+    """LTX-2's name of a transformer tensor without prefix; None for decoders and connectors.
+
+    >>> transformer_name("model.diffusion_model.patchify_proj.bias")
+    'patchify_proj.bias'
+    >>> transformer_name("vae.decoder.conv_in.bias"), transformer_name("vocoder.ups.0.bias")
+    (None, None)
+    """
+    if key.startswith(OTHER_PARTS):
+        return None
+    prefix = next((p for p in PREFIXES if key.startswith(p)), "")
+    name = key[len(prefix) :]
+    return None if name.startswith(CONNECTORS) else name
+
+
+class Checkpoint:
+    """Where the transformer's tensors lie; they are read one at a time, straight to the device."""
+
+    def __init__(self, path):
+        """Raises ValueError for a file that is cut short or no safetensors."""
+        self.path, self.metadata, self.where = path, {}, {}  # LTX-2's name -> (file, key)
+        for file in shards(path):
+            try:
+                with safe_open(file, "pt") as f:
+                    self.metadata |= f.metadata() or {}
+                    names = {transformer_name(key): (file, key) for key in f.keys()}
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+            self.where |= {name: place for name, place in names.items() if name}
+
+    def flags(self) -> dict:
+        """The flags that the file states, as fields of Config.
+
+        Raises ValueError for a later generation of LTX-2, naming the switch that tells.
+        """
+        stated = json.loads(self.metadata.get("config", "{}")).get("transformer", {})
+        for switch, ours in LATER.items():
+            if stated.get(switch, ours) != ours:
+                raise ValueError(
+                    f"{self.path}: {switch}={stated[switch]} belongs to a later LTX than this "
+                    f"project implements; expected an LTX-2 19B file"
+                )
+        return {
+            field: read(stated[name]) for name, (field, read) in FLAGS.items() if name in stated
+        }
+
+    def read(self, device, dtype):
+        """Yield (LTX-2's name, tensor), file by file.  Raises ValueError for NaN or infinity."""
+        for file in sorted({file for file, _ in self.where.values()}):
+            with safe_open(file, "pt", device=str(device)) as f:
+                for name, (place, key) in self.where.items():
+                    if place != file:
+                        continue
+                    tensor = f.get_tensor(key).to(dtype)
+                    if not torch.isfinite(tensor).all():
+                        raise ValueError(f"{file}: tensor {key} holds NaN or infinity")
+                    yield name, tensor
+
+
+def load(path, cfg, device="cpu", dtype=torch.bfloat16, say=print) -> OmniTransformer:
+    """The transformer of a published file, read once, without a second copy in memory.
+
+    cfg   shape, blocks and sinks; the three flags are the file's, where it states them
+    say   is told the flags that are used
+
+    Raises ValueError for a file that is not whole, lacks a tensor, or has one too many.
+    """
+    checkpoint = Checkpoint(path)
+    stated = checkpoint.flags()
+    cfg = replace(cfg, **stated)
+    source = "stated by the file" if stated else f"of config {cfg.name}; the file states none"
+    shown = ", ".join(f"{field}={getattr(cfg, field)}" for field, _ in FLAGS.values())
+    say(f"{path}: {shown} ({source})")
+    net = build(cfg, device="meta")
+    table = {theirs: ours for ours, theirs in key_table(net).items()}
+    for name in [name for name in checkpoint.where if SINKS in name]:
+        if net.sinks is not None:
+            table[name] = "sinks.tokens"
+        else:
+            del checkpoint.where[name]
+    _renamed(checkpoint.where, table)  # complains by name, before anything is read
+    tensors = {table[name]: tensor for name, tensor in checkpoint.read(device, dtype)}
+    if net.sinks is not None and "sinks.tokens" not in tensors:
+        say(f"{path}: no sinks; {cfg.num_sinks} fresh ones take their place")
+        tensors["sinks.tokens"] = fresh_sinks(cfg, device, dtype)
+    files.load_into(net, tensors, path, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+def fresh_sinks(cfg, device, dtype):
+    """(1, S, C_a) sinks that no training has touched."""
+    g = torch.Generator().manual_seed(0)
+    return (0.02 * torch.randn(1, cfg.num_sinks, cfg.audio_width, generator=g)).to(device, dtype)
+
+
+def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
+    """A model of that size full of noise, drawn on the device: for measuring speed and memory."""
+    net = build(cfg, device="meta").to(dtype).to_empty(device=device)
+    torch.manual_seed(0)
+    for name, p in net.named_parameters():
+        if name.endswith(("q_norm", "k_norm")):
+            torch.nn.init.ones_(p)
+        else:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.dim() == 2 else 0.02)
+    return net.requires_grad_(False).eval()
+
+
+# ---- the two rotary layouts ----
+
+
+def to_interleaved(weights, cfg) -> dict:
+    """Our weights of a `split` model -> those of an `interleaved` model that computes the same.
+
+    Attention does not care how channels are ordered inside a head, if queries and keys agree. So
+    a teacher's weights can start a student exactly where the teacher stands. (The official code
+    copies them as they are, and training has to absorb the difference.)
+    """
+    rotated = (".self_attn.", ".cross_attn.")
+    moved = (".to_q.weight", ".to_q.bias", ".to_k.weight", ".to_k.bias", ".q_norm", ".k_norm")
+    return {
+        name: _interleave_rows(w, cfg.num_heads)
+        if any(part in name for part in rotated) and name.endswith(moved)
+        else w
+        for name, w in weights.items()
+    }
+
+
+def _interleave_rows(w, heads):
+    """Row i and row i + half of every head become rows 2i and 2i + 1.
+
+    >>> _interleave_rows(torch.arange(8), 2)
+    tensor([0, 2, 1, 3, 4, 6, 5, 7])
+    """
+    return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 if __name__ == "__main__":

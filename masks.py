@@ -151,11 +151,11 @@ def audio_token_blocks(blocks, cfg, sinks=True) -> torch.Tensor:
     return torch.cat([per_frame.new_zeros(cfg.num_sinks if sinks else 0), per_frame])
 
 
-def may_attend(query_blocks, key_blocks, window=None) -> torch.Tensor:
+def may_attend(query_blocks, key_blocks, window=None, pinned=True) -> torch.Tensor:
     """The rule.  (Q,) and (K,) block indices -> (Q, K) booleans.
 
     window   how many blocks before its own a query remembers; None never forgets.  Block 0 (prefix
-             and sinks) is pinned: it stays visible for ever.
+             and sinks) is pinned: it stays visible for ever, unless `pinned` is False (a control).
 
     >>> may_attend(torch.arange(4), torch.arange(4), window=1).int()
     tensor([[1, 0, 0, 0],
@@ -166,7 +166,7 @@ def may_attend(query_blocks, key_blocks, window=None) -> torch.Tensor:
     q, k = query_blocks[:, None], key_blocks[None, :]
     allowed = k <= q
     if window is not None:
-        allowed &= (k >= q - window) | (k == 0)
+        allowed &= (k >= q - window) | ((k == 0) & pinned)
     return allowed
 
 

@@ -1,10 +1,10 @@
 """Stage II: the causal mask is put on, and the student regresses the teacher's trajectories.
 
 A bidirectional model cannot simply be run causally: its attention has always been spread over the
-future too. Here it learns to do without. The teacher denoises whole clips from noise; of each walk
-we keep the states at the student's noise levels, whose common end is the answer:
+future too. Here it learns to do without. The four-step student of dmd.py denoises whole clips from
+noise; of each walk we keep the states at the noise levels, whose common end is the answer:
 
-    noise = x_1 --> x_.91 --> x_.73 --> x_.42 --> x_0        one trajectory of the teacher's ODE
+    noise = x_1 --> x_.91 --> x_.73 --> x_.42 --> x_0        one trajectory of its ODE
 
 The student sees such a clip with **one noise level per block**, drawn independently, under the
 block-causal masks of masks.py, and must name the clean end:
@@ -20,7 +20,11 @@ levels over audio by rounding 126 / 16 frames instead of by block edges (edges a
 instead of 1, 26, 51, 76, 101), so a few audio tokens of every block carry their neighbour's level.
 Both streams take the level of `masks.frame_blocks` here.
 
-    python ode_regression.py         from the shipped teacher, see --help
+The walk may as well be the many-step teacher's own, as in the later release of the paper's code,
+which left stage I out; then it needs guidance, and small steps in between:
+
+    python ode_regression.py         from the stage I student, see --help
+    python ode_regression.py --teacher weights/toy_teacher.safetensors --guidance 1.5 --between 4
 """
 
 import time
@@ -40,7 +44,6 @@ from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
 
 CLEAN_SHARE = 0.25  # share of blocks shown clean
-STEPS_BETWEEN = 4  # Euler steps of the teacher from one kept noise level to the next
 FIRST_SEED = 10**8  # trajectories begin from captions the teacher was not trained on
 
 
@@ -59,23 +62,24 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
     return fine
 
 
-def draw_trajectories(net, sigmas, seeds, guidance):
+def draw_trajectories(net, sigmas, seeds, guidance=1.0, between=1):
     """Teacher states at exactly the levels `sigmas`, for the captions of these seeds.
 
-    -> tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a)
+    between   Euler steps from one kept level to the next
+    ->        tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a)
     """
     tokens = toy_world.caption_tokens(toy_world.draw_clips(seeds))
-    fine = fine_sigmas(sigmas, STEPS_BETWEEN)
-    keep = range(0, len(fine), STEPS_BETWEEN)
+    fine = fine_sigmas(sigmas, between)
+    keep = range(0, len(fine), between)
     _, (video, audio) = teacher.sample(
         net, tokens, fine, guidance=guidance, seed=seeds[0], keep=keep
     )
     return tokens, video, audio
 
 
-def load_trajectories(path, net, count, guidance, batch=16) -> dict:
+def load_trajectories(path, net, count, guidance, between, batch=16) -> dict:
     """Trajectories from a file, or drawn and written there: "tokens", "video", "audio"."""
-    about = {"count": count, "guidance": guidance, "steps_between": STEPS_BETWEEN}
+    about = {"count": count, "guidance": guidance, "between": between}
     about["teacher"] = files.fingerprint(net.state_dict())  # another teacher, other trajectories
     if Path(path).exists():
         tensors, _, made_by = files.read_weights(path)
@@ -88,7 +92,7 @@ def load_trajectories(path, net, count, guidance, batch=16) -> dict:
     with tqdm(total=count, unit="clip", desc="trajectories", mininterval=5) as bar:
         for first in range(FIRST_SEED, FIRST_SEED + count, batch):
             seeds = range(first, min(first + batch, FIRST_SEED + count))
-            parts.append(draw_trajectories(net, config.TOY.sigmas, seeds, guidance))
+            parts.append(draw_trajectories(net, config.TOY.sigmas, seeds, guidance, between))
             bar.update(len(seeds))
     tensors = dict(zip(("tokens", "video", "audio"), map(torch.cat, zip(*parts))))
     files.save_weights(path, tensors, net.cfg, about)
@@ -172,29 +176,30 @@ def _own_sinks(net):
 def main():
     p = cli.parser(__doc__)
     p.add_argument(
-        "--teacher", default="weights/toy_teacher.safetensors", help="weights to start at"
+        "--teacher",
+        default="weights/toy_dmd.safetensors",
+        help="walks; weights to start at",
     )
-    p.add_argument("--clips", type=int, default=384, help="trajectories to draw")
-    p.add_argument("--guidance", type=float, default=1.5, help="of the teacher's trajectories")
+    p.add_argument("--clips", type=int, default=768, help="walks to draw")
+    p.add_argument("--guidance", type=float, default=1.0, help="of the walks; 1 is none")
+    p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
     p.add_argument("--steps", type=int, default=500, help="training steps")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--run", default="runs/ode", help="folder of trajectories and state; resumed")
-    p.add_argument("--out", default="weights/toy_ode_student.safetensors", help="weights to write")
+    p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
+    p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")
     args = p.parse_args()
     bidirectional, start = model.load(args.teacher), time.perf_counter()
-    data = load_trajectories(
-        f"{args.run}/trajectories.safetensors", bidirectional, args.clips, args.guidance
-    )
+    walks = f"{args.run}/trajectories.safetensors"
+    data = load_trajectories(walks, bidirectional, args.clips, args.guidance, args.between)
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
     recipe = training.Recipe(
         args.steps, batch=8, seed=args.seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98
     )
     net = student_from(bidirectional.state_dict(), config.TOY, args.seed)
-    run = training.Run(net, recipe, args.run)
-    run.train(losses_of(net, data, recipe))
-    command = f"python ode_regression.py --clips {args.clips} --guidance {args.guidance:g}"
-    command += f" --steps {args.steps} --seed {args.seed}"
-    run.ship(args.out, net.cfg, command)
+    learner = training.Learner(net, recipe)
+    run = training.Run({"student": learner}, cli.command(p, args), args.run)
+    run.train(training.descent(learner, losses_of(net, data, recipe)))
+    run.ship(args.out)
 
 
 if __name__ == "__main__":

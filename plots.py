@@ -183,18 +183,31 @@ DRIFT = {  # metric: label and range
 }
 
 
-def draw_drift(by_second):
-    """Metrics by second of the stream: {name: [metrics of second 0, 1, ...]}."""
+def draw_drift(by_time, step=1):
+    """Metrics along the stream: {name: [metrics of the first `step` seconds, the next, ...]}."""
     figure, axes = plt.subplots(2, 3, figsize=(11, 5), layout="constrained", sharex=True)
     for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
-        for i, (name, seconds) in enumerate(by_second.items()):
-            middle = np.arange(len(seconds)) + 0.5
-            ax.plot(middle, [s[metric] for s in seconds], "o-", ms=3, label=name, color=f"C{i}")
+        for i, (name, windows) in enumerate(by_time.items()):
+            middle = (np.arange(len(windows)) + 0.5) * step
+            ax.plot(middle, [w[metric] for w in windows], "o-", ms=3, label=name, color=f"C{i}")
         ax.set(title=label, ylim=limits)
         ax.grid(alpha=0.3)
     for ax in axes[1]:
-        ax.set_xlabel("second of the stream (= block)")
+        ax.set_xlabel("second of the stream")
     axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def draw_sinks(results):
+    """Bars of a sink ablation, {variant: {"max_norm": .., "loss": .., ...}}."""
+    shown = ("max_norm", "a0_norm", "loss", "entropy", "share")
+    figure, axes = plt.subplots(1, 5, figsize=(13, 5), layout="constrained", sharey=True)
+    for ax, column in zip(axes, shown):
+        values = [row.get(column, np.nan) for row in results.values()]
+        ax.barh(range(len(values)), values, color=SINK)
+        ax.set(title=column.replace("_", " "), yticks=range(len(values)), yticklabels=results)
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
     return figure
 
 

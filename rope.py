@@ -11,9 +11,9 @@ the audio latents that sound during it.
 
 A width of D channels has D/2 slots, each a pair of channels that turns by one angle. With n axes
 there are K = D // (2n) frequencies; slots are filled frequency by frequency, the axis fastest
-(t0 y0 x0 t1 y1 x1 ...), behind (D mod 2n)/2 slots that never turn. Slots are dealt to the heads in
-order: the first head owns the slowest frequencies. Which two channels of a head form a slot is the
-layout:
+(t0 y0 x0 t1 y1 x1 ...), behind (D mod 2n)/2 slots that never turn. LTX-2 deals the slots to its 32
+heads in bands: the first head owns the slowest frequencies. The toy's 4 heads take them in turns,
+so that each has the whole range. Which two channels of a head form a slot is the layout:
 
     split         channel i with i + D_head/2          (LTX-2)
     interleaved   channel 2i with 2i + 1               (OmniForcing's student)
@@ -102,7 +102,22 @@ def slot_angles(turns, width, cfg) -> torch.Tensor:
     angles = frequencies(width, axes, cfg)[:, None] * turns[:, None, :]  # (T, K, axes)
     angles = angles.flatten(1)
     still = angles.new_zeros(len(turns), width // 2 - angles.shape[1])
-    return torch.cat([still, angles], dim=1)
+    return deal(torch.cat([still, angles], dim=1), cfg)
+
+
+def deal(slots, cfg):
+    """(T, D/2) slots from slow to fast -> the same slots head by head.
+
+    >>> from dataclasses import replace
+    >>> two = replace(config.LTX2, num_heads=2)
+    >>> deal(torch.tensor([[0, 1, 2, 3]]), two)  # head 0 | head 1
+    tensor([[0, 1, 2, 3]])
+    >>> deal(torch.tensor([[0, 1, 2, 3]]), replace(two, rope_dealing="turns"))
+    tensor([[0, 2, 1, 3]])
+    """
+    if cfg.rope_dealing == "bands":
+        return slots
+    return slots.unflatten(1, (-1, cfg.num_heads)).transpose(1, 2).flatten(1)
 
 
 def video_angles(frames, cfg) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Self-forcing: generate block by block, as at inference, also while training.
+"""Self-forcing: train on what you generate yourself, block by block, as at inference (stage III).
 
 A model trained on true pasts meets, when it streams, pasts of its own making, with errors it never
-saw. Self-forcing trains it on exactly what it will meet: its own rollout.
+saw: exposure bias. Self-forcing trains it on exactly what it will meet: its own rollout.
 
 One block, with the noise levels 1 > s1 > s2 > s3 > 0:
 
@@ -16,18 +16,39 @@ One block, with the noise levels 1 > s1 > s2 > s3 > 0:
   * the loop, not a layer, moves the cache on to the next block
 
 `rollout` is the only such loop of the project: `generate.py` runs it without gradient; training
-(stage III) runs it with one. Then only the exit pass of each block carries a gradient, and none
-crosses from block to block, because the cache hands out history as data.
+runs it with one. A training step is then
+
+    1  draw captions, and the exit pass that all blocks of this rollout will end at
+    2  roll out 5 seconds with the same caches as at inference; only the exit pass of each block
+       carries a gradient, and none crosses from block to block: the cache hands out history as data
+    3  judge the whole clip by the two bidirectional scores of dmd.py, as in stage I; one backward
+    4  let the critic follow, on five fresh rollouts
+
+No true clip is shown: captions are enough. The control does show them (`--history true`): there
+every block is generated behind the true past, which is how the student was trained before. It has
+the same loss, steps and cost, so what self-forcing buys is the difference between the two.
+
+Captions get a gradient: their keys and values are computed once per rollout, and every exit pass
+reads them. # Paper: the official code caches them detached, so its caption layers learn nothing.
+
+    python self_forcing.py           from the stage II student, see --help
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
+import cli
 import config
+import dmd
 import model
+import ode_regression
+import teacher
+import toy_codec
+import toy_world
 from kv_cache import CachedView
-from masks import block_span
+from masks import block_span, num_blocks
 
 
 class Block(NamedTuple):
@@ -38,71 +59,35 @@ class Block(NamedTuple):
     audio: torch.Tensor  # (B, F_a, C_a)
 
 
-def few_step_sigmas(cfg, steps=None) -> tuple[float, ...]:
-    """The noise levels of `steps` passes, evenly taken from those that the student was trained on.
-
-    Raises ValueError for more passes than that.
-
-    >>> few_step_sigmas(config.TOY, 2)
-    (1.0, 0.7265238, 0.0)
-    """
-    trained = len(cfg.sigmas) - 1
-    steps = trained if steps is None else steps
-    if not 1 <= steps <= trained:
-        raise ValueError(
-            f"{steps} steps: the student knows {trained} noise levels, so 1 to {trained}"
-        )
-    return (*(cfg.sigmas[i * trained // steps] for i in range(steps)), 0.0)
-
-
-def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None):
-    """Few-step generation of one block: noise -> x0, for (video, audio) pairs.
-
-    exit_step   index of the pass whose x0 is the answer; default the last. Only this pass may carry
-                a gradient: the earlier ones are how its input came about.
-    """
-    last = len(sigmas) - 2 if exit_step is None else exit_step
-    x, wants_gradient = noise, torch.is_grad_enabled()
-    for i in range(last + 1):
-        with torch.set_grad_enabled(wants_gradient and i == last):
-            x0 = at_sigma(net, x, sigmas[i], text, span, view)
-        if i < last:
-            fresh = model.draw_noise(
-                len(x0[0]), span, net.cfg, generator, x0[0].device, x0[0].dtype
-            )
-            level = x0[0].new_full((1, 1), sigmas[i + 1])
-            x = [model.add_noise(c, n, level) for c, n in zip(x0, fresh)]
-    return x0
-
-
-def at_sigma(net, x, sigma, text, span, view):
-    """One pass with one noise level for both streams: clean estimates of x = (video, audio)."""
-    level = x[0].new_full((len(x[0]),), sigma)
-    return model.predict_x0(net, *x, level, level, text, span, view)
-
-
-def rollout(net, text_at, num_blocks, sigmas, generator, batch=1, window=None, exit_step=None):
+def rollout(
+    net, text_at, num_blocks, sigmas, generator, batch=1, window=None, pinned=True,
+    exit_step=None, history=None,
+):  # fmt: skip
     """Yield the blocks of B streams, each as soon as it exists.
 
     text_at     function from block index to `model.Text`: the prompt may change between blocks
     sigmas      from 1 to 0; len(sigmas) - 1 passes a block, and the refresh
     generator   torch.Generator on the CPU, the only source of randomness
     window      blocks remembered besides prefix and sinks; None: all
-    exit_step   see `denoise`; one for all blocks, so that each block is refreshed from an equally
-                good clip (Self-Forcing; OmniForcing's same_step_across_blocks)
+    pinned      False: prefix and sinks are forgotten as well (a control)
+    exit_step   see `dmd.denoise`; one for all blocks, so that each block is refreshed from an
+                equally good clip (Self-Forcing; OmniForcing's same_step_across_blocks)
+    history     clean (video, audio) of the whole clip, to be remembered instead of what is
+                generated: teacher forcing, the control
 
     The refresh happens when the next block is asked for: a finished block is not kept waiting.
     """
-    view = CachedView(net.cfg, num_blocks, window)
+    view = CachedView(net.cfg, num_blocks, window, pinned)
     like = next(net.parameters())
     for k in range(num_blocks):
         span, text = block_span(k, net.cfg), text_at(k)
         noise = model.draw_noise(batch, span, net.cfg, generator, like.device, like.dtype)
-        x0 = denoise(net, noise, sigmas, text, span, view, generator, exit_step)
+        x0 = dmd.denoise(net, noise, sigmas, text, span, view, generator, exit_step)
         yield Block(k, *x0)
         if k + 1 < num_blocks:
+            past = block_of(history, k, net.cfg) if history else x0
             with torch.no_grad():  # the cache holds data; a gradient would reach across blocks
-                at_sigma(net, [x.detach() for x in x0], 0.0, text, span, view)
+                dmd.at_sigma(net, [x.detach() for x in past], 0.0, text, span, view)
             view.next_block()
 
 
@@ -112,12 +97,42 @@ def whole_clip(blocks):
     return torch.cat(video, 1), torch.cat(audio, 1)
 
 
+def block_of(clip, k, cfg):
+    """Video and audio latents of one block of a whole clip; inverse of `whole_clip`."""
+    (video, audio), span, per_frame = clip, block_span(k, cfg), cfg.tokens_per_frame
+    video = video[:, span.video.start * per_frame : span.video.stop * per_frame]
+    return video, audio[:, span.audio.start : span.audio.stop]
+
+
+# ---- training ----
+
+
+def rolled_out(net, clips, tokens, generator, window=None, codec=None):
+    """Clips to train stage III on: the student's own rollout, as it is after a random pass.
+
+    codec   to remember the true clips instead: the control
+    """
+    exit_step = dmd.draw_exit_step(net.cfg.sigmas, generator)
+    text = net.project_text(toy_world.caption_features(tokens))
+    history = toy_codec.encode_clips(codec, clips, teacher.SECONDS) if codec else None
+    blocks = num_blocks(teacher.SECONDS, net.cfg)
+    sigmas, batch = net.cfg.sigmas, len(tokens)
+    how = dict(window=window, exit_step=exit_step, history=history)
+    return whole_clip(rollout(net, lambda k: text, blocks, sigmas, generator, batch, **how))
+
+
+def main():
+    p = dmd.options(__doc__, 100, "runs/self_forcing", "weights/toy_self_forcing.safetensors")
+    p.add_argument(
+        "--student", default="weights/toy_ode_regression.safetensors", help="weights to start at"
+    )
+    p.add_argument("--window", type=int, default=4, help="blocks remembered in the rollouts")
+    p.add_argument("--history", choices=("own", "true"), default="own", help="true: the control")
+    args = p.parse_args()
+    net = ode_regression.student_from(model.load(args.student).state_dict(), config.TOY, args.seed)
+    codec = toy_codec.load() if args.history == "true" else None
+    dmd.distil(p, args, net, functools.partial(rolled_out, window=args.window, codec=codec))
+
+
 if __name__ == "__main__":
-    cfg = config.TOY
-    net = model.build(cfg)
-    text = net.project_text(torch.eye(cfg.caption_width)[None, :3])
-    with torch.inference_mode():
-        blocks = rollout(net, lambda k: text, 4, cfg.sigmas, torch.Generator().manual_seed(0))
-        for block in blocks:
-            print(f"block {block.index}: video {tuple(block.video.shape)}, audio", end=" ")
-            print(tuple(block.audio.shape))
+    cli.run(main)

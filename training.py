@@ -28,7 +28,7 @@ class Recipe:
     steps: int
     batch: int = 16  # clips
     seed: int = 0
-    muon_lr: float = 0.02
+    muon_lr: float = 0.02  # 0: AdamW for the matrices as well
     adam_lr: float = 1.5e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
@@ -57,12 +57,15 @@ def generator(seed, step) -> torch.Generator:
 
 
 def optimisers(model, recipe):
-    """Muon for the matrices of the layers, AdamW for the rest."""
-    named = list(model.named_parameters())
-    matrices = [p for n, p in named if ".layers." in n and n.endswith("weight")]
-    rest = [p for n, p in named if not (".layers." in n and n.endswith("weight"))]
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
+    """Muon for the matrices of the layers, AdamW for the rest; or AdamW for all."""
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        is_matrix = ".layers." in name and name.endswith("weight")
+        (matrices if is_matrix and recipe.muon_lr else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=recipe.betas, weight_decay=0.0)
+    if not matrices:
+        return [adam]
+    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
     return [muon, adam]
 
 
@@ -86,33 +89,92 @@ def _part(tensors, prefix) -> dict:
     return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-class Run:
-    """One training: model, optimisers, average, log; saved as one file, resumed from it."""
+class Learner:
+    """One model that learns: its optimisers and its average."""
 
-    def __init__(self, model, recipe, folder=None):
+    def __init__(self, model, recipe):
         self.model, self.recipe = model, recipe
         self.optimisers = optimisers(model, recipe)
         self.average = Averaged(model, recipe.ema)
+
+    def update(self, loss, step) -> float:
+        """One step down the loss; returns the norm of the gradient before clipping.
+
+        Raises ValueError, naming step and tensor, if loss or gradient is not finite.
+        """
+        if not torch.isfinite(loss):
+            raise ValueError(f"step {step}: the loss is {loss.item()}; lower the learning rate")
+        loss.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        # Trap: clipping by a norm of NaN would spoil every gradient; look for the culprit before.
+        if not torch.isfinite(norm):
+            raise ValueError(f"step {step}: gradient of {self._first_bad()} is not finite")
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group.setdefault("full_lr", group["lr"])
+                group["lr"] = group["full_lr"] * rate(step, self.recipe)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.average.update(self.model, step)
+        return norm.item()
+
+    def _first_bad(self):
+        named = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
+        return next((n for n, g in named if not torch.isfinite(g).all()), "?")
+
+    def tensors(self) -> dict:
+        """Everything needed to go on, by name."""
+        parts = {f"model.{n}": p for n, p in self.model.state_dict().items()}
+        parts |= {f"average.{n}": p for n, p in self.average.tensors.items()}
+        for i, optimiser in enumerate(self.optimisers):
+            for j, state in optimiser.state_dict()["state"].items():
+                parts |= {f"optimiser.{i}.{j}.{n}": t for n, t in state.items()}
+        return parts
+
+    def load(self, tensors, path):
+        """Inverse of `tensors`."""
+        files.load_into(self.model, _part(tensors, "model."), path)
+        self.average.tensors = _part(tensors, "average.")
+        for i, optimiser in enumerate(self.optimisers):
+            state = {}
+            for name, t in _part(tensors, f"optimiser.{i}.").items():
+                j, name = name.split(".", 1)
+                state.setdefault(int(j), {})[name] = t
+            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+
+
+class Run:
+    """One training: who learns, the log, the next step; saved as one file, resumed from it."""
+
+    def __init__(self, learners, command, folder=None):
+        """learners   by name; the first is the one that is shipped, and its recipe the run's
+        command    line that makes such a run; a state of another command is not resumed
+        folder     for the state; None: nothing is saved
+        """
+        self.learners, self.command = learners, command
+        self.steps = next(iter(learners.values())).recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
         self.file = Path(folder) / "state.safetensors" if folder else None
         if self.file and self.file.exists():
             self._load()
 
-    def _tensors(self):
-        yield from (("model." + n, p) for n, p in self.model.state_dict().items())
-        yield from (("average." + n, p) for n, p in self.average.tensors.items())
-        for i, optimiser in enumerate(self.optimisers):
-            for j, state in optimiser.state_dict()["state"].items():
-                yield from ((f"optimiser.{i}.{j}.{n}", t) for n, t in state.items())
+    def _identity(self):
+        recipes = {name: asdict(learner.recipe) for name, learner in self.learners.items()}
+        return json.loads(json.dumps({"command": self.command, "recipes": recipes}))
 
     def save(self):
         """Write everything needed to go on, beside the old state, then rename."""
         if not self.file:
             return
-        tensors = {n: t.detach().clone() for n, t in self._tensors()}
+        tensors = {
+            f"{name}.{n}": t.detach().clone()
+            for name, learner in self.learners.items()
+            for n, t in learner.tensors().items()
+        }
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
-        about["recipe"] = asdict(self.recipe)
-        metadata = {"run": json.dumps(about)}
+        metadata = {"run": json.dumps({**about, "of": self._identity()})}
         files.write_beside(self.file, lambda p: save_file(tensors, p, metadata))
 
     def _load(self):
@@ -122,87 +184,63 @@ class Run:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{self.file}: not a whole state file ({error})") from None
-        recipe = json.loads(json.dumps(asdict(self.recipe)))
-        if about["recipe"] != recipe:
+        if about.get("of") != self._identity():
             raise ValueError(f"{self.file}: belongs to another recipe; remove it to start anew")
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
-        files.load_into(self.model, _part(tensors, "model."), self.file)
-        self.average.tensors = _part(tensors, "average.")
-        for i, optimiser in enumerate(self.optimisers):
-            state = {}
-            for name, t in _part(tensors, f"optimiser.{i}.").items():
-                j, name = name.split(".", 1)
-                state.setdefault(int(j), {})[name] = t
-            optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
+        for name, learner in self.learners.items():
+            learner.load(_part(tensors, f"{name}."), self.file)
 
-    def update(self, loss):
-        """One step down the loss.  Raises ValueError, naming step and tensor, on NaN."""
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"step {self.step}: the loss is {loss.item()}; lower the learning rate"
-            )
-        loss.backward()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        # Trap: clipping by a norm of NaN would spoil every gradient; look for the culprit before.
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {self.step}: gradient of {self._first_bad()} is not finite")
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group.setdefault("full_lr", group["lr"])
-                group["lr"] = group["full_lr"] * rate(self.step, self.recipe)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        self.average.update(self.model, self.step)
-        return norm.item()
-
-    def _first_bad(self):
-        named = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        return next((n for n, g in named if not torch.isfinite(g).all()), "?")
-
-    def train(self, losses, print_every=25, save_every=100):
+    def train(self, update, print_every=25, save_every=100):
         """Train to the end of the recipe.
 
-        losses(step) -> dict of named scalars; "loss" is minimised, all of them are logged
+        update(step) -> dict of named scalars to log, after everyone who learns has moved
         """
-        while self.step < self.recipe.steps:
+        while self.step < self.steps:
             start = time.perf_counter()
-            values = losses(self.step)
-            values["norm"] = self.update(values["loss"])
+            values = update(self.step)
             self.step += 1
             self.seconds += time.perf_counter() - start
             self._log(values, print_every)
-            if self.step % save_every == 0 or self.step == self.recipe.steps:
+            if self.step % save_every == 0 or self.step == self.steps:
                 self.save()
 
     def _log(self, values, print_every):
         row = {n: float(x.detach() if torch.is_tensor(x) else x) for n, x in values.items()}
         self._recent.append(row)
-        if self.step % print_every and self.step != self.recipe.steps:
+        if self.step % print_every and self.step != self.steps:
             return
         mean = {n: sum(r[n] for r in self._recent) / len(self._recent) for n in row}
         self._recent = []
         self.log.append({"step": self.step, **{n: round(x, 5) for n, x in mean.items()}})
         shown = " ".join(f"{n} {x:.2f}".replace(" 0.", " .") for n, x in mean.items())
-        left = self.seconds / self.step * (self.recipe.steps - self.step)
-        print(f"{self.step:5}/{self.recipe.steps}  {shown}, {left / 60:.0f} min left", flush=True)
+        left = self.seconds / self.step * (self.steps - self.step)
+        print(f"{self.step:5}/{self.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
-    def ship(self, path, cfg, command):
-        """Write the averaged weights, in half precision, and the loss curve."""
-        half = {name: t.half() for name, t in self.average.tensors.items()}
-        files.save_weights(path, half, cfg, self.made_by(command))
+    def ship(self, path):
+        """Write the averaged weights of the first learner, in half precision, and its curve."""
+        learner = next(iter(self.learners.values()))
+        half = {name: t.half() for name, t in learner.average.tensors.items()}
+        files.save_weights(path, half, learner.model.cfg, self.made_by())
         curve = Path("results") / f"{Path(path).stem}_curve.json"
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")
 
-    def made_by(self, command) -> dict:
+    def made_by(self) -> dict:
         """What a weight file says about its making."""
         return {
-            "command": command,
+            "command": self.command,
             "steps": self.step,
             "minutes": round(self.seconds / 60, 1),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
         }
+
+
+def descent(learner, losses):
+    """The update of a training with one loss: losses(step) -> dict, of which "loss" falls."""
+
+    def update(step):
+        values = losses(step)
+        return {**values, "norm": learner.update(values["loss"], step)}
+
+    return update

@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
 import cli  # noqa: E402
 import config  # noqa: E402
+import dmd  # noqa: E402
 import files  # noqa: E402
 import generate  # noqa: E402
 import model  # noqa: E402
 import plots  # noqa: E402
-import self_forcing  # noqa: E402
 import toy_world  # noqa: E402
 from kv_cache import CachedView, MaskedView  # noqa: E402
 from masks import block_span, clip_span, four_masks  # noqa: E402
@@ -87,8 +87,8 @@ def bench_prefix(net, text, window=4) -> dict:
         span = block_span(k, cfg)
         noise = model.draw_noise(1, span, cfg, generator)
         start = time.perf_counter()
-        x0 = self_forcing.denoise(net, noise, cfg.sigmas, text, span, view, generator)
-        self_forcing.at_sigma(net, x0, 0.0, text, span, view)
+        x0 = dmd.denoise(net, noise, cfg.sigmas, text, span, view, generator)
+        dmd.at_sigma(net, x0, 0.0, text, span, view)
         view.next_block()
         cached.append(time.perf_counter() - start)
         history.append(x0)

@@ -74,11 +74,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "RESAMPLES", 5)
     monkeypatch.setattr(evaluate.teacher, "schedule", lambda steps: [1.0, 0.5, 0.0])
     out = str(tmp_path / "e")
-    arguments = ["--clips", "2", "--seconds", "5", "--teacher", paths[0], "--student", paths[1]]
+    arguments = ["--clips", "2", "--seconds", "5", "--student", paths[1]]
+    arguments += ["--teacher", paths[0], "--few-step", paths[0]]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", out])
     cli.run(evaluate.main)
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
-    assert "truth" in rows and "toy, 0-5 s" in rows
+    assert {"truth", "stage I, 4 steps", "stage I streamed, never trained to"} <= rows.keys()
+    assert "toy, 0-5 s" in rows
     assert (tmp_path / "e.md").read_text().strip() in capsys.readouterr().out
     assert (tmp_path / "e.png").exists()
 

@@ -34,8 +34,9 @@ BLOCKS = 7  # window 1 forgets four of them, window 2 three
 class ForgetfulView:
     """Whole-clip attention in which the queries of every block forget as a stream would."""
 
-    def __init__(self, cfg, blocks, window=None):
+    def __init__(self, cfg, blocks, window=None, pinned=True):
         self.cfg, self.window = cfg, blocks if window is None else window
+        self.pinned = pinned
         self.num_blocks = blocks
         video, audio = masks.video_token_blocks(blocks, cfg), masks.audio_token_blocks(blocks, cfg)
         self.blocks = {  # site -> block of every query, block of every key
@@ -50,7 +51,8 @@ class ForgetfulView:
         queries, keys, values = heads.queries(q), heads.keys(k), heads.split(v)
         out = []
         for b in range(self.num_blocks):
-            seen = masks.may_attend(torch.tensor([b]), key_blocks, self.window)[0]
+            now = torch.tensor([b])
+            seen = masks.may_attend(now, key_blocks, self.window, self.pinned)[0]
             moved = torch.where((key_blocks == 0)[:, None, None], self.later(keys, site, b), keys)
             out.append(attention(queries[:, query_blocks == b], moved[:, seen], values[:, seen]))
         return torch.cat(out, dim=1)
@@ -80,8 +82,8 @@ def noisy_after(k, clip, noise, sigmas, cfg):
 class Case:
     """A tiny model, a prompt, and a random clip of two with a noise level per block and stream."""
 
-    def __init__(self, cfg, blocks=BLOCKS, window=None):
-        self.cfg, self.blocks, self.window = tiny(cfg), blocks, window
+    def __init__(self, cfg, blocks=BLOCKS, window=None, pinned=True):
+        self.cfg, self.blocks, self.window, self.pinned = tiny(cfg), blocks, window, pinned
         self.model = random_model(self.cfg)
         self.text = random_text(self.model, self.cfg, clips=2)
         self.clip, self.noise = (random_clip(self.cfg, blocks, clips=2) for _ in range(2))
@@ -90,7 +92,7 @@ class Case:
     def masked(self, k, view=None):
         """Velocities of row-block k of the whole-clip pass with a clean history."""
         tokens, levels = noisy_after(k, self.clip, self.noise, self.sigmas, self.cfg)
-        view = view or ForgetfulView(self.cfg, self.blocks, self.window)
+        view = view or ForgetfulView(self.cfg, self.blocks, self.window, self.pinned)
         span = masks.clip_span(self.blocks, self.cfg)
         v, a = self.model(*tokens, *levels, self.text, span, view)
         rows_v, rows_a = block_rows(k, self.cfg)
@@ -113,7 +115,7 @@ class Case:
 
     def cached_view(self, history=0):
         """A view that has finished that many blocks of the clip."""
-        view = CachedView(self.cfg, self.blocks, self.window)
+        view = CachedView(self.cfg, self.blocks, self.window, self.pinned)
         for k in range(history):
             self.refresh(k, view)
             view.next_block()
@@ -144,6 +146,20 @@ def test_streaming_block_k_equals_row_block_k_of_the_masked_pass(cfg, window):
         case.refresh(k, view)
         view.next_block()
     assert window is None or view.num_evicted >= 3
+
+
+@pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
+def test_the_invariant_holds_when_even_the_prefix_is_forgotten(cfg):
+    """The control without pinned keys: block 0 goes when it leaves the window."""
+    case = Case(cfg, window=2, pinned=False)
+    view = case.cached_view()
+    for k in range(5):
+        assert_same(case.streamed(k, view, case.sigmas[k]), case.masked(k))
+        case.refresh(k, view)
+        view.next_block()
+    pinned = ForgetfulView(case.cfg, BLOCKS, 2)
+    assert differ(case.masked(4), case.masked(4, pinned))
+    assert_same(case.masked(2), case.masked(2, pinned))
 
 
 @pytest.mark.parametrize("layout", ["split", "interleaved"])

@@ -1,13 +1,18 @@
 """LTX-2's key names: one to one, complete, strict."""
 
 import functools
+import json
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, random_model, tiny
+from helpers import PAPER, random_clip, random_model, random_text, tiny
+from safetensors.torch import save_file
 
 import config
 import ltx2
+from kv_cache import MaskedView
+from masks import clip_span
 from model import build
 
 V, A = 4096, 2048
@@ -101,3 +106,191 @@ def test_missing_keys_are_refused_by_name():
         ltx2.from_ltx2(weights, full_size())
     with pytest.raises(ValueError, match=r"^[^\n]*\(3510 such keys\)[^\n]*$"):
         ltx2.from_ltx2({}, full_size())
+
+
+# ---- files ----
+
+CFG = tiny(PAPER, num_sinks=0)
+LTX2_FLAGS = {
+    "rope_type": "interleaved",
+    "frequencies_precision": "float32",
+    "av_ca_timestep_scale_multiplier": 1,
+}
+
+
+def theirs(seed=1):
+    """Weights of a tiny model under LTX-2's names."""
+    net = random_model(CFG, torch.float32, seed)
+    return ltx2.to_ltx2(net.state_dict(), net)
+
+
+def single_file(path, weights, prefix="model.diffusion_model.", flags=None, **more):
+    """A file as LTX-2's: the transformer behind a prefix, other parts beside it."""
+    tensors = {prefix + name: w.contiguous() for name, w in weights.items()}
+    tensors |= {"vae.decoder.conv_in.bias": torch.zeros(3), "vocoder.ups.0.bias": torch.zeros(3)}
+    tensors |= {"model.diffusion_model.audio_embeddings_connector.x": torch.zeros(3), **more}
+    metadata = {"config": json.dumps({"transformer": flags})} if flags else None
+    save_file(tensors, path, metadata)
+    return path
+
+
+def sharded(folder, weights):
+    """An index beside two files, as the released generator."""
+    names = sorted(weights)
+    parts = {
+        "g-00001-of-00002.safetensors": names[::2],
+        "g-00002-of-00002.safetensors": names[1::2],
+    }
+    for file, part in parts.items():
+        save_file({"model." + n: weights[n].contiguous() for n in part}, folder / file)
+    where = {"model." + n: file for file, part in parts.items() for n in part}
+    index = folder / "g.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return index
+
+
+def load(path, cfg=CFG, said=None):
+    say = said.append if said is not None else lambda line: None
+    return ltx2.load(path, cfg, dtype=torch.float32, say=say)
+
+
+def assert_holds(net, weights):
+    found = ltx2.to_ltx2(net.state_dict(), net)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[n], weights[n]) for n in weights)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.", "model.velocity_model.", "model.", ""]
+)
+def test_the_transformer_is_read_out_of_a_single_file(tmp_path, prefix):
+    """Whatever the prefix, every tensor arrives; connectors, VAE and vocoder stay out."""
+    weights = theirs()
+    assert_holds(load(single_file(tmp_path / "x.safetensors", weights, prefix)), weights)
+
+
+@pytest.mark.parametrize("by", ["index", "folder"])
+def test_a_sharded_checkpoint_is_read_by_index_or_folder(tmp_path, by):
+    """Both shards together are the model."""
+    weights = theirs()
+    index = sharded(tmp_path, weights)
+    assert_holds(load(index if by == "index" else tmp_path), weights)
+
+
+def test_the_files_flags_are_believed_and_told(tmp_path):
+    """Metadata overrides the config's three flags; without it the config's are used."""
+    said, path = [], tmp_path / "x.safetensors"
+    net = load(single_file(path, theirs(), flags=LTX2_FLAGS), said=said)
+    assert (net.cfg.rope_layout, net.cfg.rope_float64) == ("interleaved", False)
+    assert net.cfg.gate_timestep_scale == 1.0
+    assert "rope_layout=interleaved" in said[0] and "stated by the file" in said[0]
+    net = load(single_file(path, theirs()), said=said)
+    assert net.cfg == CFG and "the file states none" in said[1]
+
+
+@pytest.mark.parametrize(
+    "switch, value",
+    [("apply_gated_attention", True), ("ff_bias", False), ("cross_attention_adaln", True)],
+)
+def test_later_generations_are_refused(tmp_path, switch, value):
+    """A file of LTX-2.3 or 2.5 says so in its metadata."""
+    path = single_file(tmp_path / "x.safetensors", theirs(), flags={**LTX2_FLAGS, switch: value})
+    with pytest.raises(ValueError, match=f"{switch}={value} belongs to a later LTX"):
+        load(path)
+
+
+@pytest.mark.parametrize("wrong", ["missing", "unexpected", "shape", "nan"])
+def test_wrong_tensors_are_refused_by_name(tmp_path, wrong):
+    """One tensor too few, too many, of another shape, or not finite."""
+    weights, name = theirs(), "transformer_blocks.1.attn1.to_q.bias"
+    if wrong == "missing":
+        del weights[name]
+    elif wrong == "unexpected":
+        name = "transformer_blocks.1.attn1.to_gate_logits.bias"
+        weights[name] = torch.zeros(3)
+    elif wrong == "shape":
+        weights[name] = torch.zeros(3)
+    else:
+        weights[name] = weights[name] * float("nan")
+    named = "video.layers.1.self_attn.to_q.bias" if wrong == "shape" else name
+    with pytest.raises(ValueError, match=named.replace(".", "[.]")):
+        load(single_file(tmp_path / "x.safetensors", weights))
+
+
+def test_files_that_are_not_whole_are_refused(tmp_path):
+    """No file, half a file, an empty folder, a lost shard: one line each."""
+    with pytest.raises(ValueError, match="no such file or folder"):
+        load(tmp_path / "no.safetensors")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected one .safetensors file or index, found 0"):
+        load(tmp_path / "empty")
+    whole = single_file(tmp_path / "x.safetensors", theirs()).read_bytes()
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="half.safetensors: not a whole safetensors file"):
+        load(tmp_path / "half.safetensors")
+    index = sharded(tmp_path, theirs())
+    (tmp_path / "g-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="g-00002-of-00002.safetensors is missing .1 of 2 shards"):
+        load(index)
+
+
+def test_sinks_of_a_student_are_its_own_and_of_a_teacher_fresh(tmp_path):
+    """A paper-era student's file holds them; a model without sinks leaves them where they are."""
+    with_sinks, said = replace(CFG, num_sinks=4), []
+    own = {"model.audio_sink_tokens": torch.rand(1, 4, CFG.audio_width)}
+    path = single_file(tmp_path / "x.safetensors", theirs(), "model.", **own)
+    assert torch.equal(load(path, with_sinks).sinks.tokens, own["model.audio_sink_tokens"])
+    assert load(path).sinks is None
+    path = single_file(tmp_path / "x.safetensors", theirs())
+    assert load(path, with_sinks, said).sinks.tokens.std() == pytest.approx(0.02, rel=0.2)
+    assert "4 fresh ones take their place" in said[1]
+
+
+def test_only_the_transformer_is_read(tmp_path, monkeypatch):
+    """No tensor of another part is touched: 43 GB need not fit where 38 do."""
+    read, real = [], ltx2.safe_open
+
+    class Watching:
+        def __init__(self, *args, **options):
+            self.file = real(*args, **options)
+
+        def __enter__(self):
+            self.file = self.file.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.file.__exit__(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def get_tensor(self, key):
+            read.append(key)
+            return self.file.get_tensor(key)
+
+    monkeypatch.setattr(ltx2, "safe_open", Watching)
+    weights = theirs()
+    load(single_file(tmp_path / "x.safetensors", weights))
+    assert sorted(read) == sorted("model.diffusion_model." + name for name in weights)
+
+
+def test_an_interleaved_model_can_start_as_a_split_one():
+    """Reordered rows under the other layout: the same velocities in float64; as they are, not."""
+    split = replace(CFG, rope_layout="split")
+    inter = replace(CFG, rope_layout="interleaved")
+    source, target = random_model(split), build(inter).double()
+    clip, text, half = random_clip(CFG, 2), random_text(source, CFG), torch.full((1,), 0.5).double()
+    rest = (half, half, text, clip_span(2, CFG), MaskedView())
+    wanted = source(*clip, *rest)
+    target.load_state_dict(ltx2.to_interleaved(source.state_dict(), split))
+    for a, b in zip(target(*clip, *rest), wanted):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+    target.load_state_dict(source.state_dict())
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(target(*clip, *rest), wanted))
+
+
+def test_random_weights_fill_every_tensor():
+    """Finite everywhere, in the dtype asked for, and no matrix at zero: timings mean something."""
+    net = ltx2.random_weights(CFG)
+    assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in net.parameters())
+    assert all(p.float().std() > 0 for n, p in net.named_parameters() if p.dim() == 2)

@@ -415,7 +415,9 @@ def test_velocities_equal_those_of_diffusers(flags, diffusers_ltx2):
 
     Noise levels differ per token and per stream, captions per stream, one caption is masked.
     """
-    ltx2_axes = dict(rope_theta=10000.0, rope_max_seconds=20.0, rope_max_pixels=2048.0)
+    ltx2_axes = dict(
+        rope_theta=10000.0, rope_max_seconds=20.0, rope_max_pixels=2048.0, rope_dealing="bands"
+    )
     strides = dict(pixel_stride=32, height=64, width=96)
     cfg = tiny(replace(PAPER, num_sinks=0, **FLAG_SETS[flags], **ltx2_axes), **strides)
     model = random_model(cfg, torch.float32)

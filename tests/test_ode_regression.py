@@ -189,7 +189,7 @@ def fake_teacher(monkeypatch):
     """Draws small made-up trajectories and counts how often it was asked."""
     asked = []
 
-    def draw(net, sigmas, seeds, guidance):
+    def draw(net, sigmas, seeds, guidance, between):
         asked.append(seeds)
         rows = (torch.tensor(list(seeds)) - ode.FIRST_SEED).float()[:, None, None, None]
         return torch.ones(len(seeds), 3, dtype=torch.long), rows.expand(-1, 5, 4, 2), rows + 1
@@ -202,30 +202,30 @@ def fake_teacher(monkeypatch):
 def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher, capsys):
     """Batches make up the count, each clip once; the second time the file is enough."""
     path = tmp_path / "trajectories.safetensors"
-    first = ode.load_trajectories(path, fake_teacher, 20, 1.5, batch=8)
+    first = ode.load_trajectories(path, fake_teacher, 20, 1.5, 4, batch=8)
     assert [len(seeds) for seeds in fake_teacher.asked] == [8, 8, 4]
     assert first["tokens"].shape == (20, 3) and len(first["video"][:, 0, 0, 0].unique()) == 20
-    again = ode.load_trajectories(path, fake_teacher, 20, 1.5)
+    again = ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
     assert len(fake_teacher.asked) == 3
     assert all(torch.equal(first[n], again[n]) for n in ("tokens", "video", "audio"))
 
 
-@pytest.mark.parametrize("count, guidance", [(21, 1.5), (20, 2.0)])
-def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, count, guidance, capsys):
-    """Another number or guidance does not silently use the old file."""
+@pytest.mark.parametrize("kind", [(21, 1.5, 4), (20, 2.0, 4), (20, 1.5, 1)])
+def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, capsys):
+    """Another number, guidance or step does not silently use the old file."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, 1.5)
+    ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
     with pytest.raises(ValueError, match="trajectories.safetensors: made with .* remove it"):
-        ode.load_trajectories(path, fake_teacher, count, guidance)
+        ode.load_trajectories(path, fake_teacher, *kind)
 
 
 def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, capsys):
     """After the teacher was trained on, its old trajectories are not used silently."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, 1.5)
+    ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
     fake_teacher.state_dict()["w"] += 1
     with pytest.raises(ValueError, match="made with"):
-        ode.load_trajectories(path, fake_teacher, 20, 1.5)
+        ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
 
 
 # ---- the start ----

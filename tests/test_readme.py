@@ -20,7 +20,7 @@ def test_paths_exist():
     """Every picture and every file named in the README is in the repository."""
     pictures = re.findall(r"\]\(([\w/.]+)\)", README)
     named = re.findall(r"`((?:\w+/)*\w+\.(?:py|md|txt|json|png|safetensors))`", README)
-    produced = {"out.png", "dmd.py"}  # written by a command; said to be missing
+    produced = {"out.png"}  # written by a command
     missing = [p for p in pictures + named if p not in produced and not (ROOT / p).exists()]
     assert not missing
 

@@ -1,13 +1,18 @@
 """The rollout: passes, levels, the refresh, gradients, and agreement with a slow re-run."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import PAPER, block_rows, random_model, tiny
 from test_kv_cache import ForgetfulView
 
 import config
+import dmd
 import model
 import self_forcing
+import toy_codec
+import toy_world
 from kv_cache import CachedView
 from masks import SITES, block_span, clip_span
 
@@ -131,7 +136,7 @@ def test_between_passes_fresh_noise_takes_the_estimate_to_the_next_level(watched
 )
 def test_fewer_steps_use_levels_the_student_knows(steps, expected):
     """Evenly taken from the trained list, always from pure noise and down to 0."""
-    levels = self_forcing.few_step_sigmas(config.TOY, steps)
+    levels = dmd.few_step_sigmas(config.TOY, steps)
     assert levels == (*(config.TOY.sigmas[i] for i in expected), 0.0)
 
 
@@ -139,7 +144,7 @@ def test_fewer_steps_use_levels_the_student_knows(steps, expected):
 def test_other_numbers_of_steps_are_refused(steps):
     """The message says how many levels the student knows."""
     with pytest.raises(ValueError, match=f"{steps} steps: the student knows 4 noise levels"):
-        self_forcing.few_step_sigmas(config.TOY, steps)
+        dmd.few_step_sigmas(config.TOY, steps)
 
 
 # ---- the cache ----
@@ -152,9 +157,7 @@ def test_history_is_remembered_as_a_clean_pass_leaves_it(watched):
     view, clean = watched.passes[-1]["view"], CachedView(CFG, BLOCKS)
     text = watched.text()
     for block in blocks[:-1]:
-        self_forcing.at_sigma(
-            watched.net, block[1:], 0.0, text, block_span(block.index, CFG), clean
-        )
+        dmd.at_sigma(watched.net, block[1:], 0.0, text, block_span(block.index, CFG), clean)
         clean.next_block()
     for ours, theirs in zip(view.layers, clean.layers):
         for site in SITES:
@@ -191,9 +194,9 @@ def test_a_block_depends_on_its_past(watched):
     noise = watched.passes[5]["x"]
     view = CachedView(CFG, 2)
     other = [x + 1 for x in first[1:]]
-    self_forcing.at_sigma(watched.net, other, 0.0, text, block_span(0, CFG), view)
+    dmd.at_sigma(watched.net, other, 0.0, text, block_span(0, CFG), view)
     view.next_block()
-    x0 = self_forcing.at_sigma(watched.net, noise, 1.0, text, block_span(1, CFG), view)
+    x0 = dmd.at_sigma(watched.net, noise, 1.0, text, block_span(1, CFG), view)
     assert differ(x0, watched.x0(5))
 
 
@@ -309,9 +312,9 @@ def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
     exit_input = [x.detach() for x in watched.passes[8]["x"]]
     view, text = CachedView(CFG, 2), watched.text()
     with torch.no_grad():
-        self_forcing.at_sigma(net, blocks[0][1:], 0.0, text, block_span(0, CFG), view)
+        dmd.at_sigma(net, blocks[0][1:], 0.0, text, block_span(0, CFG), view)
         view.next_block()
-    x0 = self_forcing.at_sigma(net, exit_input, SIGMAS[3], text, block_span(1, CFG), view)
+    x0 = dmd.at_sigma(net, exit_input, SIGMAS[3], text, block_span(1, CFG), view)
     alone = torch.autograd.grad(
         sum(x.square().sum() for x in x0), weights.values(), allow_unused=True
     )
@@ -319,3 +322,61 @@ def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
         assert (a is None) == (b is None) == (name == "sinks.tokens"), name
         if a is not None:
             torch.testing.assert_close(a, b, atol=1e-8, rtol=1e-8)
+
+
+def test_the_sinks_and_the_caption_layers_learn_from_a_rollout(watched):
+    """Their gradient is not lost to the cache: sinks by block 0, captions by every block."""
+    net = watched.net.requires_grad_(True)
+    blocks = list(watched.rollout(2))
+    names = {"video.caption_1.weight", "audio.layers.1.text_attn.to_v.weight"}
+    names |= {"video.layers.0.text_attn.to_k.weight"}
+    for block, wanted in zip(blocks, (names | {"sinks.tokens"}, names)):
+        loss = sum(x.square().sum() for x in block[1:])
+        weights = {n: net.get_parameter(n) for n in wanted}
+        grads = torch.autograd.grad(loss, weights.values(), retain_graph=True)
+        assert all(g.abs().max() > 0 for g in grads)
+
+
+def test_a_block_is_cut_out_of_the_clip_where_it_was_put_in(watched):
+    """block_of undoes whole_clip."""
+    blocks = list(watched.rollout())
+    clip = self_forcing.whole_clip(blocks)
+    for block in blocks:
+        assert all_equal(self_forcing.block_of(clip, block.index, CFG), block[1:])
+
+
+def test_a_given_history_is_remembered_instead_of_what_was_generated(watched):
+    """Teacher forcing: handing back one's own blocks changes nothing; another past changes every
+    later block, but not the first; and a block does not see its own true version."""
+    own = list(watched.rollout())
+    clip = self_forcing.whole_clip(own)
+    for a, b in zip(own, list(watched.rollout(history=clip))):
+        assert all_equal(a[1:], b[1:])
+    other = [x.clone() for x in clip]
+    rows = block_rows(1, CFG)
+    for x, r in zip(other, rows):
+        x[:, r] += 1
+    forced = list(watched.rollout(history=other))
+    assert all(all_equal(own[k][1:], forced[k][1:]) for k in (0, 1))
+    assert all(differ(own[k][1:], forced[k][1:]) for k in (2, 3))
+
+
+@pytest.mark.parametrize("codec", [False, True])
+def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec):
+    """Same captions and noise as `rollout`, all blocks at one exit step; with a codec behind the
+    true past."""
+    cfg = replace(config.TOY, num_layers=1, num_heads=2, video_width=24, audio_width=16)
+    net = random_model(cfg, torch.float32)
+    clips = toy_world.draw_clips(range(2))
+    tokens, codec = toy_world.caption_tokens(clips), toy_codec.load() if codec else None
+    made = self_forcing.rolled_out(
+        net, clips, tokens, torch.Generator().manual_seed(4), window=2, codec=codec
+    )
+    g = torch.Generator().manual_seed(4)
+    exit_step = dmd.draw_exit_step(cfg.sigmas, g)
+    text = net.project_text(toy_world.caption_features(tokens))
+    history = toy_codec.encode_clips(codec, clips, 5) if codec else None
+    blocks = self_forcing.rollout(
+        net, lambda k: text, 6, cfg.sigmas, g, 2, 2, exit_step=exit_step, history=history
+    )
+    assert all_equal(made, self_forcing.whole_clip(blocks))

@@ -1,0 +1,259 @@
+"""Distribution matching distillation: many steps become four (stage I).
+
+A teacher needs some 30 steps because each may only look a little ahead: from pure noise it sees the
+mean of all clips that could come of it, a grey blur. A few-step student has to name one clip. None
+is *the* right answer, so there is nothing to regress; but whole distributions can be compared:
+
+    make   clips x with the student                                 x = few_step_clips(...)
+    noise  them                                                     x_sigma = (1-sigma) x + sigma e
+    ask    the teacher what clip that was, as real clips go         r = x0_real(x_sigma)
+    ask    a critic the same, as the student's clips go             f = x0_fake(x_sigma)
+    move   x from f to r: less like its kind, more like real        x <- x - eta (f - r)
+
+(f - r) is, up to a factor that depends on sigma only, the gradient of the Kullback-Leibler
+divergence between noised clips of the student and noised real ones (DMD, Yin et al. 2024, eq. 7):
+a score is ((1-sigma) x0(x_sigma) - x_sigma) / sigma^2, so scores differ as the x0 predictions do.
+
+Three networks, all of the teacher's shape, all starting at the teacher's weights:
+
+    generator   trained: few-step student
+    real        frozen: the teacher, with guidance, of which video and audio have one strength each
+    fake        trained: the critic, which follows what the generator makes, by flow matching
+
+The critic must stay close behind, so each generator update is followed by five critic updates.
+
+    python dmd.py            distil the shipped teacher, see --help
+"""
+
+import copy
+import functools
+
+import torch
+
+import cli
+import model
+import teacher
+import toy_world
+import training
+from kv_cache import MaskedView
+from masks import clip_span, num_blocks
+
+CRITIC_UPDATES = 5  # for each update of the generator (OmniForcing, as Self-Forcing)
+LEAST_TIME, MOST_TIME = 0.02, 0.98  # of the schedule, for the scores (DMD2, OmniForcing)
+
+
+# ---- the few-step generator ----
+
+
+def few_step_sigmas(cfg, steps=None) -> tuple[float, ...]:
+    """The noise levels of `steps` passes, evenly taken from those that the student was trained on.
+
+    Raises ValueError for more passes than that.
+
+    >>> from config import TOY
+    >>> few_step_sigmas(TOY, 2)
+    (1.0, 0.7265238, 0.0)
+    """
+    trained = len(cfg.sigmas) - 1
+    steps = trained if steps is None else steps
+    if not 1 <= steps <= trained:
+        raise ValueError(
+            f"{steps} steps: the student knows {trained} noise levels, so 1 to {trained}"
+        )
+    return (*(cfg.sigmas[i * trained // steps] for i in range(steps)), 0.0)
+
+
+def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None):
+    """Few-step generation of a block or a clip: noise -> x0, for (video, audio) pairs.
+
+    Every pass predicts the whole way to clean; fresh noise takes it back to the next level.
+
+    exit_step   index of the pass whose x0 is the answer; default the last. Only this pass may carry
+                a gradient: the earlier ones are how its input came about.
+    """
+    last = len(sigmas) - 2 if exit_step is None else exit_step
+    x, wants_gradient = noise, torch.is_grad_enabled()
+    for i in range(last + 1):
+        with torch.set_grad_enabled(wants_gradient and i == last):
+            x0 = at_sigma(net, x, sigmas[i], text, span, view)
+        if i < last:
+            fresh = model.draw_noise(
+                len(x0[0]), span, net.cfg, generator, x0[0].device, x0[0].dtype
+            )
+            level = x0[0].new_full((1, 1), sigmas[i + 1])
+            x = [model.add_noise(c, n, level) for c, n in zip(x0, fresh)]
+    return x0
+
+
+def at_sigma(net, x, sigma, text, span, view):
+    """One pass with one noise level for both streams: clean estimates of x = (video, audio)."""
+    level = x[0].new_full((len(x[0]),), sigma)
+    return model.predict_x0(net, *x, level, level, text, span, view)
+
+
+def draw_exit_step(sigmas, generator) -> int:
+    """Which pass is trained: at inference each gets inputs made by those before it.
+
+    # Paper: the official code draws one per clip, and may draw sigma = 0, where nothing is learnt.
+    """
+    return int(torch.randint(len(sigmas) - 1, (), generator=generator))
+
+
+def few_step_clips(net, tokens, generator, sigmas=None, exit_step=None):
+    """Whole clips by a bidirectional few-step student, video (B, T_v, C_v) and audio (B, F_a, C_a).
+
+    tokens   (B, 3) captions
+    """
+    span = clip_span(num_blocks(teacher.SECONDS, net.cfg), net.cfg)
+    text = net.project_text(toy_world.caption_features(tokens))
+    noise = model.draw_noise(len(tokens), span, net.cfg, generator)
+    sigmas = sigmas or net.cfg.sigmas
+    return denoise(net, noise, sigmas, text, span, MaskedView(), generator, exit_step)
+
+
+def backward_simulation(net, clips, tokens, generator):
+    """Clips to train stage I on, as they are after a random pass."""
+    exit_step = draw_exit_step(net.cfg.sigmas, generator)
+    return few_step_clips(net, tokens, generator, exit_step=exit_step)
+
+
+# ---- the two losses, shared with stage III ----
+
+
+def draw_sigmas(n, generator) -> torch.Tensor:
+    """(n,) noise levels to compare at: uniform in the time of the teacher's schedule.
+
+    One per clip, for video and audio alike: the scores judge whether the two belong together.
+    """
+    time = LEAST_TIME + (MOST_TIME - LEAST_TIME) * torch.rand(n, generator=generator)
+    return teacher.shifted(time, teacher.SHIFT)
+
+
+def towards_fake(x, real, fake):
+    """The direction in which x would look more like the generator's clips than like real ones.
+
+    x, real, fake (B, T, C): a clip and what each score takes its noised version for.
+
+    Fake minus real: descent moves *against* it. The division makes every clip pull equally hard:
+    where much noise hides it, both predictions are far off, and so is their difference (DMD eq. 8).
+    """
+    distance = (x - real).abs().mean((1, 2), keepdim=True)
+    return (fake - real) / (distance + 1e-8)
+
+
+def surrogate(x, gradient):
+    """A scalar whose derivative by x is `gradient / x.numel()`.
+
+    The divergence has a gradient that we know and a value that we do not. Half the squared distance
+    to the fixed point `x - gradient` has the same gradient, and optimisers ask for nothing more.
+
+    >>> x = torch.tensor([3.0, 5.0], requires_grad=True)
+    >>> surrogate(x, torch.tensor([10.0, -4.0])).backward()
+    >>> x.grad
+    tensor([ 5., -2.])
+    """
+    return 0.5 * (x - (x - gradient).detach()).square().mean()
+
+
+def matching_losses(clips, tokens, real, fake, guidance, generator):
+    """How far the generator's clips are from real ones: a loss for video and one for audio.
+
+    clips      video (B, T_v, C_v) and audio (B, F_a, C_a) that depend on the generator's weights
+    guidance   of the real score, for video and for audio; the fake one has none
+    """
+    span = clip_span(num_blocks(teacher.SECONDS, real.cfg), real.cfg)
+    with torch.no_grad():
+        sigma = draw_sigmas(len(tokens), generator)
+        noise = [torch.randn(x.shape, generator=generator) for x in clips]
+        noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(clips, noise)]
+        r = teacher.Guided(real, tokens, *guidance).x0(*noisy, sigma, span, MaskedView())
+        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())
+    return [surrogate(x, towards_fake(x, *rf)) for x, *rf in zip(clips, r, f)]
+
+
+def critic_losses(fake, clips, tokens, generator):
+    """Flow matching on the generator's clips, exactly as the teacher learnt from real ones."""
+    sigma = draw_sigmas(len(tokens), generator)
+    video, audio = teacher.velocity_losses(fake, clips, tokens, sigma, generator)
+    return video.mean(), audio.mean()
+
+
+# ---- training ----
+
+
+def draw_prompts(n, generator):
+    """n clips, of which only stage III's control looks at more than the captions (n, 3)."""
+    seeds = torch.randint(toy_world.HELD_OUT, (n,), generator=generator).tolist()
+    clips = toy_world.draw_clips(seeds)
+    return clips, teacher.hide_words(toy_world.caption_tokens(clips), generator)
+
+
+def updates_of(generator, critic, real, guidance, make):
+    """The update that `training.Run.train` repeats: one of the generator, five of its critic.
+
+    generator, critic           training.Learner, each with an optimiser of its own
+    real                        the frozen teacher
+    make(net, clips, tokens, g) clips (video, audio) by the generator, for these prompts
+    """
+    batch, seed = generator.recipe.batch, generator.recipe.seed
+
+    def update(step):
+        g = training.generator(seed, step)
+        clips, tokens = draw_prompts(batch, g)
+        made = make(generator.model, clips, tokens, g)
+        video, audio = matching_losses(made, tokens, real, critic.model, guidance, g)
+        norm = generator.update(video + audio, step)
+        for _ in range(CRITIC_UPDATES):
+            clips, tokens = draw_prompts(batch, g)
+            with torch.no_grad():  # clips of the moved generator, as data
+                made = make(generator.model, clips, tokens, g)
+            critic_video, critic_audio = critic_losses(critic.model, made, tokens, g)
+            critic.update(critic_video + critic_audio, step)
+        losses = {"video": video, "audio": audio}
+        return {**losses, "critic v": critic_video, "critic a": critic_audio, "norm": norm}
+
+    return update
+
+
+def learners_of(net, real, steps, seed, batch=8) -> dict:
+    """The generator, which starts as `net`, and its critic, which starts as the teacher."""
+    recipe = functools.partial(
+        training.Recipe, steps, batch, seed, muon_lr=0, betas=(0.0, 0.95), ema=0.95
+    )
+    generator = training.Learner(net, recipe(adam_lr=2e-4, warmup=10))
+    critic = copy.deepcopy(real).requires_grad_(True)
+    critic = training.Learner(critic, recipe(adam_lr=5e-4, warmup=1))
+    return {"generator": generator, "critic": critic}
+
+
+def options(doc, steps, run, out):
+    """The command line that stages I and III share."""
+    p = cli.parser(doc)
+    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the real score")
+    p.add_argument("--guidance-video", type=float, default=2.0, help="of the real score; 1 is none")
+    p.add_argument("--guidance-audio", type=float, default=2.0)
+    p.add_argument("--steps", type=int, default=steps, help="updates of the generator")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--run", default=run, help="folder for the state; resumed if there")
+    p.add_argument("--out", default=out, help="weights to write")
+    return p
+
+
+def distil(p, args, net, make):
+    """Train `net` by distribution matching on the clips that `make` has it make; ship it."""
+    real = model.load(args.teacher).requires_grad_(False)
+    learners = learners_of(net, real, args.steps, args.seed)
+    run = training.Run(learners, cli.command(p, args), args.run)
+    guidance = args.guidance_video, args.guidance_audio
+    run.train(updates_of(*learners.values(), real, guidance, make), print_every=5, save_every=20)
+    run.ship(args.out)
+
+
+def main():
+    p = options(__doc__, 150, "runs/dmd", "weights/toy_dmd.safetensors")
+    args = p.parse_args()
+    distil(p, args, model.load(args.teacher), backward_simulation)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,161 @@
+"""Piecewise decoding equals decoding everything at once, as far as context and look-ahead reach."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import config
+import decoders
+from decoders import Decoder, Overlap, Piecewise
+from masks import block_span
+from self_forcing import Block
+
+CFG = replace(config.FULL, height=64, width=64)
+N = 4  # blocks
+
+
+def pieces(piecewise, x, sizes):
+    """Everything that comes out when x comes in by these sizes."""
+    parts = x.split(sizes, dim=2)
+    out = [piecewise.add(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]
+    return [y for y in out if y is not None]
+
+
+def upsampler(reach, stride, first):
+    """A filter that looks `reach` inputs to both sides, then repeats: the rule of lengths."""
+    kernel = torch.rand(1, 1, 2 * reach + 1, generator=torch.Generator().manual_seed(0)) + 0.1
+
+    def decode(x):
+        y = torch.nn.functional.conv1d(x, kernel, padding=reach)
+        return y.repeat_interleave(stride, dim=2)[:, :, stride - first :]
+
+    return decode
+
+
+@pytest.mark.parametrize("stride, first", [(8, 1), (4, 1), (240, 240)])
+@pytest.mark.parametrize("sizes", [[1, 3, 3, 3, 3], [4, 3, 3, 3], [1] * 13, [13]])
+def test_pieces_with_enough_overlap_equal_the_whole(stride, first, sizes):
+    """Context and look-ahead as far as the filter looks, and one more for the short first input:
+    bitwise the same, whatever comes in when."""
+    decode, x = upsampler(2, stride, first), torch.randn(1, 1, 13)
+    out = pieces(Piecewise(decode, stride, first, context=3, look_ahead=2), x, sizes)
+    assert torch.equal(torch.cat(out, 2), decode(x))
+
+
+def test_less_look_ahead_costs_exactness_but_no_output():
+    """The error grows as fewer later inputs are waited for; the lengths stay right."""
+    decode, x = upsampler(2, 8, 1), torch.randn(1, 1, 13)
+    errors = []
+    for look_ahead in (2, 1, 0):
+        out = pieces(Piecewise(decode, 8, 1, 3, look_ahead), x, [1, 3, 3, 3, 3])
+        assert torch.cat(out, 2).shape == (1, 1, 97)
+        errors.append((torch.cat(out, 2) - decode(x)).abs().max())
+    assert errors[0] == 0 < errors[1] < errors[2]
+
+
+def test_look_ahead_makes_the_first_output_wait():
+    """With two inputs of look-ahead the first input is decoded when the third is there."""
+    piecewise = Piecewise(upsampler(1, 8, 1), 8, 1, context=1, look_ahead=2)
+    x = torch.randn(1, 1, 4)
+    out = [piecewise.add(x[:, :, i : i + 1], last=i == 3) for i in range(4)]
+    assert [None if y is None else y.shape[2] for y in out] == [None, None, 1, 24]
+
+
+def test_memory_is_constant():
+    """However long the stream, only context and look-ahead are kept."""
+    piecewise = Piecewise(upsampler(1, 8, 1), 8, 1, context=2, look_ahead=1)
+    for _ in range(50):
+        piecewise.add(torch.randn(1, 1, 3))
+    assert piecewise.kept.shape[2] == 3
+
+
+def test_a_short_first_input_needs_context():
+    """Without context every piece would begin with the short first input."""
+    with pytest.raises(ValueError, match="context=0"):
+        Piecewise(upsampler(1, 8, 1), 8, 1, context=0)
+
+
+# ---- the published networks, tiny and random ----
+
+
+@pytest.fixture(scope="module")
+def networks():
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLLTX2Video(
+        block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, decoder_causal=False,
+    )  # fmt: skip
+    audio_vae = diffusers.AutoencoderKLLTX2Audio(
+        base_channels=128, ch_mult=(1, 1, 1), num_res_blocks=1
+    )
+    vocoder = LTX2Vocoder(hidden_channels=32)
+    for net in (vae, audio_vae):
+        net.latents_mean.normal_()
+        net.latents_std.uniform_(0.5, 2)
+    return [net.eval().requires_grad_(False) for net in (vae, audio_vae, vocoder)]
+
+
+def blocks():
+    """Random latents, block by block."""
+    g = torch.Generator().manual_seed(1)
+    for k in range(N):
+        span = block_span(k, CFG)
+        video = torch.randn(1, len(span.video) * CFG.tokens_per_frame, 128, generator=g)
+        yield Block(k, video, torch.randn(1, len(span.audio), 128, generator=g))
+
+
+def decoded(networks, overlap):
+    decoder = Decoder(*networks, CFG, overlap)
+    out = [decoder.decode(block, last=block.index == N - 1) for block in blocks()]
+    frames, samples = zip(*out)
+    return torch.cat(frames), torch.cat(samples, 1), [len(f) for f in frames]
+
+
+def test_blocks_come_out_as_frames_and_samples(networks):
+    """24 frames and 24000 stereo samples a second, in range, the first block a single frame."""
+    frames, samples, counts = decoded(networks, Overlap())
+    assert frames.shape == (73, 3, 64, 64) and counts == [1, 24, 24, 24]
+    assert samples.shape == (2, 301 * 240)
+    assert 0 <= frames.min() < frames.max() <= 1 and samples.abs().max() <= 1
+
+
+def test_enough_overlap_gives_the_whole_clip(networks):
+    """All networks, all of the past and future given: the same as decoding at once."""
+    once = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))
+    vae, audio_vae, vocoder = networks
+    whole = list(blocks())
+    video = torch.cat([b.video for b in whole], 1).unflatten(1, (-1, *CFG.grid))
+    video = video.permute(0, 4, 1, 2, 3) * vae.latents_std.view(-1, 1, 1, 1)
+    video = vae.decode(video + vae.latents_mean.view(-1, 1, 1, 1)).sample[0].transpose(0, 1)
+    torch.testing.assert_close(once[0], (video / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    audio = torch.cat([b.audio for b in whole], 1) * audio_vae.latents_std + audio_vae.latents_mean
+    mel = audio_vae.decode(audio.unflatten(2, (8, 16)).transpose(1, 2)).sample
+    torch.testing.assert_close(once[1], vocoder(mel)[0], atol=1e-5, rtol=0)
+
+
+def test_sound_has_no_seams(networks):
+    """The default overlap of audio decoder and vocoder is as good as the whole clip."""
+    whole = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))[1]
+    error = (decoded(networks, Overlap())[1] - whole).abs().max()
+    assert error < 1e-3 * whole.abs().max()
+
+
+def test_pictures_get_better_with_look_ahead(networks):
+    """Error at the block borders against the whole clip: less with every latent of look-ahead."""
+    whole = decoded(networks, Overlap((99, 99)))[0]
+    errors = [
+        float((decoded(networks, Overlap((4, look_ahead)))[0] - whole).abs().mean())
+        for look_ahead in (0, 1, 2)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_folder_that_lacks_a_part_is_refused(tmp_path):
+    """One line, not a traceback out of a library."""
+    pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match="no decoders in diffusers' format"):
+        decoders.load(tmp_path, CFG)

@@ -1,0 +1,281 @@
+"""Distribution matching: sign, size and shape of the gradient; who is trained when, on what."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_clip, random_model
+
+import config
+import dmd
+import model
+import self_forcing
+import teacher
+import toy_world
+import training
+from kv_cache import MaskedView
+from masks import clip_span, num_blocks
+
+TINY = replace(config.TOY_TEACHER, num_layers=1, num_heads=2, video_width=24, audio_width=16)
+TINY_CAUSAL = replace(TINY, num_sinks=4)
+BLOCKS = num_blocks(teacher.SECONDS, TINY)
+TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8]])
+GOLDEN = dict(rel=1e-4)
+STAGE_I_LOSSES = [
+    4.09564, 3.97714, 4.03678, 3.13438, 2.67442,
+    2.69438, 3.21084, 3.03066, 3.00063, 4.00025,
+]  # fmt: skip
+STAGE_III_LOSSES = [
+    3.94824, 3.58748, 2.68140, 2.66624, 3.50059,
+    3.14708, 2.50698, 3.85749, 3.61300, 3.07011,
+]  # fmt: skip
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Recorded:
+    """A score that answers with given numbers and remembers what it was asked."""
+
+    def __init__(self, net):
+        self.cfg, self.project_text, self.net, self.asked = net.cfg, net.project_text, net, []
+
+    def __call__(self, video, audio, sigma_v, sigma_a, *rest):
+        self.asked.append((video, audio, sigma_v, sigma_a))
+        return self.net(video, audio, sigma_v, sigma_a, *rest)
+
+
+@pytest.fixture
+def scores():
+    return [Recorded(random_model(TINY, torch.float32, seed)) for seed in (1, 2)]
+
+
+@pytest.fixture
+def clips():
+    torch.manual_seed(0)
+    return [x.requires_grad_() for x in random_clip(TINY, BLOCKS, clips=2, dtype=torch.float32)]
+
+
+# ---- the gradient ----
+
+
+def test_descent_moves_clips_from_the_fake_score_to_the_real_one():
+    """With the two predictions held fast, a step against the direction does both."""
+    x, real, fake = (torch.randn(1, 6, 3, generator=rng(s)) for s in range(3))
+    moved = x - 0.1 * dmd.towards_fake(x, real, fake)
+    step, apart = moved - x, real - fake
+    assert (step * apart).sum() > 0
+    cosine = torch.nn.functional.cosine_similarity(step.flatten(), apart.flatten(), dim=0)
+    assert float(cosine) == pytest.approx(1)
+
+
+def test_every_clip_pulls_equally_hard():
+    """Ten times the distances, the same gradient; and a clip's own distance decides, not the
+    batch's."""
+    x, real, fake = (torch.randn(2, 6, 3, generator=rng(s)) for s in range(3))
+    g = dmd.towards_fake(x, real, fake)
+    torch.testing.assert_close(dmd.towards_fake(10 * x, 10 * real, 10 * fake), g)
+    torch.testing.assert_close(dmd.towards_fake(x[:1], real[:1], fake[:1]), g[:1])
+    assert dmd.towards_fake(x, x, x).abs().max() == 0  # no division by zero
+
+
+def test_matching_two_gaussians_finds_the_mean():
+    """Exact scores of N(m, 1): clips from N(-3, 1) are moved until their mean is the real one, 2.
+
+    Noised N(m, 1) is Gaussian, so the best guess of the clean end is known in closed form.
+    """
+
+    def x0(noisy, sigma, mean):
+        share = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2)
+        return mean + share * (noisy - (1 - sigma) * mean)
+
+    mean, g = torch.tensor(-3.0, requires_grad=True), rng()
+    for _ in range(400):
+        x = mean + torch.randn(64, 1, 1, generator=g)
+        sigma = dmd.draw_sigmas(64, g)[:, None, None]
+        noisy = model.add_noise(x.detach(), torch.randn(x.shape, generator=g), sigma[..., 0])
+        towards = dmd.towards_fake(x, x0(noisy, sigma, 2.0), x0(noisy, sigma, mean.detach()))
+        (gradient,) = torch.autograd.grad(dmd.surrogate(x, towards.detach()), mean)
+        mean = (mean - 0.05 * gradient).detach().requires_grad_()
+    assert float(mean.detach()) == pytest.approx(2, abs=0.15)
+
+
+def test_noise_levels_cover_the_schedule_between_its_ends():
+    """From shifted(.02) to shifted(.98), most of them high."""
+    sigma = dmd.draw_sigmas(20000, rng())
+    low, high = teacher.shifted(0.02, 3.0), teacher.shifted(0.98, 3.0)
+    assert low <= sigma.min() < low + 0.01 and high - 0.01 < sigma.max() <= high
+    assert float(sigma.median()) == pytest.approx(teacher.shifted(0.5, 3.0), abs=0.01)
+
+
+# ---- the two losses ----
+
+
+def test_both_scores_see_the_same_clip_at_one_noise_level_for_both_streams(scores, clips):
+    """One sigma per clip, different between clips; real twice, with and without the caption."""
+    real, fake = scores
+    dmd.matching_losses(clips, TOKENS, real, fake, (2.0, 3.0), rng())
+    (r,), (f,) = real.asked, fake.asked
+    assert [len(x) for x in r] == [4] * 4 and [len(x) for x in f] == [2] * 4
+    for a, b in zip(r, f):
+        assert torch.equal(a, torch.cat([b, b]))
+    assert torch.equal(f[2], f[3]) and f[2][0] != f[2][1]
+
+
+def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
+    """dL/dx = (f - r) / mean|x - r| / numel for each stream, with its own guidance."""
+    real, fake = scores
+    guidance = (2.0, 3.0)
+    losses = dmd.matching_losses(clips, TOKENS, real, fake, guidance, rng())
+    gradients = torch.autograd.grad(sum(losses), clips)
+    video, audio, sigma, _ = fake.asked[0]
+    span = clip_span(BLOCKS, TINY)
+    ask = (video, audio, sigma, span, MaskedView())
+    r = teacher.Guided(real.net, TOKENS, *guidance).x0(*ask)
+    f = teacher.Guided(fake.net, TOKENS, 1).x0(*ask)
+    for g, x, x_r, x_f in zip(gradients, clips, r, f):
+        distance = (x - x_r).abs().mean((1, 2), keepdim=True)
+        torch.testing.assert_close(g, (x_f - x_r) / distance / x.numel())
+
+
+def test_nothing_is_left_to_learn_when_the_scores_agree(scores, clips):
+    """A critic that equals the teacher, without guidance: no gradient at all."""
+    losses = dmd.matching_losses(clips, TOKENS, scores[0], scores[0], (1, 1), rng())
+    assert all(g.abs().max() == 0 for g in torch.autograd.grad(sum(losses), clips))
+
+
+def test_matching_trains_neither_score(scores, clips):
+    """Both only judge: no weight of theirs is in the graph."""
+    for score in scores:
+        score.net.requires_grad_(True)
+    sum(dmd.matching_losses(clips, TOKENS, *scores, (2.0, 2.0), rng())).backward()
+    assert all(p.grad is None for s in scores for p in s.net.parameters())
+
+
+def test_the_critic_learns_by_flow_matching_on_what_was_made(scores, clips):
+    """Its loss is that of the teacher on these clips; only the critic is in the graph."""
+    fake = scores[1].net.requires_grad_(True)
+    data = [x.detach() for x in clips]
+    loss = sum(dmd.critic_losses(fake, data, TOKENS, rng(5)))
+    g = rng(5)
+    sigma = dmd.draw_sigmas(2, g)
+    expected = teacher.velocity_losses(fake, data, TOKENS, sigma, g)
+    assert torch.equal(loss, sum(x.mean() for x in expected))
+    loss.backward()
+    assert fake.get_parameter("video.unpatchify.weight").grad.abs().max() > 0
+
+
+# ---- few steps ----
+
+
+def test_every_pass_is_trained_equally_often():
+    """Exit steps are uniform over the four passes; sigma = 0 is no pass."""
+    g = rng()
+    counts = torch.tensor([dmd.draw_exit_step(TINY.sigmas, g) for _ in range(4000)]).bincount()
+    assert len(counts) == 4 and (counts - 1000).abs().max() < 120
+
+
+def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
+    """Four passes at the student's levels; an exit step stops earlier, with that estimate."""
+    net, levels = random_model(TINY, torch.float32), []
+    net.register_forward_hook(lambda net, args, out: levels.append(float(args[2][0])))
+    video, audio = dmd.few_step_clips(net, TOKENS, rng())
+    assert levels == pytest.approx(TINY.sigmas[:-1])
+    assert video.shape == (2, 256, 48) and audio.shape == (2, 126, 20)
+    levels.clear()
+    dmd.few_step_clips(net, TOKENS, rng(), exit_step=1)
+    assert levels == pytest.approx(TINY.sigmas[:2])
+
+
+# ---- training ----
+
+
+def learners(steps=3, cfg=TINY):
+    """A tiny generator and critic, and the teacher they learn from."""
+    real = model.build(TINY, 7).requires_grad_(False)
+    return dmd.learners_of(model.build(cfg, 7), real, steps, seed=3, batch=2), real
+
+
+def everything(run):
+    return {f"{n}.{m}": t for n, x in run.learners.items() for m, t in x.tensors().items()}
+
+
+def test_a_step_moves_the_generator_once_then_its_critic_five_times():
+    """In this order, each by its own optimiser, each time on clips made afresh."""
+    found, real = learners()
+    generator, critic = found.values()
+    order, made = [], []
+    for name, learner in found.items():
+        step = learner.optimisers[0].step
+        learner.optimisers[0].step = lambda n=name, s=step: (order.append(n), s())
+
+    def make(net, clips, tokens, g):
+        assert net is generator.model
+        made.append(dmd.backward_simulation(net, clips, tokens, g))
+        return made[-1]
+
+    before = {n: p.clone() for n, p in real.state_dict().items()}
+    dmd.updates_of(generator, critic, real, (2.0, 2.0), make)(0)
+    assert order == ["generator"] + ["critic"] * 5
+    assert len({float(video.detach().sum()) for video, _ in made}) == 6
+    assert [video.requires_grad for video, _ in made] == [True] + [False] * 5
+    assert all(torch.equal(p, before[n]) for n, p in real.state_dict().items())
+
+
+def test_a_killed_distillation_goes_on_as_if_uninterrupted(tmp_path, capsys):
+    """Generator, critic, both averages and both optimisers: bitwise the same end."""
+
+    def new_run(folder, die_at=None):
+        found, real = learners()
+        run = training.Run(found, "python dmd.py", folder)
+        update = dmd.updates_of(*found.values(), real, (2.0, 2.0), dmd.backward_simulation)
+
+        def or_die(step):
+            if step == die_at:
+                raise KeyboardInterrupt
+            return update(step)
+
+        return run, or_die
+
+    whole, update = new_run(None)
+    whole.train(update, print_every=1, save_every=1)
+    first, update = new_run(tmp_path, die_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(update, print_every=1, save_every=1)
+    second, update = new_run(tmp_path)
+    assert second.step == 2
+    second.train(update, print_every=1, save_every=1)
+    a, b = everything(whole), everything(second)
+    assert a.keys() == b.keys() and [n for n in a if not torch.equal(a[n], b[n])] == []
+    assert whole.log == second.log
+
+
+def losses_recorded(make, cfg):
+    found, real = learners(10, cfg)
+    update = dmd.updates_of(*found.values(), real, (2.0, 2.0), make)
+    rows = [update(step) for step in range(10)]
+    return [float((r["critic v"] + r["critic a"]).detach()) for r in rows]
+
+
+def test_ten_golden_losses_of_stage_i():
+    """The critic's loss: prompts, backward simulation, both losses and both optimisers."""
+    losses = losses_recorded(dmd.backward_simulation, TINY)
+    assert losses == pytest.approx(STAGE_I_LOSSES, **GOLDEN)
+
+
+def test_ten_golden_losses_of_stage_iii():
+    """The same by rollouts with caches and sinks, which forget beyond two blocks."""
+
+    def make(*args):
+        return self_forcing.rolled_out(*args, window=2)
+
+    assert losses_recorded(make, TINY_CAUSAL) == pytest.approx(STAGE_III_LOSSES, **GOLDEN)
+
+
+def test_prompts_are_those_of_the_training_world():
+    """Captions of clips that are never used for evaluation, some with hidden words."""
+    clips, tokens = dmd.draw_prompts(64, rng())
+    true = toy_world.caption_tokens(clips)
+    assert ((tokens == true) | (tokens == 0)).all() and (tokens == 0).any()
+    assert (tokens == true).float().mean() > 0.7
