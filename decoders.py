@@ -44,8 +44,8 @@ class Piecewise:
 
     def add(self, x, last=False):
         """New inputs (B, C, T, ...) -> outputs that are final now; all that is left if `last`."""
+        self.given += x.shape[2]
         x = x if self.kept is None else torch.cat([self.kept, x], dim=2)
-        self.given += x.shape[2] - (0 if self.kept is None else self.kept.shape[2])
         start = self.given - x.shape[2]  # index of x's first input
         ready = self.given if last else max(self.done, self.given - self.look_ahead)
         low, high = self._end(self.done - start), self._end(ready - start)

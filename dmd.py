@@ -36,7 +36,6 @@ import teacher
 import toy_world
 import training
 from kv_cache import MaskedView
-from masks import clip_span, num_blocks
 
 CRITIC_UPDATES = 5  # for each update of the generator (OmniForcing, as Self-Forcing)
 LEAST_TIME, MOST_TIME = 0.02, 0.98  # of the schedule, for the scores (DMD2, OmniForcing)
@@ -104,7 +103,7 @@ def few_step_clips(net, tokens, generator, sigmas=None, exit_step=None):
 
     tokens   (B, 3) captions
     """
-    span = clip_span(num_blocks(teacher.SECONDS, net.cfg), net.cfg)
+    span = teacher.whole_span(net.cfg)
     text = net.project_text(toy_world.caption_features(tokens))
     noise = model.draw_noise(len(tokens), span, net.cfg, generator)
     sigmas = sigmas or net.cfg.sigmas
@@ -161,7 +160,7 @@ def matching_losses(clips, tokens, real, fake, guidance, generator):
     clips      video (B, T_v, C_v) and audio (B, F_a, C_a) that depend on the generator's weights
     guidance   of the real score, for video and for audio; the fake one has none
     """
-    span = clip_span(num_blocks(teacher.SECONDS, real.cfg), real.cfg)
+    span = teacher.whole_span(real.cfg)
     with torch.no_grad():
         sigma = draw_sigmas(len(tokens), generator)
         noise = [torch.randn(x.shape, generator=generator) for x in clips]

@@ -31,10 +31,11 @@ import kv_cache
 import model
 import ode_regression
 import plots
+import teacher
 import toy_codec
 import toy_world
 import training
-from masks import clip_span, four_masks, num_blocks
+from masks import four_masks, num_blocks
 
 # ---- drift ----
 
@@ -181,13 +182,13 @@ class A0Probe(kv_cache.MaskedView):
         return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
 
 
-def block_0_loss(net, data, masks, step):
+def block_0_loss(net, data, view, step):
     """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
     rows = torch.arange(8) + 8 * step
     chosen = [x[rows % len(x)] for x in data]
-    levels = torch.full((8, num_blocks(5, net.cfg)), len(net.cfg.sigmas) - 1)
+    levels = torch.full((8, num_blocks(teacher.SECONDS, net.cfg)), len(net.cfg.sigmas) - 1)
     levels[:, 0] = torch.arange(8) % (len(net.cfg.sigmas) - 1)
-    return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, masks)[1]
+    return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
 
 
 def gradient_norm(net, loss):
@@ -206,19 +207,16 @@ def after_training(net, held, masks) -> dict:
     noise = [torch.randn(end.shape, generator=g) for end in ends]
     half = torch.full((1, 1), 0.5)
     pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
-    levels = torch.zeros(len(tokens), num_blocks(5, net.cfg), dtype=torch.long)
-    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), masks)
-    probe, sigma = A0Probe(masks, net.cfg.num_sinks), torch.full((len(tokens),), 0.5)
-    text = net.project_text(toy_world.caption_features(tokens))
-    span = clip_span(levels.shape[1], net.cfg)
-    net(*(pair[:, 0] for pair in pairs), sigma, sigma, text, span, probe)
+    levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
+    probe = A0Probe(masks, net.cfg.num_sinks)
+    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 
 def train_variant(name, variant, start, data, held, args) -> dict:
     """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
     net = variant.change(ode_regression.student_from(start, variant.cfg))
-    masks = four_masks(net.cfg, num_blocks(5, net.cfg))
+    view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
     # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
     recipe = training.Recipe(args.steps, batch=8, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = training.Learner(net, recipe)
@@ -230,14 +228,14 @@ def train_variant(name, variant, start, data, held, args) -> dict:
         for step in range(args.steps):
             if step >= BURN_IN and step % PROBE_EVERY == 0:
                 with precise():
-                    a0.append(gradient_norm(net, block_0_loss(net, data, masks, step)))
+                    a0.append(gradient_norm(net, block_0_loss(net, data, view, step)))
             with precise():
                 loss = losses(step)["loss"]
             norms.append(learner.update(loss, step))
     except ValueError as error:  # not finite
         return {"broke down": str(error)}
     result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0)}
-    return result | after_training(net, held, masks)
+    return result | after_training(net, held, view.masks)
 
 
 def sinks(args):

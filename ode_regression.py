@@ -120,11 +120,12 @@ def states_at(trajectory, levels):
     return trajectory.gather(1, index.expand(-1, -1, -1, *trajectory.shape[3:])).squeeze(1)
 
 
-def regression_losses(net, trajectories, levels, sigmas, masks):
+def regression_losses(net, trajectories, levels, sigmas, view):
     """Mean squared error of x0 over the noisy elements of video and of audio.
 
     trajectories   tokens (B, 3), video (B, L, T_v, C_v), audio (B, L, F_a, C_a)
     levels         (B, N) index into sigmas, one per block
+    view           what may be attended to: a MaskedView of the block-causal masks
     """
     tokens, video, audio = trajectories
     span = clip_span(levels.shape[1], net.cfg)
@@ -133,7 +134,7 @@ def regression_losses(net, trajectories, levels, sigmas, masks):
     video = video.unflatten(2, (len(span.video), -1))  # (B, L, F_v, rows * columns, C_v)
     noisy = states_at(video, level_v).flatten(1, 2), states_at(audio, level_a)
     text = net.project_text(toy_world.caption_features(tokens))
-    x0 = model.predict_x0(net, *noisy, sigma_v, sigma_a, text, span, MaskedView(masks))
+    x0 = model.predict_x0(net, *noisy, sigma_v, sigma_a, text, span, view)
     ends = video[:, -1].flatten(1, 2), audio[:, -1]
     return [
         masked_mean((p - end).square().mean(-1), model.per_token(s, p) > 0)
@@ -149,14 +150,14 @@ def masked_mean(x, mask):
 def losses_of(net, data, recipe):
     """The function that `training.Run.train` minimises."""
     blocks = num_blocks(teacher.SECONDS, net.cfg)
-    masks = four_masks(net.cfg, blocks)
+    view = MaskedView(four_masks(net.cfg, blocks))
 
     def losses(step):
         g = training.generator(recipe.seed, step)
         rows = torch.randint(len(data["tokens"]), (recipe.batch,), generator=g)
         levels = draw_levels(recipe.batch, blocks, len(net.cfg.sigmas), g)
         chosen = [data[name][rows] for name in ("tokens", "video", "audio")]
-        video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, masks)
+        video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, view)
         return {"loss": video + audio, "video": video, "audio": audio}
 
     return losses

@@ -33,6 +33,15 @@ SHIFT = 3.0  # of the toy's noise schedule towards the noisy end
 CLIPS_PER_SEED = 10**7  # runs of another seed see other clips; below HELD_OUT for seeds to 9
 
 
+def whole_span(cfg, seconds=SECONDS):
+    """All latent frames of a clip of so many seconds.
+
+    >>> whole_span(config.TOY)
+    Span(video=range(0, 16), audio=range(0, 126))
+    """
+    return clip_span(num_blocks(seconds, cfg), cfg)
+
+
 # ---- noise levels ----
 
 
@@ -77,7 +86,7 @@ def velocity_losses(net, latents, tokens, sigma, generator):
     text = net.project_text(toy_world.caption_features(tokens))
     noise = [torch.randn(x.shape, generator=generator) for x in latents]
     noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(latents, noise)]
-    span = clip_span(num_blocks(SECONDS, net.cfg), net.cfg)
+    span = whole_span(net.cfg)
     v = net(*noisy, sigma, sigma, text, span, MaskedView())
     return [(p - (n - x)).square().mean((1, 2)) for p, n, x in zip(v, noise, latents)]
 
@@ -147,7 +156,7 @@ def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
     ->       video (B, T_v, C_v) and audio (B, F_a, C_a) latents; and, if `keep`, the kept states:
              (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)
     """
-    span = clip_span(num_blocks(seconds, net.cfg), net.cfg)
+    span = whole_span(net.cfg, seconds)
     x = model.draw_noise(len(tokens), span, net.cfg, torch.Generator().manual_seed(seed))
     guided, kept = Guided(net, tokens, guidance), {0: x}
     for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):

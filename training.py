@@ -154,7 +154,8 @@ class Run:
         folder     for the state; None: nothing is saved
         """
         self.learners, self.command = learners, command
-        self.steps = next(iter(learners.values())).recipe.steps
+        self.shipped = next(iter(learners.values()))
+        self.steps = self.shipped.recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
         self.file = Path(folder) / "state.safetensors" if folder else None
         if self.file and self.file.exists():
@@ -218,9 +219,8 @@ class Run:
 
     def ship(self, path):
         """Write the averaged weights of the first learner, in half precision, and its curve."""
-        learner = next(iter(self.learners.values()))
-        half = {name: t.half() for name, t in learner.average.tensors.items()}
-        files.save_weights(path, half, learner.model.cfg, self.made_by())
+        half = {name: t.half() for name, t in self.shipped.average.tensors.items()}
+        files.save_weights(path, half, self.shipped.model.cfg, self.made_by())
         curve = Path("results") / f"{Path(path).stem}_curve.json"
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")

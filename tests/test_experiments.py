@@ -64,12 +64,13 @@ def test_the_gradient_of_block_0_is_that_of_block_0(monkeypatch):
     net = model.build(TINY)
     walks = [torch.stack([random_clip(TINY, BLOCKS, 8, torch.float32)[i] for _ in range(5)], 1)
              for i in (0, 1)]  # fmt: skip
-    data, masks = (torch.ones(8, 3, dtype=torch.long), *walks), four_masks(TINY, BLOCKS)
-    loss = experiments.block_0_loss(net, data, masks, 0)
+    data = torch.ones(8, 3, dtype=torch.long), *walks
+    view = kv_cache.MaskedView(four_masks(TINY, BLOCKS))
+    loss = experiments.block_0_loss(net, data, view, 0)
     walks[1][:, :4, 1:] += 1  # noisy audio states behind A0
-    assert torch.equal(loss, experiments.block_0_loss(net, data, masks, 0))
+    assert torch.equal(loss, experiments.block_0_loss(net, data, view, 0))
     walks[1][:, :4, 0] += 1
-    assert not torch.equal(loss, experiments.block_0_loss(net, data, masks, 0))
+    assert not torch.equal(loss, experiments.block_0_loss(net, data, view, 0))
 
 
 def run(monkeypatch, *arguments):

@@ -11,6 +11,7 @@ import config
 import model
 import ode_regression as ode
 import training
+from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
 
 CFG = tiny(PAPER, num_sinks=4)
@@ -50,7 +51,7 @@ def ends(walk):
 
 
 def losses(net, walk, levels, masks=None):
-    return ode.regression_losses(net, walk, levels, SIGMAS, masks)
+    return ode.regression_losses(net, walk, levels, SIGMAS, MaskedView(masks))
 
 
 # ---- levels ----
