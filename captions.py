@@ -12,11 +12,14 @@ All of it is the published pipeline of Hugging Face diffusers; what is ours is t
 """
 
 import gc
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
+TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
+TOKENS = 1024  # of the features of every prompt
 
 
 class Features(NamedTuple):
@@ -24,6 +27,26 @@ class Features(NamedTuple):
 
     video: torch.Tensor  # (1, L, C_text)
     audio: torch.Tensor  # (1, L, C_text)
+
+
+def check(prompt):
+    """Any text will do.  Raises ValueError for none."""
+    if not prompt.strip():
+        raise ValueError("the prompt says nothing; describe what is to be seen and heard")
+
+
+def check_folder(folder):
+    """Raises ValueError for a folder that lacks a part of the text path."""
+    for part in TEXT_PARTS:
+        if not Path(folder, part).is_dir():
+            raise ValueError(f"{folder}: no {part}/; expected LTX-2's folder in diffusers' format")
+
+
+def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
+    """Noise in place of what the text path makes: for measuring speed and memory."""
+    shape = 1, TOKENS, cfg.caption_width
+    made = {p: [torch.randn(shape, device=device, dtype=dtype) for _ in "va"] for p in prompts}
+    return {prompt: Features(*pair) for prompt, pair in made.items()}
 
 
 @torch.inference_mode()
@@ -55,7 +78,7 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict
     absent = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder", "scheduler"))
     try:
         pipeline = LTX2Pipeline.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, **absent
+            folder, dtype=dtype, local_files_only=True, **absent
         )
     except OSError as error:
         raise ValueError(f"{folder}: no text encoder in diffusers' format ({error})") from None

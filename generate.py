@@ -7,12 +7,21 @@
 Writes out.mp4 (24 frames a second, with sound) and out.png (its frames above the bands of its
 sound, impacts and onsets marked).
 
-A prompt names a colour (red green blue yellow), a speed (slow fast) and a material (wood metal), in
-any order; what is left out, the model chooses. "5: ..." switches to a prompt at second 5.
+A prompt of the toy names a colour (red green blue yellow), a speed (slow fast) and a material (wood
+metal), in any order; what is left out, the model chooses. "5: ..." switches prompts at second 5.
 
 Every block is one second (block 0 a single frame); the model remembers --window seconds of its past
 besides the very first frame, so that memory and time per block stay the same for ever. Interrupting
 leaves a playable file of all finished blocks. The same seed gives the same bytes on one machine.
+
+At full size, on one GPU, with published weights or with noise in their place (to measure):
+
+    python generate.py --config released --device cuda --weights omniforcing/ --ltx2 LTX-2/ \\
+                       --prompt "A dog barks at the waves."
+    python generate.py --config full --device cuda --weights random --seconds 30
+
+--weights is the generator's .safetensors file, index or folder. --ltx2 is LTX-2's folder in
+diffusers' format, for text_encoder, tokenizer, connectors, vae, audio_vae and vocoder.
 
 How speed is counted:  TTFC  from having weights and prompt to the first second of picture and sound
 written;  passes  the transformer alone;  end to end  with decoding and writing.
@@ -20,7 +29,6 @@ written;  passes  the transformer alone;  end to end  with decoding and writing.
 
 import contextlib
 import re
-import resource
 import signal
 import sys
 import time
@@ -28,23 +36,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
+import captions
 import cli
 import config
+import decoders
 import dmd
 import files
+import ltx2
+import memory_plan
 import model
 import plots
 import self_forcing
 import toy_codec
 import toy_world
 from masks import block_seconds, num_blocks
-from movie import Movie
+from movie import Movie, check_writable
+from stopwatch import Stopwatch
 
-WEIGHTS = {"toy": Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"}
-SHEET_SECONDS = 60  # of a longer stream, only so much is drawn
-SCALE = 10  # the toy's 32 pixels become 320
+WEIGHTS = Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"  # the toy's
+STREAMED = ("toy", "full", "released")  # configs of students
+TOY_PROMPT = "red fast metal"  # if nothing is asked for
+FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
+SHEET_SECONDS, SHEET_PIXELS = 60, 64  # of a long stream, of large frames, only so much is drawn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,8 +74,15 @@ class Cue(NamedTuple):
     prompt: str
 
 
-def parse_cues(prompts, seconds) -> list[Cue]:
+def toy_features(prompt) -> tuple:
+    """What the toy's layers read of a prompt.  Raises ValueError for words it does not know."""
+    return (toy_world.caption_features(toy_world.parse_prompt(prompt)),)
+
+
+def parse_cues(prompts, seconds, check=toy_features) -> list[Cue]:
     """Command line prompts, each "words" or "second: words", in order of time.
+
+    check   called with the words of each, to complain now and not in the middle of a stream
 
     Raises ValueError if none begins at 0, two begin together, or one begins after the end.
 
@@ -69,7 +92,7 @@ def parse_cues(prompts, seconds) -> list[Cue]:
     cues = []
     for text in prompts:
         start, words = re.fullmatch(r"(?:\s*(\d+(?:\.\d+)?)\s*:)?(.*)", text, re.S).groups()
-        toy_world.parse_prompt(words)  # complain now, not in the middle of a stream
+        check(words)
         cues.append(Cue(float(start or 0), words.strip()))
     cues.sort()
     starts = [cue.seconds for cue in cues]
@@ -83,7 +106,7 @@ def parse_cues(prompts, seconds) -> list[Cue]:
 
 
 @torch.inference_mode()
-def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1):
+def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_features):
     """Yield `self_forcing.Block`s of clean latents, each as soon as it exists.
 
     prompt   words, or a list of Cue
@@ -91,6 +114,7 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1):
              away than in a training clip of 5 seconds
     steps    passes a block besides the refresh, default as trained
     batch    clips side by side, different only in their noise
+    read     words -> caption features (1, L, C_text), one for both streams or one for each
     """
     cfg, blocks = net.cfg, num_blocks(seconds, net.cfg)
     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
@@ -101,8 +125,8 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1):
         start = block_seconds(k, cfg)[0]
         index = max(i for i, cue in enumerate(cues) if cue.seconds <= start)
         while len(texts) <= index:
-            tokens = toy_world.parse_prompt(cues[len(texts)].prompt).expand(batch, -1)
-            texts.append(net.project_text(toy_world.caption_features(tokens).to(like)))
+            features = read(cues[len(texts)].prompt)
+            texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
         return texts[index]
 
     sigmas = dmd.few_step_sigmas(cfg, steps)
@@ -110,25 +134,82 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1):
     yield from self_forcing.rollout(net, text_at, blocks, sigmas, generator, batch, window)
 
 
-class Decoder:
-    """Latents of consecutive blocks of one stream -> frames, band levels and samples."""
+# ---- what a stream is made of: the toy's parts, or LTX-2's ----
 
-    def __init__(self, codec):
-        self.codec = codec
-        self.levels = torch.zeros(0, toy_world.BANDS)  # the last mel frame, once there is one
-        self.mel_frames = 0
 
-    def decode(self, block):
-        """-> frames (P, 3, H, W) in [0, 1], levels (M, 16), samples (n,) in [-1, 1]."""
-        first = block.index == 0
-        frames = self.codec.decode_video(block.video.float().cpu(), first)[0]
-        levels = self.codec.decode_audio(block.audio.float().cpu(), first)[0]
-        # sound lies between mel frames: each block begins at the last frame of the one before
-        heard = torch.cat([self.levels, levels])
-        start = self.mel_frames - len(self.levels)
-        samples = toy_codec.synthesise(heard, start, self.codec.cfg)
-        self.levels, self.mel_frames = levels[-1:], self.mel_frames + len(levels)
-        return frames, levels, samples
+class Order(NamedTuple):
+    """What was asked for, checked."""
+
+    cfg: config.Config
+    cues: list
+    seconds: float
+    window: int
+    steps: int | None
+    weights: str | None
+    ltx2: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_blocks(self):
+        return num_blocks(self.seconds, self.cfg)
+
+
+class Parts(NamedTuple):
+    """Everything between a prompt and a film."""
+
+    net: model.OmniTransformer
+    read: object  # words -> caption features
+    make_decoder: object  # Stopwatch.watch -> decoder
+    text_seconds: float = 0.0  # of reading the prompts
+
+
+def toy_parts(order) -> Parts:
+    """The shipped student, or another of this project, and the toy's codec."""
+    if order.weights == "random":
+        net = ltx2.random_weights(order.cfg, order.device, order.dtype)
+    else:
+        net = load_student(order.weights or WEIGHTS, order.cfg, order.device, order.dtype)
+    codec = toy_codec.load(order.cfg)
+    return Parts(net, toy_features, lambda watch: decoders.ToyDecoder(codec, watch))
+
+
+def full_parts(order) -> Parts:
+    """LTX-2's text path, a student's transformer and LTX-2's decoders, loaded in this order.
+
+    The text encoder has left the memory before the transformer comes.
+    """
+    is_random = order.weights == "random"
+    if not is_random:  # complain before anything slow begins
+        captions.check_folder(order.ltx2)
+        source = ltx2.Source(order.weights, order.cfg)
+    check_memory(order)
+    start, prompts = time.perf_counter(), [cue.prompt for cue in order.cues]
+    at = order.device, order.dtype
+    if is_random:
+        features = captions.random_features(prompts, order.cfg, *at)
+    else:
+        features = captions.encode_and_free(order.ltx2, prompts, *at)
+    seconds = time.perf_counter() - start
+    net = ltx2.random_weights(order.cfg, *at) if is_random else source.load(*at)
+    nets = decoders.random_weights(*at) if is_random else decoders.load(order.ltx2, *at)
+
+    def make_decoder(watch):
+        return decoders.Decoder(*nets, net.cfg, watch=watch)
+
+    return Parts(net, features.__getitem__, make_decoder, seconds)
+
+
+def check_memory(order):
+    """Print what the stream will need.  Raises ValueError if it does not fit."""
+    cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
+    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues))
+    rows += memory_plan.decoder_rows(cfg, dtype)
+    free = memory_plan.free_bytes(order.device)
+    print(memory_plan.shown(rows, free))
+    memory_plan.check(rows, free, cfg, blocks, dtype)
+    if order.ltx2:
+        memory_plan.check_text(order.ltx2, free)
 
 
 # ---- the command line ----
@@ -158,42 +239,6 @@ def parse_seconds(text) -> float:
     return seconds
 
 
-class Timing:
-    """Seconds spent, block by block."""
-
-    def __init__(self):
-        self.start = self.mark = time.perf_counter()
-        self.passes, self.output, self.ttfc = [], [], None
-
-    def lap(self):
-        now = time.perf_counter()
-        seconds, self.mark = now - self.mark, now
-        return seconds
-
-    def report(self, frames, cfg) -> dict:
-        """Frames per second by both conventions, medians from the third block on."""
-        passes, whole = sum(self.passes), self.mark - self.start
-        third_on = sorted(self.passes[2:]) or sorted(self.passes)
-        return {
-            "frames": frames,
-            "ttfc_seconds": self.ttfc,
-            "passes_fps": frames / passes,
-            "passes_times_real_time": frames / passes / cfg.fps,
-            "end_to_end_fps": frames / whole,
-            "end_to_end_times_real_time": frames / whole / cfg.fps,
-            "median_block_seconds": third_on[len(third_on) // 2],
-            "passes_seconds": self.passes,
-            "output_seconds": self.output,
-            "peak_memory_mb": peak_memory_mb(),
-        }
-
-
-def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
-
-
 @contextlib.contextmanager
 def signals_wait():
     """Ctrl-C and a polite kill wait until a block is written: no half second in the film."""
@@ -208,46 +253,61 @@ def signals_wait():
         raise KeyboardInterrupt
 
 
-def run(blocks, decoder, movie, seconds, timing):
+def run(blocks, decoder, movie, seconds, watch):
     """Decode and write blocks as they come.  Returns frames and levels for the contact sheet.
 
     Ctrl-C and a polite kill end it early, with every finished block written.
     """
-    cfg, sheet = decoder.codec.cfg, []
+    sheet = []
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bar = tqdm(
         total=seconds, unit="s", desc="video", bar_format="{desc} {n:.0f}/{total:.0f} s {bar}"
     )
     try:
         for block in blocks:
-            timing.passes.append(timing.lap())
-            low, high = block_seconds(block.index, cfg)
+            watch.passes.append(watch.lap())
+            low, high = block_seconds(block.index, decoder.cfg)
             with signals_wait():
-                frames, levels, samples = decoder.decode(block)
-                pictures = (frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
-                movie.add(pictures, samples.numpy())
-                timing.output.append(timing.lap())
-                if block.index == 1:
-                    timing.ttfc = timing.mark - timing.start
-                if high <= SHEET_SECONDS:
-                    sheet.append((frames, levels))
+                add(decoder.decode(block), movie, sheet, decoder.cfg)
+                watch.output.append(watch.lap())
+            if watch.ttfc is None and movie.frames > decoder.cfg.fps:  # frame 0 and one second
+                watch.ttfc = watch.last - watch.start
             bar.update(high - low)
-            bar.write(
-                f"block {block.index:3}  {low:4g} - {high:<4g} s   passes "
-                f"{1000 * timing.passes[-1]:5.0f} ms   decode and write "
-                f"{1000 * timing.output[-1]:4.0f} ms",
-                file=sys.stdout,
-            )
+            bar.write(line_of(block.index, low, high, watch), file=sys.stdout)
     except KeyboardInterrupt:
         print(f"interrupted: {movie.frames} frames are kept", file=sys.stderr)
     finally:
         bar.close()
+    add(decoder.finish(), movie, sheet, decoder.cfg)
     return sheet
 
 
-def main():
+def line_of(index, low, high, watch):
+    """What a block took, on one line."""
+    passes, output = 1000 * watch.passes[-1], 1000 * watch.output[-1]
+    times = f"passes {passes:5.0f} ms   decode and write {output:4.0f} ms"
+    return f"block {index:3}  {low:4g} - {high:<4g} s   {times}"
+
+
+def add(piece, movie, sheet, cfg):
+    """Write what is decoded; keep a little for the contact sheet."""
+    pictures = (piece.frames * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    movie.add(pictures, piece.samples.float().cpu().numpy())
+    if movie.frames <= SHEET_SECONDS * cfg.fps + 1:
+        sheet.append((thumbnails(piece.frames), piece.levels.float().cpu()))
+
+
+def thumbnails(frames):
+    """(P, 3, H, W) -> the same, on the CPU and no higher than SHEET_PIXELS."""
+    factor = frames.shape[2] // SHEET_PIXELS
+    frames = frames.float()
+    return (F.avg_pool2d(frames, factor) if factor > 1 and len(frames) else frames).cpu()
+
+
+def options():
+    """The command line."""
     p = cli.parser(__doc__)
-    words = 'words, or "second: words"; may be repeated (default: red fast metal)'
+    words = 'words, or "second: words"; may be repeated'
     p.add_argument("--prompt", action="append", metavar="WORDS", help=words)
     p.add_argument("--seconds", default="5", help="length of the film, a whole number")
     p.add_argument("--seed", type=int, default=0, help="another seed, another film")
@@ -255,40 +315,65 @@ def main():
     p.add_argument("--steps", type=int, help="passes a block, 1 to 4; fewer is faster and worse")
     p.add_argument("--out", default="out.mp4", help="film; the contact sheet ends in .png instead")
     p.add_argument("--report", help="write the timings to this JSON file")
-    p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
-    p.add_argument("--weights", help="safetensors file; default: the shipped student")
+    p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
+    p.add_argument("--weights", help="the student; default: the shipped toy; random: to measure")
+    p.add_argument("--ltx2", help="folder of LTX-2's text path and decoders, at full size")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
-    p.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the transformer")
-    args = p.parse_args()
+    kinds = f"of the transformer, {', '.join(DTYPES)}; default: float32 (toy), bfloat16 (full size)"
+    p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=kinds)
+    return p
+
+
+def parse(args) -> Order:
+    """Raises ValueError for an order that cannot be carried out."""
     cfg = cli.find_config(args.config)
-    if cfg.name not in WEIGHTS:
-        raise ValueError(f"--config {cfg.name}: only {', '.join(WEIGHTS)} can be streamed so far")
-    seconds = parse_seconds(args.seconds)
+    if cfg.name not in STREAMED:
+        raise ValueError(f"--config {cfg.name}: no student; expected one of {', '.join(STREAMED)}")
+    is_toy, seconds = cfg.name == "toy", parse_seconds(args.seconds)
     num_blocks(seconds, cfg), dmd.few_step_sigmas(cfg, args.steps)
-    cues = parse_cues(args.prompt or ["red fast metal"], seconds)
-    device, codec = cli.find_device(args.device), toy_codec.load(cfg)
-    net = load_student(args.weights or WEIGHTS[cfg.name], cfg, device, DTYPES[args.dtype])
+    prompts = args.prompt or [TOY_PROMPT if is_toy else FULL_PROMPT]
+    cues = parse_cues(prompts, seconds, toy_features if is_toy else captions.check)
     if args.window < 1:
         raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
-    movie, timing = Movie(args.out, cfg.fps, toy_codec.SAMPLE_RATE, SCALE), Timing()
+    if not is_toy and not args.weights:
+        raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
+    if not is_toy and args.weights != "random" and not args.ltx2:
+        raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
+    dtype = DTYPES[args.dtype or ("float32" if is_toy else "bfloat16")]
+    device = cli.find_device(args.device)
+    return Order(
+        cfg, cues, seconds, args.window, args.steps, args.weights, args.ltx2, device, dtype
+    )
+
+
+def main():
+    args = options().parse_args()
+    order = parse(args)
+    check_writable(args.out)
+    parts = (toy_parts if order.cfg.name == "toy" else full_parts)(order)
+    watch = Stopwatch(order.device)
+    decoder, cfg = parts.make_decoder(watch.watch), parts.net.cfg
+    watch.watch_passes(parts.net, len(dmd.few_step_sigmas(cfg, order.steps)) - 1)
+    size = cfg.height, cfg.width
+    movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
     try:
-        blocks = stream(net, cues, seconds, args.seed, args.window, args.steps)
-        sheet = run(blocks, Decoder(codec), movie, seconds, timing)
+        how = order.seconds, args.seed, order.window, order.steps, 1, parts.read
+        sheet = run(stream(parts.net, order.cues, *how), decoder, movie, order.seconds, watch)
     except BaseException:
         movie.discard()
         raise
     movie.close()
-    finish(args, cues, cfg, sheet, timing, movie.frames)
+    finish(args, order, sheet, watch, movie.frames, parts.text_seconds)
 
 
-def finish(args, cues, cfg, sheet, timing, frames):
+def finish(args, order, sheet, watch, frames, text_seconds):
     """Contact sheet, report and a line that sums up."""
-    if not sheet:
+    if not frames:
         raise ValueError("interrupted before the first block was finished; nothing was written")
-    report = timing.report(frames, cfg)
-    title = ", then ".join(cue.prompt for cue in cues)
+    report = {**watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
+    title = ", then ".join(cue.prompt for cue in order.cues)
     picture = Path(args.out).with_suffix(".png")
-    plots.save(plots.draw_clip(*map(torch.cat, zip(*sheet)), title, cfg), picture)
+    plots.save(plots.draw_clip(*map(torch.cat, zip(*sheet)), title, order.cfg), picture)
     if args.report:
         files.write_json(args.report, report)
     ttfc = f"{report['ttfc_seconds']:.2f} s" if report["ttfc_seconds"] else "-"

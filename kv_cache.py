@@ -211,7 +211,8 @@ class CachedView:
 
     def _shift(self, site, like) -> rope.Rope:
         seconds = self.num_evicted * self.cfg.block_seconds
-        angles = rope.shift_angles(site, seconds, self.cfg)
+        with rope.computed_on(like.device):
+            angles = rope.shift_angles(site, seconds, self.cfg)
         return rope.tables(angles, self.cfg, like.device, like.dtype)
 
     def num_bytes(self) -> int:

@@ -224,34 +224,50 @@ class Checkpoint:
                     yield name, tensor
 
 
+class Source:
+    """A published transformer whose every name and flag has been checked, ready to be read."""
+
+    def __init__(self, path, cfg, say=print):
+        """Reads no weights yet, so that a wrong file is refused in the first second.
+
+        cfg   shape, blocks and sinks; the three flags are the file's, where it states them
+        say   is told the flags that are used
+
+        Raises ValueError for a file that is not whole, lacks a tensor, or has one too many.
+        """
+        self.path, self.checkpoint, self.say = path, Checkpoint(path), say
+        stated = self.checkpoint.flags()
+        self.cfg = replace(cfg, **stated)
+        source = "stated by the file" if stated else f"of config {cfg.name}; the file states none"
+        flags = ", ".join(f"{field}={getattr(self.cfg, field)}" for field, _ in FLAGS.values())
+        say(f"{path}: {flags} ({source})")
+        self.table = {theirs: ours for ours, theirs in key_table(self._empty()).items()}
+        where = self.checkpoint.where
+        for name in [name for name in where if SINKS in name]:
+            if cfg.num_sinks:
+                self.table[name] = "sinks.tokens"
+            else:
+                del where[name]
+        _renamed(where, self.table)  # complains by name
+
+    def _empty(self):
+        return build(self.cfg, device="meta")
+
+    def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
+        """Read once, tensor by tensor to where it belongs: there is no second copy in memory."""
+        net, cfg = self._empty(), self.cfg
+        read = self.checkpoint.read(device, dtype)
+        tensors = {self.table[name]: tensor for name, tensor in read}
+        if cfg.num_sinks and "sinks.tokens" not in tensors:
+            self.say(f"{self.path}: no sinks; {cfg.num_sinks} fresh ones take their place")
+            tensors["sinks.tokens"] = fresh_sinks(cfg, device, dtype)
+        files.load_into(net, tensors, self.path, assign=True)
+        return net.requires_grad_(False).eval()
+
+
 def load(path, cfg, device="cpu", dtype=torch.bfloat16, say=print) -> OmniTransformer:
-    """The transformer of a published file, read once, without a second copy in memory.
-
-    cfg   shape, blocks and sinks; the three flags are the file's, where it states them
-    say   is told the flags that are used
-
-    Raises ValueError for a file that is not whole, lacks a tensor, or has one too many.
-    """
-    checkpoint = Checkpoint(path)
-    stated = checkpoint.flags()
-    cfg = replace(cfg, **stated)
-    source = "stated by the file" if stated else f"of config {cfg.name}; the file states none"
-    shown = ", ".join(f"{field}={getattr(cfg, field)}" for field, _ in FLAGS.values())
-    say(f"{path}: {shown} ({source})")
-    net = build(cfg, device="meta")
-    table = {theirs: ours for ours, theirs in key_table(net).items()}
-    for name in [name for name in checkpoint.where if SINKS in name]:
-        if net.sinks is not None:
-            table[name] = "sinks.tokens"
-        else:
-            del checkpoint.where[name]
-    _renamed(checkpoint.where, table)  # complains by name, before anything is read
-    tensors = {table[name]: tensor for name, tensor in checkpoint.read(device, dtype)}
-    if net.sinks is not None and "sinks.tokens" not in tensors:
-        say(f"{path}: no sinks; {cfg.num_sinks} fresh ones take their place")
-        tensors["sinks.tokens"] = fresh_sinks(cfg, device, dtype)
-    files.load_into(net, tensors, path, assign=True)
-    return net.requires_grad_(False).eval()
+    """The transformer of a published file; see `Source`."""
+    return Source(path, cfg, say).load(device, dtype)
 
 
 def fresh_sinks(cfg, device, dtype):

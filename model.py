@@ -63,7 +63,14 @@ def draw_noise(n, span, cfg, generator, device=None, dtype=None):
         (n, len(span.video) * cfg.tokens_per_frame, cfg.video_channels),
         (n, len(span.audio), cfg.audio_channels),
     )
-    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    return [send(torch.randn(shape, generator=generator), device, dtype) for shape in shapes]
+
+
+def send(x, device, dtype):
+    """A tensor of the CPU, elsewhere.  A GPU copies from pinned memory, and nobody waits for it."""
+    if device is not None and torch.device(device).type == "cuda":
+        x = x.pin_memory().to(device, non_blocking=True)
+    return x.to(device, dtype)
 
 
 def to_x0(x, sigma, v):
@@ -354,17 +361,22 @@ def per_token(sigma, x):
 @functools.lru_cache(maxsize=16)  # the passes of a block share their tables
 def ropes_of(cfg, span: Span, device, dtype) -> dict[str, rope.Rope]:
     """Rotation tables of a span's tokens, sinks included, for self and cross-modal attention."""
+    with rope.computed_on(device):
+        angles = _angles_of(cfg, span)
+    return {name: rope.tables(a, cfg, device, dtype) for name, a in angles.items()}
+
+
+def _angles_of(cfg, span):
     audio = rope.time_angles(rope.audio_times(span.audio, cfg), cfg)
     if cfg.num_sinks and span.has_sinks:
         audio = torch.cat([sink_angles(cfg), audio])
     times = rope.video_times(span.video, cfg).repeat_interleave(cfg.tokens_per_frame)
-    angles = {
+    return {
         "video_self": rope.video_angles(span.video, cfg),
         "audio_self": audio,
         "video_cross": rope.time_angles(times, cfg),  # cross-modal attention is about time alone
         "audio_cross": audio,
     }
-    return {name: rope.tables(a, cfg, device, dtype) for name, a in angles.items()}
 
 
 def build(cfg, seed=0, device=None) -> OmniTransformer:

@@ -25,8 +25,8 @@ OPTIONS = {
 class Movie:
     """An mp4 (H.264, AAC) that can be added to, second after second."""
 
-    def __init__(self, path, fps, sample_rate, scale=1):
-        """scale   whole number that enlarges every pixel, for small pictures to be watched."""
+    def __init__(self, path, size, fps, sample_rate, channels=1, scale=1):
+        """size (height, width) in pixels, each of which scale makes larger; 1 or 2 channels."""
         self.path, self.scale = Path(path), scale
         check_writable(self.path)
         self.partial = self.path.with_suffix(".partial.mp4")
@@ -35,19 +35,18 @@ class Movie:
         # zerolatency: no frame waits in the encoder for later ones
         self.video.options = {"preset": "veryfast", "crf": "16", "tune": "zerolatency"}
         self.video.pix_fmt = "yuv420p"
-        self.audio = self.file.add_stream("aac", rate=sample_rate, layout="mono")
+        self.video.height, self.video.width = (n * scale for n in size)
+        self.layout = {1: "mono", 2: "stereo"}[channels]
+        self.audio = self.file.add_stream("aac", rate=sample_rate, layout=self.layout)
         self.frames = self.samples = 0
 
     def add(self, frames, samples):
-        """(P, H, W, 3) uint8 frames and (n,) float32 samples that follow what there is."""
-        if not self.frames:  # before any sound: the file's head, written first, tells the size
-            height, width = frames.shape[1:3]
-            self.video.height, self.video.width = height * self.scale, width * self.scale
-        if len(samples):
-            sound = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
+        """(P, H, W, 3) uint8 frames and (channels, n) float32 samples, to follow what there is."""
+        if samples.size:
+            sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", self.layout)
             sound.sample_rate, sound.pts = self.audio.rate, self.samples
             sound.time_base = Fraction(1, self.audio.rate)
-            self.samples += len(samples)
+            self.samples += samples.shape[1]
             self.file.mux(self.audio.encode(sound))
         for frame in frames:
             large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))

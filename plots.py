@@ -83,10 +83,10 @@ def _mark_blocks(ax, rows, columns, cfg):
 
 
 def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_second=4):
-    """Contact sheet of a clip above the bands of its sound, impacts and onsets marked.
+    """Contact sheet of a clip above the bands of its sound; the toy's impacts and onsets marked.
 
     frames   (P, 3, H, W) in [0, 1], all frames from time 0 on
-    sound    (M, 16) levels
+    sound    (M, bands) levels
     """
     seconds = (len(frames) - 1) / cfg.fps
     rows = max(1, int(np.ceil(seconds / row_seconds)))
@@ -96,8 +96,7 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
         2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
         gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
     )  # fmt: skip
-    seen = toy_detectors.find_impacts(toy_detectors.see_ball(frames[None]), cfg)[0]
-    heard = toy_detectors.find_onsets(sound[None], cfg)[0]
+    seen, heard = _events(frames, sound, cfg)
     for r in range(rows):
         start = r * row_seconds
         strip, levels = axes[2 * r, 0], axes[2 * r + 1, 0]
@@ -108,8 +107,17 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
                 if start <= time < start + width:
                     _mark(ax, float(time), int(wall), marker)
     axes[-1, 0].set_xlabel("seconds")
-    figure.suptitle(f"{title}   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$")
+    marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
+    figure.suptitle(title + (marks if cfg.name == "toy" else ""))
     return figure
+
+
+def _events(frames, sound, cfg):
+    """(times, walls) of what is seen and of what is heard; the detectors know the toy's ball."""
+    if cfg.name != "toy":
+        return ((), ()), ((), ())
+    ball = toy_detectors.see_ball(frames[None])
+    return toy_detectors.find_impacts(ball, cfg)[0], toy_detectors.find_onsets(sound[None], cfg)[0]
 
 
 def _draw_strip(ax, frames, start, width, per_second, cfg):
@@ -128,12 +136,13 @@ def _draw_strip(ax, frames, start, width, per_second, cfg):
 def _draw_bands(ax, sound, start, width, cfg):
     piece = sound[start * cfg.mel_rate : int((start + width) * cfg.mel_rate) + 1]
     end = start + len(piece) / cfg.mel_rate
+    low, high = (0, 1) if cfg.name == "toy" else (float(sound.min()), float(sound.max()))
     ax.imshow(
-        piece.T.numpy(), extent=(start, end, 0, toy_world.BANDS), origin="lower", aspect="auto",
-        cmap="magma", vmin=0, vmax=1, interpolation="nearest",
+        piece.T.numpy(), extent=(start, end, 0, piece.shape[1]), origin="lower", aspect="auto",
+        cmap="magma", vmin=low, vmax=high, interpolation="nearest",
     )  # fmt: skip
-    centres = [band + 0.5 for band in toy_world.WALL_BANDS]
-    ax.set_yticks(centres, toy_world.WALLS, fontsize=7)
+    if cfg.name == "toy":
+        ax.set_yticks([b + 0.5 for b in toy_world.WALL_BANDS], toy_world.WALLS, fontsize=7)
     ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
     ax.tick_params(axis="x", labelsize=7)
 

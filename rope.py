@@ -80,26 +80,30 @@ def audio_times(frames, cfg) -> torch.Tensor:
 
 def _midpoints(frames, stride):
     """Middle of each latent frame in input frames: [0, 1) for the first, then `stride` each."""
-    f = torch.tensor(frames, dtype=torch.float64)
+    f = torch.arange(frames.start, frames.stop, dtype=torch.float64)
     start = torch.where(f == 0, 0.0, stride * f - stride + 1)
     return (start + stride * f + 1) / 2
 
 
-def frequencies(width, axes, cfg) -> torch.Tensor:
+@functools.lru_cache
+def frequencies(width, axes, cfg, device="cpu") -> torch.Tensor:
     """(K,) the g_j for `width` channels and `axes` axes, float64.
 
     LTX-2 keeps the grid in float64 until a last cast to float32, the student computes it in
     float32: up to 4e-7 apart, which the largest frequency turns into 5e-3 rad at full size.
     """
     dtype = torch.float64 if cfg.rope_float64 else torch.float32
-    exponents = torch.linspace(0, 1, width // (2 * axes), dtype=dtype)
-    return (torch.pow(cfg.rope_theta, exponents) * math.pi / 2).to(torch.float32).double()
+    exponents = torch.linspace(0, 1, width // (2 * axes), dtype=dtype, device="cpu")
+    grid = torch.pow(cfg.rope_theta, exponents) * math.pi / 2  # on the CPU: everywhere the same
+    return grid.to(torch.float32).double().to(device)
 
 
 def slot_angles(turns, width, cfg) -> torch.Tensor:
     """(T, axes) turns, as fractions that g_j multiplies -> (T, width/2) angles, float64."""
     axes = turns.shape[1]
-    angles = frequencies(width, axes, cfg)[:, None] * turns[:, None, :]  # (T, K, axes)
+    angles = (
+        frequencies(width, axes, cfg, turns.device)[:, None] * turns[:, None, :]
+    )  # (T, K, axes)
     angles = angles.flatten(1)
     still = angles.new_zeros(len(turns), width // 2 - angles.shape[1])
     return deal(torch.cat([still, angles], dim=1), cfg)
@@ -144,9 +148,18 @@ def shift_angles(site, seconds, cfg) -> torch.Tensor:
     """
     turn = 2 * seconds / cfg.rope_max_seconds
     if site == "video_self":
-        turns = torch.tensor([[turn, 0.0, 0.0]], dtype=torch.float64)
+        turns = turn * torch.eye(1, 3, dtype=torch.float64)  # in time; rows and columns stay
         return slot_angles(turns, cfg.video_width, cfg)
-    return slot_angles(torch.tensor([[turn]], dtype=torch.float64), cfg.audio_width, cfg)
+    return slot_angles(torch.full((1, 1), turn, dtype=torch.float64), cfg.audio_width, cfg)
+
+
+def computed_on(device):
+    """Angles made inside this `with` are made there: the CPU would be late with a large block's.
+
+    (Apple's GPUs have no float64, so theirs come from the CPU.)
+    """
+    device = torch.device(device or "cpu")
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @torch.inference_mode(False)  # tables are remembered, and a later training may reuse them

@@ -130,7 +130,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--only", choices=["stream", "long", "prefix"], help="just one of the three")
     args = p.parse_args()
-    net = generate.load_student(generate.WEIGHTS["toy"], config.TOY)
+    net = generate.load_student(generate.WEIGHTS, config.TOY)
     tokens = toy_world.parse_prompt("red fast metal")
     with torch.inference_mode():
         text = net.project_text(toy_world.caption_features(tokens))

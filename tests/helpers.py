@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 import config
+import decoders
 from masks import block_span, clip_span
 from model import OmniTransformer
 
@@ -60,3 +61,25 @@ def block_rows(k, cfg):
     span = block_span(k, cfg)
     video = slice(span.video.start * cfg.tokens_per_frame, span.video.stop * cfg.tokens_per_frame)
     return video, slice(span.audio.start, span.audio.stop)
+
+
+def tiny_decoder_kinds():
+    """`decoders.kinds` with the smallest networks of the same classes."""
+    (vae, _), (audio_vae, _), (vocoder, _) = decoders.kinds().values()
+    video = dict(
+        block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, decoder_causal=False,
+    )  # fmt: skip
+    audio = dict(base_channels=128, ch_mult=(1, 1, 1), num_res_blocks=1)
+    small = dict(hidden_channels=32)
+    return {"vae": (vae, video), "audio_vae": (audio_vae, audio), "vocoder": (vocoder, small)}
+
+
+def random_decoders():
+    """Those networks with random weights and statistics."""
+    torch.manual_seed(0)
+    nets = [kind(**options) for kind, options in tiny_decoder_kinds().values()]
+    for net in nets[:2]:
+        net.latents_mean.normal_()
+        net.latents_std.uniform_(0.5, 2)
+    return [net.eval().requires_grad_(False) for net in nets]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import random_decoders
 
 import config
 import decoders
@@ -18,7 +19,7 @@ N = 4  # blocks
 def pieces(piecewise, x, sizes):
     """Everything that comes out when x comes in by these sizes."""
     parts = x.split(sizes, dim=2)
-    out = [piecewise.add(part, last=i == len(parts) - 1) for i, part in enumerate(parts)]
+    out = [*map(piecewise.add, parts), piecewise.finish()]
     return [y for y in out if y is not None]
 
 
@@ -58,8 +59,8 @@ def test_look_ahead_makes_the_first_output_wait():
     """With two inputs of look-ahead the first input is decoded when the third is there."""
     piecewise = Piecewise(upsampler(1, 8, 1), 8, 1, context=1, look_ahead=2)
     x = torch.randn(1, 1, 4)
-    out = [piecewise.add(x[:, :, i : i + 1], last=i == 3) for i in range(4)]
-    assert [None if y is None else y.shape[2] for y in out] == [None, None, 1, 24]
+    out = [*(piecewise.add(x[:, :, i : i + 1]) for i in range(4)), piecewise.finish()]
+    assert [None if y is None else y.shape[2] for y in out] == [None, None, 1, 8, 16]
 
 
 def test_memory_is_constant():
@@ -81,22 +82,9 @@ def test_a_short_first_input_needs_context():
 
 @pytest.fixture(scope="module")
 def networks():
-    diffusers = pytest.importorskip("diffusers")
-    from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLLTX2Video(
-        block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, decoder_causal=False,
-    )  # fmt: skip
-    audio_vae = diffusers.AutoencoderKLLTX2Audio(
-        base_channels=128, ch_mult=(1, 1, 1), num_res_blocks=1
-    )
-    vocoder = LTX2Vocoder(hidden_channels=32)
-    for net in (vae, audio_vae):
-        net.latents_mean.normal_()
-        net.latents_std.uniform_(0.5, 2)
-    return [net.eval().requires_grad_(False) for net in (vae, audio_vae, vocoder)]
+    """LTX-2's three decoders, tiny, with random weights and statistics."""
+    pytest.importorskip("diffusers")
+    return random_decoders()
 
 
 def blocks():
@@ -110,15 +98,14 @@ def blocks():
 
 def decoded(networks, overlap):
     decoder = Decoder(*networks, CFG, overlap)
-    out = [decoder.decode(block, last=block.index == N - 1) for block in blocks()]
-    frames, samples = zip(*out)
+    frames, _, samples = zip(*map(decoder.decode, blocks()), decoder.finish())
     return torch.cat(frames), torch.cat(samples, 1), [len(f) for f in frames]
 
 
 def test_blocks_come_out_as_frames_and_samples(networks):
     """24 frames and 24000 stereo samples a second, in range, the first block a single frame."""
     frames, samples, counts = decoded(networks, Overlap())
-    assert frames.shape == (73, 3, 64, 64) and counts == [1, 24, 24, 24]
+    assert frames.shape == (73, 3, 64, 64) and counts == [1, 24, 24, 24, 0]
     assert samples.shape == (2, 301 * 240)
     assert 0 <= frames.min() < frames.max() <= 1 and samples.abs().max() <= 1
 
@@ -158,4 +145,4 @@ def test_a_folder_that_lacks_a_part_is_refused(tmp_path):
     """One line, not a traceback out of a library."""
     pytest.importorskip("diffusers")
     with pytest.raises(ValueError, match="no decoders in diffusers' format"):
-        decoders.load(tmp_path, CFG)
+        decoders.load(tmp_path)

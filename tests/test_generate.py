@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 import cli
 import config
+import decoders
 import files
 import generate
 import model
@@ -56,7 +57,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     """Run the command line here, in an empty folder: -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "toy", SMALL)
-    monkeypatch.setitem(generate.WEIGHTS, "toy", weights / "good")
+    monkeypatch.setattr(generate, "WEIGHTS", weights / "good")
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
@@ -111,10 +112,11 @@ def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, 
 def test_the_film_shows_and_sounds_what_was_generated(run):
     """Pictures and sound of the file are the decoded blocks, up to what the codecs lose."""
     run("--seconds", 2, "--seed", 4, "--prompt", "blue slow wood")
-    net = generate.load_student(generate.WEIGHTS["toy"], SMALL)
-    decoder = generate.Decoder(toy_codec.load(SMALL))
-    blocks = generate.stream(net, "blue slow wood", 2, seed=4)
-    frames, _, samples = map(torch.cat, zip(*map(decoder.decode, blocks)))
+    net = generate.load_student(generate.WEIGHTS, SMALL)
+    decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
+    pieces = map(decoder.decode, generate.stream(net, "blue slow wood", 2, seed=4))
+    frames, _, samples = zip(*pieces)
+    frames, samples = torch.cat(frames), torch.cat(samples, 1)[0]
     pictures, heard, _ = play("out.mp4")
     shown = torch.from_numpy(pictures[:, 5::10, 5::10].copy()).permute(0, 3, 1, 2) / 255
     # The colours of H.264 are coarser than its brightness, and random pictures are hard on it.
@@ -182,9 +184,9 @@ def test_a_long_stream_draws_its_first_minute_only(run, monkeypatch):
 
 def test_a_flash_and_a_click_are_in_time(tmp_path):
     """Both at 500 ms are played then, the click within 5: no delay of the encoder's is left."""
-    movie = Movie(tmp_path / "click.mp4", 24, 24000)
-    pictures, samples = np.zeros((25, 32, 32, 3), np.uint8), np.zeros(24000, np.float32)
-    pictures[12], samples[12000:12024] = 255, 0.9
+    movie = Movie(tmp_path / "click.mp4", (32, 32), 24, 24000)
+    pictures, samples = np.zeros((25, 32, 32, 3), np.uint8), np.zeros((1, 24000), np.float32)
+    pictures[12], samples[0, 12000:12024] = 255, 0.9
     movie.add(pictures, samples)
     movie.close()
     with av.open(str(movie.path)) as film:
@@ -200,9 +202,10 @@ def test_a_flash_and_a_click_are_in_time(tmp_path):
 def test_blocks_decode_to_their_own_seconds(weights):
     """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
     net = generate.load_student(weights / "good", SMALL)
-    decoder = generate.Decoder(toy_codec.load(SMALL))
-    sizes = [[len(x) for x in decoder.decode(b)] for b in generate.stream(net, "red", 3)]
-    assert sizes == [[1, 1, 0]] + 3 * [[24, 100, 24000]]
+    decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
+    pieces = [*map(decoder.decode, generate.stream(net, "red", 3)), decoder.finish()]
+    sizes = [(len(p.frames), len(p.levels), *p.samples.shape) for p in pieces]
+    assert sizes == [(1, 1, 1, 0)] + 3 * [(24, 100, 1, 24000)] + [(0, 0, 1, 0)]
 
 
 # ---- the prompt ----
@@ -287,7 +290,10 @@ BAD = {
     "seconds abc": (["--seconds", "abc"], "--seconds abc: expected a whole number of seconds"),
     "seconds nan": (["--seconds", "nan"], "--seconds nan: expected"),
     "unknown config": (["--config", "huge"], "--config huge: unknown; expected one of toy"),
-    "no student": (["--config", "toy_teacher"], "--config toy_teacher: only toy can be streamed"),
+    "no student": (
+        ["--config", "toy_teacher"],
+        "--config toy_teacher: no student; expected one of toy, full, released",
+    ),
     "no weights": (["--weights", "none"], "none: no such file"),
     "truncated": (["--weights", "{}/truncated"], "truncated: not a whole safetensors file"),
     "no safetensors": (["--weights", "{}/text"], "text: not a whole safetensors file"),
@@ -328,7 +334,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_file(run, weights, tmp_path, a
 
 def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
     """Without the file of the default student, the message names it."""
-    monkeypatch.setitem(generate.WEIGHTS, "toy", tmp_path / "student.safetensors")
+    monkeypatch.setattr(generate, "WEIGHTS", tmp_path / "student.safetensors")
     status, _, err = run()
     assert status == 2 and "student.safetensors: no such file" in err and err.count("\n") == 1
 
@@ -480,7 +486,7 @@ def test_help_documents_every_option(run, monkeypatch):
     status, out, _ = run("--help")
     assert status == 0 and generate.__doc__.splitlines()[0] in out
     options = [a for a in parsers[0]._actions if a.option_strings]
-    assert len(options) == 12
+    assert len(options) == 13
     for action in options:
         assert action.help and action.option_strings[-1] in out, action.option_strings
 

@@ -134,7 +134,7 @@ def test_shifting_a_rotated_key_equals_rotating_it_at_the_later_time(site, layou
     else:
         times = rope.video_times if site == "v2a" else rope.audio_times
         rate = 3 if site == "v2a" else 25
-        now, later = (rope.time_angles(times([f], cfg), cfg) for f in (1, 1 + rate * 7))
+        now, later = (rope.time_angles(times(range(f, f + 1), cfg), cfg) for f in (1, 1 + rate * 7))
     shape = 1, len(now), cfg.num_heads, now.shape[1] * 2 // cfg.num_heads
     x = torch.randn(shape, dtype=torch.float64)
     f64 = dict(dtype=torch.float64)

@@ -1,0 +1,117 @@
+"""How speed is counted: seconds by block and by stage, without slowing down what is measured.
+
+    TTFC        from having weights and prompt to the first second of picture and sound written
+    passes      the transformer alone, refresh included
+    end to end  with decoding and writing
+
+Rates are frames over seconds of the whole stream; block times are medians from the third on, when
+the first ones have paid for everything that is only paid once.
+
+On a GPU work is queued, and the clock of the CPU says when it was queued. So stages are marked by
+events in the GPU's own queue, read after the stream; the CPU waits for the GPU once a block, when
+the finished block is wanted, and never inside one.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from collections import defaultdict
+
+import torch
+
+
+class Stopwatch:
+    """Seconds of one stream."""
+
+    def __init__(self, device=torch.device("cpu")):
+        self.on_gpu = device.type == "cuda"
+        self.marks = defaultdict(list)  # stage -> (block, begin, end) of every call
+        self.passes, self.output, self.ttfc = [], [], None  # seconds a block, by the CPU's clock
+        self.start = self.last = time.perf_counter()
+
+    def lap(self) -> float:
+        """Seconds since the last lap, everything queued until now included."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds
+
+    def watch(self, stage, function):
+        """The same function, its calls marked as a stage of the block in work."""
+
+        def watched(*args, **kwargs):
+            begin = self._mark()
+            result = function(*args, **kwargs)
+            self.marks[stage].append((len(self.output), begin, self._mark()))
+            return result
+
+        return watched
+
+    def watch_passes(self, net, steps):
+        """Mark every pass of a model; the last of a block's steps + 1 is the refresh."""
+        calls, forward = [0], net.forward
+        denoise, refresh = self.watch("denoise", forward), self.watch("refresh", forward)
+
+        def watched(*args, **kwargs):
+            calls[0] += 1
+            return (denoise if calls[0] % (steps + 1) else refresh)(*args, **kwargs)
+
+        net.forward = watched
+
+    def _mark(self):
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin, end):
+        return begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+
+    def stages(self) -> dict:
+        """Median seconds a block of every stage."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        medians = {}
+        for stage, calls in self.marks.items():
+            blocks = defaultdict(float)
+            for block, begin, end in calls:
+                blocks[block] += self._between(begin, end)
+            medians[stage] = settled_median(list(blocks.values()))
+        return medians
+
+    def report(self, frames, fps) -> dict:
+        """Frames per second by both conventions, medians, memory."""
+        passes, whole = sum(self.passes), self.last - self.start
+        gpu = {"peak_gpu_memory_mb": torch.cuda.max_memory_allocated() / 2**20}
+        return {
+            "frames": frames,
+            "ttfc_seconds": self.ttfc,
+            "passes_fps": frames / passes,
+            "passes_times_real_time": frames / passes / fps,
+            "end_to_end_fps": frames / whole,
+            "end_to_end_times_real_time": frames / whole / fps,
+            "median_block_seconds": settled_median(self.passes),
+            "stage_seconds": self.stages(),
+            "passes_seconds": self.passes,
+            "output_seconds": self.output,
+            "peak_memory_mb": peak_memory_mb(),
+            **(gpu if self.on_gpu else {}),
+        }
+
+
+def settled_median(seconds) -> float:
+    """Median from the third block on, if there is one.
+
+    >>> settled_median([9.0, 5.0, 1.0, 2.0, 3.0])
+    2.0
+    """
+    return statistics.median_high(seconds[2:] or seconds)
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

@@ -1,0 +1,173 @@
+"""The full-size path of generate.py, end to end, with the smallest networks of the same classes."""
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from helpers import random_decoders, random_model, tiny_decoder_kinds
+from safetensors.torch import save_file
+
+import captions
+import cli
+import config
+import decoders
+import generate
+import ltx2
+import memory_plan
+
+pytest.importorskip("diffusers")
+SIZES = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)
+FULL = replace(config.FULL, caption_width=8, **SIZES)
+RELEASED = replace(config.RELEASED, caption_width=8, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """LTX-2's folder with tiny decoders (its text path is replaced), and a generator's file."""
+    folder = tmp_path_factory.mktemp("ltx2")
+    for net, name in zip(random_decoders(), ("vae", "audio_vae", "vocoder")):
+        net.save_pretrained(folder / name)
+    for name in captions.TEXT_PARTS:
+        (folder / name).mkdir()
+    net = random_model(RELEASED, torch.bfloat16)
+    save_file(ltx2.to_ltx2(net.state_dict(), net), folder / "generator.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run the command line here with the tiny sizes: -> exit status, stdout, stderr."""
+    kinds = tiny_decoder_kinds()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(config.CONFIGS, "full", FULL)
+    monkeypatch.setitem(config.CONFIGS, "released", RELEASED)
+    monkeypatch.setattr(decoders, "kinds", lambda: kinds)
+
+    def read(folder, prompts, *at):
+        print("read", *prompts, sep="|")
+        torch.manual_seed(0)
+        return captions.random_features(prompts, RELEASED, *at)
+
+    monkeypatch.setattr(captions, "encode_and_free", read)
+
+    def main(*args):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
+        status = 0
+        try:
+            cli.run(generate.main)
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    handler = signal.getsignal(signal.SIGTERM)
+    yield main
+    signal.signal(signal.SIGTERM, handler)
+
+
+def properties(path):
+    """Frames, size, channels and rate of the sound, its seconds."""
+    with av.open(str(path)) as film:
+        frames = sum(1 for _ in film.decode(video=0))
+        video, audio = film.streams.video[0], film.streams.audio[0]
+        size, sound = (video.height, video.width), (audio.channels, audio.rate)
+    with av.open(str(path)) as film:
+        samples = sum(f.samples for f in film.decode(audio=0))
+    return frames, size, sound, samples / sound[1]
+
+
+def test_random_weights_make_a_film_and_its_timings(run):
+    """No file is needed; a plan is printed; every stage is timed."""
+    status, out, _ = run("--config", "full", "--weights", "random", "--seconds", 3, "--report", "r")
+    assert status == 0
+    frames, size, sound, seconds = properties("out.mp4")
+    assert (frames, size, sound) == (73, (64, 64), (2, 24000))
+    assert seconds == pytest.approx(3, abs=0.15)
+    assert "GB  transformer: " in out and "in all, of" in out
+    report = json.loads(Path("r").read_text())
+    stages = {"denoise", "refresh", "video decoder", "audio decoder", "vocoder"}
+    assert stages <= report["stage_seconds"].keys()
+    assert report["stage_seconds"]["denoise"] < sum(report["passes_seconds"])
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_prompt_becomes_a_film(run, folder):
+    """Text, transformer file and decoders' folder; a switch of prompts; twice the same bytes."""
+    args = ["--config", "released", "--weights", folder / "generator.safetensors"]
+    args += ["--ltx2", folder, "--seconds", 3, "--prompt", "a dog barks", "--prompt", "2: rain"]
+    status, out, err = run(*args, "--out", "a.mp4")
+    assert status == 0, err
+    assert "read|a dog barks|rain" in out
+    assert "rope_layout=interleaved" in out and "the file states none" in out
+    assert "before all that: the text encoder" in out
+    assert properties("a.mp4")[0] == 73
+    run(*args, "--out", "b.mp4")
+    assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_the_released_layout_is_a_second_long_at_once(run):
+    """Block 0 holds 4 + 26 latents: 25 frames, so the time to the first second is its time."""
+    run("--config", "released", "--weights", "random", "--seconds", 2, "--report", "r")
+    report = json.loads(Path("r").read_text())
+    assert report["ttfc_seconds"] == pytest.approx(
+        report["passes_seconds"][0] + report["output_seconds"][0], rel=0.01
+    )
+
+
+def test_what_was_held_back_is_written_after_an_interruption(run, monkeypatch):
+    """Ctrl-C with a decoder that waits for two latents: still 24 frames for every block done."""
+    monkeypatch.setattr(decoders.Decoder.__init__, "__defaults__", (
+        decoders.Overlap(video=(4, 2)), lambda _, f: f
+    ))  # fmt: skip
+    stream = generate.stream
+
+    def interrupted(*args):
+        for block in stream(*args):
+            if block.index == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield block
+
+    monkeypatch.setattr(generate, "stream", interrupted)
+    status, _, _ = run("--config", "full", "--weights", "random", "--seconds", 60)
+    assert status == 0 and properties("out.mp4")[0] == 49
+
+
+BAD = {
+    "no weights": ([], "--config full needs --weights"),
+    "no folder": (["--weights", "x"], "--config full needs --ltx2"),
+    "not a folder": (["--weights", "x", "--ltx2", "y"], "y: no text_encoder/"),
+    "no file": (["--weights", "x", "--ltx2", "{}"], "x: no such file or folder"),
+    "sinks' layout": (
+        ["--weights", "{}/vae", "--ltx2", "{}"],
+        "expected the",
+    ),
+    "empty prompt": (["--weights", "random", "--prompt", " "], "the prompt says nothing"),
+    "window": (["--weights", "random", "--window", "0"], "--window 0: a block must remember"),
+}
+
+
+@pytest.mark.parametrize("args, message", BAD.values(), ids=BAD.keys())
+def test_bad_input_ends_in_one_line_before_anything_is_loaded(
+    run, folder, tmp_path, monkeypatch, args, message
+):
+    """Exit status 2, the reason, no file; nothing was read or drawn."""
+    monkeypatch.setattr(ltx2.Source, "load", None)
+    monkeypatch.setattr(ltx2, "random_weights", None)
+    status, _, err = run("--config", "full", *(a.format(folder) for a in args))
+    assert status == 2 and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):
+    """The arithmetic, and a window that would fit."""
+    cfg = FULL, torch.bfloat16
+    rows = memory_plan.stream_rows(FULL, 61, 9, torch.bfloat16) + memory_plan.decoder_rows(*cfg)
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: memory_plan.total(rows))
+    args = ["--config", "full", "--weights", "random", "--seconds", 60]
+    status, out, err = run(*args, "--window", 30)
+    assert status == 2 and "--window 9 would fit" in err and "rolling caches" in out
+    assert list(tmp_path.iterdir()) == []
