@@ -48,6 +48,7 @@ import files
 import ltx2
 import memory_plan
 import model
+import page
 import plots
 import self_forcing
 import toy_codec
@@ -314,6 +315,9 @@ def options():
     p.add_argument("--window", type=int, default=4, help="seconds of the past that are remembered")
     p.add_argument("--steps", type=int, help="passes a block, 1 to 4; fewer is faster and worse")
     p.add_argument("--out", default="out.mp4", help="film; the contact sheet ends in .png instead")
+    p.add_argument(
+        "--html", help="write a page with film, sound, events and cache on one time axis"
+    )
     p.add_argument("--report", help="write the timings to this JSON file")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
     p.add_argument("--weights", help="the student; default: the shipped toy; random: to measure")
@@ -373,7 +377,13 @@ def finish(args, order, sheet, watch, frames, text_seconds):
     report = {**watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
     title = ", then ".join(cue.prompt for cue in order.cues)
     picture = Path(args.out).with_suffix(".png")
-    plots.save(plots.draw_clip(*map(torch.cat, zip(*sheet)), title, order.cfg), picture)
+    frames_shown, levels = map(torch.cat, zip(*sheet))
+    plots.save(plots.draw_clip(frames_shown, levels, title, order.cfg), picture)
+    if args.html:
+        made = len(watch.output), order.window
+        page.write(
+            args.html, args.out, title, page.contents(frames_shown, levels, order.cfg, *made)
+        )
     if args.report:
         files.write_json(args.report, report)
     ttfc = f"{report['ttfc_seconds']:.2f} s" if report["ttfc_seconds"] else "-"
@@ -383,7 +393,7 @@ def finish(args, order, sheet, watch, frames, text_seconds):
         f"{report['end_to_end_fps']:.0f} FPS = {report['end_to_end_times_real_time']:.1f}x, "
         f"peak memory {report['peak_memory_mb']:.0f} MB"
     )
-    print(f"wrote {args.out} and {picture}")
+    print(f"wrote {args.out} and {picture}" + (f" and {args.html}" if args.html else ""))
 
 
 if __name__ == "__main__":

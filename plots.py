@@ -96,7 +96,7 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
         2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
         gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
     )  # fmt: skip
-    seen, heard = _events(frames, sound, cfg)
+    seen, heard = clip_events(frames, sound, cfg)
     for r in range(rows):
         start = r * row_seconds
         strip, levels = axes[2 * r, 0], axes[2 * r + 1, 0]
@@ -112,7 +112,7 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
     return figure
 
 
-def _events(frames, sound, cfg):
+def clip_events(frames, sound, cfg):
     """(times, walls) of what is seen and of what is heard; the detectors know the toy's ball."""
     if cfg.name != "toy":
         return ((), ()), ((), ())

@@ -4,6 +4,7 @@ Most runs happen in this process with a tiny random student that takes the toy's
 signal must end a process for good, a real one is started, with a random student of the toy's size.
 """
 
+import base64
 import json
 import os
 import re
@@ -151,6 +152,13 @@ def test_the_report_holds_the_timings(run):
     assert report["passes_times_real_time"] == pytest.approx(report["passes_fps"] / 24)
     assert report["end_to_end_fps"] < report["passes_fps"]
     assert 0 < report["ttfc_seconds"] < 73 / report["end_to_end_fps"]
+
+
+def test_the_page_holds_the_film(run):
+    """--html writes one file with the very bytes of the film inside."""
+    _, out, _ = run("--seconds", 2, "--html", "page.html")
+    film = base64.b64encode(Path("out.mp4").read_bytes()).decode()
+    assert film in Path("page.html").read_text() and out.endswith("out.png and page.html\n")
 
 
 def test_the_same_seed_gives_the_same_bytes(run):
@@ -486,7 +494,7 @@ def test_help_documents_every_option(run, monkeypatch):
     status, out, _ = run("--help")
     assert status == 0 and generate.__doc__.splitlines()[0] in out
     options = [a for a in parsers[0]._actions if a.option_strings]
-    assert len(options) == 13
+    assert len(options) == 14
     for action in options:
         assert action.help and action.option_strings[-1] in out, action.option_strings
 
