@@ -4,8 +4,12 @@
                                    windows, fewer passes, and nothing pinned
     python experiments.py sinks    short stage II trainings with and without sinks, in both block
                                    layouts, with other attentions and in half precision
+    python experiments.py joint    what the two streams hear of each other is switched off, or two
+                                   clips are put together that were made apart
+    python experiments.py gallery  what to look at: truth, teacher, and the last five seconds of a
+                                   minute by the students of stages II and III
 
-Each writes results/NAME.json, .md and .png.
+Each writes results/NAME.json, .md and .png; gallery writes assets/gallery.png.
 
 What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
 after the first ten steps; *A0 norm*: the same for the loss of the first audio latent alone, the one
@@ -15,6 +19,7 @@ sigma = 0.5 throughout, on walks that no step has seen; *entropy* of A0's attent
 third.
 """
 
+import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -261,6 +266,66 @@ def sinks_table(results) -> str:
     return "\n".join(lines)
 
 
+# ---- what joint means ----
+
+
+def deaf(net, *streams):
+    """A copy of a model in which these streams hear nothing of the other one."""
+    net = copy.deepcopy(net)
+    for stream in streams:
+        for layer in getattr(net, stream).layers:
+            for p in layer.cross_attn.to_out.parameters():
+                p.zero_()
+    return net
+
+
+def put_together(make, clips, seed):
+    """The pictures of one clip with the sound of another of the same caption."""
+    return make(clips, seed)[0], make(clips, seed + 1)[1]
+
+
+def joint(args):
+    """{who: metrics}: teacher and stage III as they are, deaf in one or both streams, and apart."""
+    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    once = evaluate.five_second_windows(evaluate.WINDOW)
+    truth = evaluate.judge(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
+    makers = {
+        "teacher": (args.real, lambda net: partial(evaluate.from_teacher, net, codec, 32, 2.0)),
+        "stage III": (args.student[-1], lambda net: partial(evaluate.from_stream, net, codec, 5)),
+    }
+    results = {}
+    for who, (path, maker) in makers.items():
+        net = model.load(path).requires_grad_(False)
+        makes = {
+            who: maker(net),
+            f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
+            f"{who}, audio deaf (no V2A)": maker(deaf(net, "audio")),
+            f"{who}, both deaf": maker(deaf(net, "video", "audio")),
+            f"{who}, two clips put together": partial(put_together, maker(net)),
+        }
+        for name, make in makes.items():
+            w = evaluate.judge(make, seeds, once, name)[0]
+            results[name] = evaluate.with_intervals(w, truth, truth)
+    return results
+
+
+# ---- something to look at ----
+
+
+def gallery(args):
+    """{who: (frames, levels, second it starts at)} of one held-out caption, five seconds each."""
+    codec, seconds = toy_codec.load(), args.seconds
+    clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
+    shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
+    teacher_clip = evaluate.from_teacher(model.load(args.real), codec, 32, 2.0, clips, 0)
+    shown["teacher"] = (*teacher_clip, 0)
+    for path in args.student:
+        stream = evaluate.from_stream(model.load(path), codec, seconds, clips, 0)
+        shown[evaluate.short_name(path)] = (*stream, seconds - 5)
+    prompt = " ".join(toy_world.VOCABULARY[t] for t in toy_world.caption_tokens(clips)[0])
+    return prompt, {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
+
+
 # ---- command line ----
 
 
@@ -275,10 +340,14 @@ def write(args, result, table, figure):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("experiment", choices=("drift", "sinks"))
-    p.add_argument("--clips", type=int, default=32, help="drift: held-out clips a stream")
-    p.add_argument("--seconds", type=int, default=60, help="drift: length of the streams, in fives")
-    p.add_argument("--student", nargs="*", default=evaluate.STUDENTS, help="drift: weights")
+    p.add_argument("experiment", choices=("drift", "sinks", "joint", "gallery"))
+    p.add_argument("--clips", type=int, default=32, help="drift, joint: held-out clips a row")
+    p.add_argument("--seconds", type=int, default=60, help="of the streams, in fives")
+    p.add_argument(
+        "--student", nargs="*", default=evaluate.STUDENTS, help="weights, stage by stage"
+    )
+    p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
+    p.add_argument("--clip", type=int, default=0, help="gallery: which held-out caption")
     p.add_argument("--teacher", default="weights/toy_dmd.safetensors", help="sinks: start")
     p.add_argument("--walks", default="runs/ode/trajectories.safetensors", help="sinks: data")
     p.add_argument("--steps", type=int, default=150, help="sinks: training steps each")
@@ -287,13 +356,20 @@ def main():
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
-    args.out = args.out or f"results/{args.experiment}"
+    folder = "assets" if args.experiment == "gallery" else "results"
+    args.out = args.out or f"{folder}/{args.experiment}"
     if args.experiment == "drift":
         result = drift(args)
         write(args, result, drift_table(result), plots.draw_drift(result, step=5))
-    else:
+    elif args.experiment == "sinks":
         result = sinks(args)
         write(args, result, sinks_table(result), plots.draw_sinks(result))
+    elif args.experiment == "joint":
+        result = joint(args)
+        write(args, result, evaluate.table(result), plots.draw_joint(result))
+    else:
+        plots.save(plots.draw_gallery(*gallery(args)), f"{args.out}.png")
+        print(f"wrote {args.out}.png")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,27 @@ def clip_events(frames, sound, cfg):
     return toy_detectors.find_impacts(ball, cfg)[0], toy_detectors.find_onsets(sound[None], cfg)[0]
 
 
+def draw_gallery(title, clips, seconds=5, per_second=4, cfg=config.TOY):
+    """Strips above their sound, events marked: {name: (frames, levels, second to start at)}."""
+    figure, axes = plt.subplots(
+        2 * len(clips), 1, figsize=(1.8 * seconds + 1.4, 1.5 * len(clips) + 0.8),
+        gridspec_kw={"height_ratios": [0.45, 0.9] * len(clips)}, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for (name, (frames, sound, start)), strip, levels in zip(
+        clips.items(), axes[::2, 0], axes[1::2, 0]
+    ):
+        _draw_strip(strip, frames, start, seconds, per_second, cfg)
+        _draw_bands(levels, sound, start, seconds, cfg)
+        for ax, events, marker in zip((strip, levels), clip_events(frames, sound, cfg), "v^"):
+            for time, wall in zip(*events):
+                if start <= time < start + seconds:
+                    _mark(ax, float(time), int(wall), marker)
+        strip.set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    return figure
+
+
 def _draw_strip(ax, frames, start, width, per_second, cfg):
     step = cfg.fps // per_second
     first = start * cfg.fps + step // 2
@@ -204,6 +225,19 @@ def draw_drift(by_time, step=1):
     for ax in axes[1]:
         ax.set_xlabel("second of the stream")
     axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def draw_joint(results):
+    """F1 and the right wall, with intervals, of {name: {metric: [value, low, high]}}."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
+    for ax, metric, label in zip(axes, ("f1", "wall"), ("F1", "sound from the wall that was hit")):
+        values = np.array([row[metric] for row in results.values()], dtype=float)
+        errors = np.abs(values[:, 1:] - values[:, :1]).T
+        ax.barh(range(len(values)), values[:, 0], xerr=errors, color=SINK)
+        ax.set(title=label, xlim=(0, 1.02), yticks=range(len(values)), yticklabels=results)
+        ax.grid(alpha=0.3, axis="x")
+    axes[0].invert_yaxis()
     return figure
 
 

@@ -129,3 +129,39 @@ def test_drift_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
     result = json.loads((tmp_path / "drift.json").read_text())["result"]
     assert [len(rows) for rows in result.values()] == [2, 2]
     assert "| toy, nothing pinned | 5-10 |" in (tmp_path / "drift.md").read_text()
+
+
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+def test_a_deaf_stream_hears_nothing(streams):
+    """Another clip in the other stream changes nothing for it, everything for one that hears."""
+    net = random_model(TINY, torch.float32)
+    text, sigma = net.project_text(torch.eye(9)[None, :3]), torch.full((1,), 0.5)
+    video, audio = random_clip(TINY, BLOCKS, dtype=torch.float32)
+
+    def velocities(net, video, audio):
+        return net(video, audio, sigma, sigma, text, span_of(TINY), kv_cache.MaskedView())
+
+    deafened = experiments.deaf(net, *streams)
+    v = [velocities(deafened, video, x)[0] for x in (audio, audio + 1)]
+    a = [velocities(deafened, x, audio)[1] for x in (video, video + 1)]
+    assert torch.equal(*v) == ("video" in streams) and torch.equal(*a) == ("audio" in streams)
+    assert not torch.equal(velocities(net, video, audio)[0], velocities(net, video, audio + 1)[0])
+
+
+def test_two_clips_put_together_are_two(weights):
+    """Pictures of one seed, sound of the next."""
+    got = experiments.put_together(lambda clips, seed: (f"v{seed}", f"a{seed}"), None, 5)
+    assert got == ("v5", "a6")
+
+
+def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
+    """Ten rows with intervals; a picture of truth, teacher and a stream's last five seconds."""
+    monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
+    schedule = experiments.evaluate.teacher.schedule
+    monkeypatch.setattr(experiments.evaluate.teacher, "schedule", lambda steps: schedule(2))
+    made = "--real", weights["toy_teacher"], "--student", weights["toy"]
+    run(monkeypatch, "joint", "--clips", 2, *made, "--out", tmp_path / "joint")
+    result = json.loads((tmp_path / "joint.json").read_text())["result"]
+    assert len(result) == 10 and "stage III, both deaf" in result
+    run(monkeypatch, "gallery", "--seconds", 7, *made, "--out", tmp_path / "gallery")
+    assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
