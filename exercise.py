@@ -6,7 +6,7 @@
     python exercise.py --list                      all exercises, and how far you are
 
 The solution is the module itself, so a skeleton is never maintained, only made: signatures,
-docstrings and everything around stay, and the body of every function of `exercise_table.py` becomes
+docstrings and everything around stay, and the body of every function of `exercise.toml` becomes
 a hint and an error. Write the bodies in `exercises/NAME.py` in the order of the table, easy to
 hard: a function is graded with the help of those before it, never of those after it.
 
@@ -18,14 +18,57 @@ modules. A test says whom it grades, `@pytest.mark.points(2, "may_attend")`, and
 import ast
 import json
 import textwrap
+import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 import files
-from exercise_table import EXERCISES, Exercise
 
 ROOT = Path(__file__).parent
 ANSWERS = ROOT / "exercises"
+
+
+# ---- the table ----
+
+
+class Task(NamedTuple):
+    """One body to write."""
+
+    function: str  # a function of the module, or Class.method
+    points: int
+    hints: list[str]  # three
+
+
+class Exercise(NamedTuple):
+    """The bodies to write in one module, easy to hard."""
+
+    idea: str
+    minutes: int
+    tasks: list[Task]
+
+    @property
+    def points(self) -> int:
+        return sum(task.points for task in self.tasks)
+
+
+def read_table() -> dict[str, Exercise]:
+    """The exercises of exercise.toml by name, which is the module's."""
+    table = tomllib.loads((ROOT / "exercise.toml").read_text())
+    return {
+        name: Exercise(
+            row["idea"],
+            row["minutes"],
+            [
+                Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
+                for function, task in row["tasks"].items()
+            ],
+        )
+        for name, row in table.items()
+    }
+
+
+EXERCISES = read_table()
 
 
 def find(name) -> Exercise:

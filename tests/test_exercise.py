@@ -9,46 +9,10 @@ import io
 import json
 
 import pytest
+from wrong_answers import WRONG
 
 import exercise
-from exercise_table import EXERCISES
-
-# exercise -> what students get wrong: code of the module, what they wrote instead, and a phrase of
-# the message that they should get
-WRONG = {
-    "masks": {
-        "strict inequality": ("k <= q", "k < q", "inside a block everything sees everything"),
-        "time reversed": ("k <= q", "k >= q", "a leak from the future"),
-        "token-causal": (
-            "frame_blocks(blocks, cfg)[0].repeat_interleave(cfg.tokens_per_frame)",
-            "torch.arange(len(clip_span(blocks, cfg).video) * cfg.tokens_per_frame)",
-            "token 1 (video, frame 0, block 0) is said to be in block 1",
-        ),
-        "window off by one": ("q - window", "q - window + 1", "the past is visible"),
-        "prefix forgotten": (" | ((k == 0) & pinned)", "", "block 0 is pinned"),
-        "always pinned": ("(k == 0) & pinned", "k == 0", "it should leave the window"),
-        "streams swapped": (
-            '"a2v": may_attend(video, audio, window)',
-            '"a2v": may_attend(audio, video, window)',
-            "a2v is (keys, queries): who listens asks",
-        ),
-        "audio counted like video": (
-            "later = 1 + (frame - prefix) // step",
-            "later = 1 + (frame - prefix) // 3",
-            "25 frames a block, frame 4 is in block 1",
-        ),
-        "tokens frame-minor": (
-            "repeat_interleave(cfg.tokens_per_frame)",
-            "repeat(cfg.tokens_per_frame)",
-            "tokens are frame-major",
-        ),
-        "sinks behind the audio": (
-            "[per_frame.new_zeros(cfg.num_sinks if sinks else 0), per_frame]",
-            "[per_frame, per_frame.new_zeros(cfg.num_sinks if sinks else 0)]",
-            "(sink 1) is said to be in block 1",
-        ),
-    },
-}
+from exercise import EXERCISES
 
 
 def source_of(name):
