@@ -6,6 +6,7 @@ points, and prints and writes a score: `exercises/masks.score.json` beside the a
 
 import datetime
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -130,9 +131,10 @@ class Grader:
 
 def project_modules() -> dict:
     """Imported modules of the project and of its tests; this file is none of them."""
-    folders = ROOT, ROOT / "tests"
+    folders = str(ROOT), str(ROOT / "tests")
     return {
         name: module
         for name, module in sys.modules.items()
-        if Path(getattr(module, "__file__", None) or "/").parent in folders and name != "conftest"
+        if os.path.dirname(getattr(module, "__file__", None) or "") in folders
+        and name != "conftest"
     }

@@ -14,6 +14,9 @@ from wrong_answers import WRONG
 import exercise
 from exercise import EXERCISES
 
+# plugins of the outer run that must not be started twice, or collect garbage for longer than we test
+OFF = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
+
 
 def source_of(name):
     return (exercise.ROOT / f"{name}.py").read_text()
@@ -21,7 +24,7 @@ def source_of(name):
 
 def pytest_here(*args):
     """Run pytest in this process: -> exit status and what it printed."""
-    off = [option for p in ("cacheprovider", "faulthandler") for option in ("-p", f"no:{p}")]
+    off = [option for p in OFF for option in ("-p", f"no:{p}")]
     settings = ["-c", str(exercise.ROOT / "pyproject.toml"), "--capture=no", "--color=no", *off]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.redirect_stderr(out):

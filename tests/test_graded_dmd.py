@@ -200,7 +200,7 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size():
         (found,) = torch.autograd.grad(loss, x, retain_graph=True)
         with torch.no_grad():
             right = direction(x, r[:2], f[:2]) / x.numel()
-        assert not torch.allclose(found, -right, atol=1e-6), f"{stream}: real and fake are swapped"
+        assert (found * right).sum() > 0, f"{stream}: real and fake are swapped, or the sign"
         assert torch.allclose(found, right, atol=1e-6), f"{stream}: not (f - r) / mean|x - r| / n"
 
 

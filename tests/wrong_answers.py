@@ -82,7 +82,11 @@ WRONG = {
             "dtype=torch.float64))",
             "stands at y = 0, expected 4 pixels",
         ),
-        "columns before rows": ("(t, y, x)", "(t, x, y)", "stands at y = 12, expected 4"),
+        "columns before rows": (
+            "y / cfg.rope_max_pixels, x / cfg.rope_max_pixels",
+            "x / cfg.rope_max_pixels, y / cfg.rope_max_pixels",
+            "stands at y = 12, expected 4",
+        ),
         "a shift is a position": (
             "turn = 2 * seconds / cfg.rope_max_seconds",
             "turn = 2 * seconds / cfg.rope_max_seconds - 1",
@@ -244,7 +248,7 @@ WRONG = {
         "shift and scale swapped": (
             "shift, scale, gate = (self.table[:3]",
             "scale, shift, gate = (self.table[:3]",
-            "shift, scale swapped",
+            "shift and scale are swapped",
         ),
         "no gate": ("x + gate * self.self_attn", "x + self.self_attn", "the gate is missing"),
         "no residual": (
@@ -305,8 +309,9 @@ WRONG = {
             "gradient everywhere",
         ),
         "last step re-noised": (
-            "        if i < last:\n",
-            "        if i <= last:\n",
+            "    return x0\n\n\ndef at_sigma",
+            "    level = x0[0].new_full((1, 1), 0.4)\n"
+            "    return [model.add_noise(c, n, level) for c, n in zip(x0, noise)]\n\n\ndef at_sigma",
             "it was re-noised",
         ),
         "a pass is missing": (
@@ -322,7 +327,7 @@ WRONG = {
         "a noise level for each stream": (
             "        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())",
             "        sigma = draw_sigmas(len(tokens), generator)\n"
-            "        noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(clips, noise)]\n"
+            "        noisy = [model.add_noise(*xn, sigma[:, None]) for xn in zip(clips, noise)]\n"
             "        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())",
             "the two scores see different noised clips",
         ),
@@ -347,7 +352,8 @@ WRONG = {
             "who steps, in order: generator, critic",
         ),
         "clips used again": (
-            "                made = make(generator.model, clips, tokens, g)\n            critic_video",
+            "                made = make(generator.model, clips, tokens, g)\n"
+            "            critic_video",
             "                made = made\n            critic_video",
             "draw and make them afresh",
         ),
@@ -404,7 +410,7 @@ WRONG = {
         "clean blocks supervised": (
             "model.per_token(s, p) > 0)",
             "model.per_token(s, p) >= 0)",
-            "clean blocks are supervised",
+            "must not count in the mean",
         ),
     },
     "self_forcing": {
@@ -485,14 +491,15 @@ WRONG = {
             "one begins after the end",
         ),
         "words judged too late": (
-            "        toy_world.parse_prompt(words)  # complain now, not in the middle of a stream\n",
+            "        toy_world.parse_prompt(words)  # complain now, "
+            "not in the middle of a stream\n",
             "",
             "a word is unknown",
         ),
         "a switch does not wait": (
             "start = block_seconds(k, cfg)[0]",
             "start = block_seconds(k, cfg)[1]",
-            "block 3, which begins at second 2, reads",
+            "block 2, which begins at second 1, reads",
         ),
         "blocks taken for seconds": (
             "start = block_seconds(k, cfg)[0]",
