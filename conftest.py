@@ -47,11 +47,16 @@ class Grader:
 
     def __init__(self, name, answers):
         self.name, self.answer = name, answers / f"{name}.py"
+        self.file = self.answer.with_suffix(".score.json")
         self.tests = {}  # name of the test -> its row of the score
         if not self.answer.exists():
             raise pytest.UsageError(
                 f"{exercise.shown(self.answer)}: no such file; start with python exercise.py {name}"
             )
+        try:
+            exercise.check_answer(name, self.answer)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
         # Whoever imports the module later, test or other module, gets what sys.modules holds. So
         # the answer must be there first, and nobody may be left who has imported the original.
         self.originals = project_modules()
@@ -77,10 +82,11 @@ class Grader:
         sys.modules.pop(self.name, None)
         sys.modules.update(self.originals)
 
-    def pytest_itemcollected(self, item):
-        points, function = item.get_closest_marker("points").args
-        row = {"function": function, "test": item.name, "points": 0, "max": points, "reason": None}
-        self.tests[item.nodeid] = row
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            points, function = item.get_closest_marker("points").args
+            row = {"function": function, "test": item.name}
+            self.tests[item.nodeid] = row | {"points": 0, "max": points, "reason": None}
 
     def pytest_runtest_logreport(self, report):
         row = self.tests[report.nodeid]
@@ -111,22 +117,27 @@ class Grader:
             "tests": rows,
         }
 
+    @property
+    def is_whole(self) -> bool:
+        """Were all tests asked for, or only some of them (-k)?"""
+        return sum(row["max"] for row in self.tests.values()) == exercise.find(self.name).points
+
     def pytest_sessionfinish(self):
-        whole = sum(row["max"] for row in self.tests.values())
-        if whole == exercise.find(self.name).points:
-            files.write_json(self.answer.with_suffix(".score.json"), self.score)
+        if self.is_whole:
+            files.write_json(self.file, self.score)
 
     def pytest_terminal_summary(self, terminalreporter):
         score = self.score
         terminalreporter.section(f"exercise {self.name}")
         for task in exercise.find(self.name).tasks:
             rows = [row for row in score["tests"] if row["function"] == task.function]
-            got = sum(row["points"] for row in rows)
+            got = sum(row["points"] for row in rows) if rows else "-"
             reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
             for i, reason in enumerate(reasons or [""]):
                 start = f"{task.function:32} {got}/{task.points}" if i == 0 else ""
                 terminalreporter.write_line(f"{start:38} {reason}".rstrip())
-        terminalreporter.write_line(f"{'':26} score {score['points']}/{score['max']}")
+        written = exercise.shown(self.file) if self.is_whole else "not all tests ran: not written"
+        terminalreporter.write_line(f"{'score':32} {score['points']}/{score['max']}   {written}")
 
 
 def project_modules() -> dict:

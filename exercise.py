@@ -17,6 +17,7 @@ modules. A test says whom it grades, `@pytest.mark.points(2, "may_attend")`, and
 
 import ast
 import json
+import shutil
 import textwrap
 import tomllib
 from pathlib import Path
@@ -27,6 +28,10 @@ import files
 
 ROOT = Path(__file__).parent
 ANSWERS = ROOT / "exercises"
+HANDED_OUT = (
+    "*.py", "*.toml", "requirements*.txt", "README.md", "LICENSE", "NOTICE", ".gitignore",
+    "assets/*", "results/*", "weights/*", "tests/test_graded_*.py",
+)  # fmt: skip
 
 
 # ---- the table ----
@@ -126,12 +131,23 @@ def start(name, force=False) -> Path:
 
     Raises ValueError if there is an answer already, unless `force`.
     """
-    answer = ANSWERS / f"{find(name) and name}.py"
+    find(name)
+    answer = ANSWERS / f"{name}.py"
     if answer.exists() and not force:
         raise ValueError(f"{shown(answer)} is there already; --force overwrites your work")
     text = skeleton(name, (ROOT / f"{name}.py").read_text())
     files.write_beside(answer, lambda path: path.write_text(text))
     return answer
+
+
+def check_answer(name, answer):
+    """Raises ValueError if an answer is no Python, or lacks a function that it should have."""
+    try:
+        found = functions_in(answer.read_text())
+    except SyntaxError as error:
+        raise ValueError(f"{shown(answer)}, line {error.lineno}: {error.msg}") from None
+    if missing := [task.function for task in find(name).tasks if task.function not in found]:
+        raise ValueError(f"{shown(answer)}: no function {missing[0]}; keep the skeleton's names")
 
 
 def shown(path) -> str:
@@ -143,7 +159,8 @@ def shown(path) -> str:
 
 
 def plural(n, noun) -> str:
-    """
+    """A number and what it counts.
+
     >>> plural(1, "point"), plural(3, "point")
     ('1 point', '3 points')
     """
@@ -159,8 +176,9 @@ def hint(what, depth=1) -> str:
     hints = {task.function: task.hints for task in find(name).tasks}
     if function not in hints:
         raise ValueError(f"--hint {what}: expected {name}. and one of {', '.join(hints)}")
-    if str(depth) not in ("1", "2", "3"):
-        raise ValueError(f"--hint {what} {depth}: expected a depth of 1, 2 or 3")
+    depths = [str(i + 1) for i in range(len(hints[function]))]
+    if str(depth) not in depths:
+        raise ValueError(f"--hint {what} {depth}: expected a depth of {', '.join(depths)}")
     return hints[function][int(depth) - 1]
 
 
@@ -190,18 +208,19 @@ def overview() -> str:
 # ---- the table, the modules and the tests agree ----
 
 
-def graded_tests(name) -> dict[str, tuple[int, str]]:
-    """Tests of an exercise: name -> points and the function that is graded."""
-    found = {}
-    for test, node in functions_in(test_file(name).read_text()).items():
-        for mark in node.decorator_list:
-            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.points":
-                found[test] = tuple(ast.literal_eval(argument) for argument in mark.args)
-    return found
-
-
 def test_file(name) -> Path:
     return ROOT / "tests" / f"test_graded_{name}.py"
+
+
+def graded_tests(name) -> dict[str, tuple[int, str]]:
+    """Tests of an exercise: name -> points and the function that is graded; (0, "") if unmarked."""
+    found = {}
+    for test, node in functions_in(test_file(name).read_text()).items():
+        if test.startswith("test_"):
+            marks = [d for d in node.decorator_list if isinstance(d, ast.Call)]
+            marks = [m.args for m in marks if ast.unparse(m.func) == "pytest.mark.points"]
+            found[test] = tuple(map(ast.literal_eval, marks[0])) if marks else (0, "")
+    return found
 
 
 def problems() -> list[str]:
@@ -210,14 +229,18 @@ def problems() -> list[str]:
 
 
 def _problems(name):
-    module, tests = ROOT / f"{name}.py", test_file(name)
-    if missing := [shown(path) for path in (module, tests) if not path.exists()]:
+    module = ROOT / f"{name}.py"
+    if missing := [shown(path) for path in (module, test_file(name)) if not path.exists()]:
         return [f"there is no {' and no '.join(missing)}"]
-    nodes, marks = functions_in(module.read_text()), graded_tests(name).values()
+    nodes, tests = functions_in(module.read_text()), graded_tests(name)
     worth = {task.function: task.points for task in find(name).tasks}
-    found = [f"{f} is graded, but not in the table" for _, f in marks if f not in worth]
+    found = [
+        f"{test} grades {function or 'nothing'}, which is not in the table"
+        for test, (_, function) in tests.items()
+        if function not in worth
+    ]
     for function, points in worth.items():
-        graded = sum(n for n, f in marks if f == function)
+        graded = sum(n for n, f in tests.values() if f == function)
         if graded != points:
             found.append(f"{function} has {points} points in the table, {graded} in its tests")
         if function not in nodes:
@@ -227,13 +250,42 @@ def _problems(name):
     return found
 
 
+# ---- for instructors ----
+
+
+def hand_out(folder, first):
+    """Copy the project for students, without the bodies of exercise `first` and all that follow.
+
+    Exercises stand in the order of the imports: what comes before is needed, and may be read by
+    then. The ordinary tests and the instructor's page stay behind, for they tell the solutions.
+
+    Raises ValueError if there is something in the folder already.
+    """
+    names, folder = list(EXERCISES), Path(folder)
+    blank = names[names.index(first) :]
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--handout {folder}: not empty")
+    for source in (path for pattern in HANDED_OUT for path in ROOT.glob(pattern)):
+        target = folder / source.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.stem in blank and source.parent == ROOT:
+            target.write_text(skeleton(source.stem, source.read_text()))
+        else:
+            shutil.copyfile(source, target)
+
+
 def main():
     p = cli.parser(__doc__)
     p.add_argument("name", nargs="?", help="exercise to start")
     p.add_argument("--force", action="store_true", help="start over: overwrite your work")
     p.add_argument("--list", action="store_true", help="all exercises and how far you are")
-    p.add_argument("--all", action="store_true", help="start every exercise")
+    p.add_argument(
+        "--all", action="store_true", help="start every exercise that is not started yet"
+    )
     p.add_argument("--hint", nargs="+", metavar="NAME.function", help="and a depth, 1 to 3")
+    p.add_argument(
+        "--handout", metavar="FOLDER", help="copy the project without NAME and the exercises after"
+    )
     p.add_argument("--check", action="store_true", help="compare table, modules and tests")
     args = p.parse_args()
     if args.hint:
@@ -242,10 +294,16 @@ def main():
         if found := problems():
             raise ValueError("; ".join(found))
         print(f"{plural(len(EXERCISES), 'exercise')}: table, modules and tests agree")
+    elif args.handout:
+        first = args.name or next(iter(EXERCISES))
+        find(first)
+        hand_out(args.handout, first)
+        print(f"wrote {args.handout}: {first} and all exercises after it are blank")
     elif args.list or not (args.name or args.all):
         print(overview())
     else:
-        for name in EXERCISES if args.all else [args.name]:
+        unstarted = [name for name in EXERCISES if not (ANSWERS / f"{name}.py").exists()]
+        for name in [args.name] if args.name else unstarted:
             answer = shown(start(name, args.force))
             print(f"wrote {answer}; grade it: python -m pytest --exercise {name}")
 

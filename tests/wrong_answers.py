@@ -311,7 +311,8 @@ WRONG = {
         "last step re-noised": (
             "    return x0\n\n\ndef at_sigma",
             "    level = x0[0].new_full((1, 1), 0.4)\n"
-            "    return [model.add_noise(c, n, level) for c, n in zip(x0, noise)]\n\n\ndef at_sigma",
+            "    return [model.add_noise(c, n, level) for c, n in zip(x0, noise)]\n"
+            "\n\ndef at_sigma",
             "it was re-noised",
         ),
         "a pass is missing": (
