@@ -34,7 +34,7 @@ def pytest_configure(config):
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
         grader = Grader(name, Path(config.getoption("answers")).resolve())
-        config.args[:] = [str(exercise.test_file(name))]
+        config.args[:] = [str(exercise.graded_file(name))]
         config.option.doctestmodules = False
         config.option.reportchars = ""  # the table of points says what failed and why
         if config.option.tbstyle == "auto":

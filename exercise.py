@@ -208,14 +208,14 @@ def overview() -> str:
 # ---- the table, the modules and the tests agree ----
 
 
-def test_file(name) -> Path:
+def graded_file(name) -> Path:
     return ROOT / "tests" / f"test_graded_{name}.py"
 
 
 def graded_tests(name) -> dict[str, tuple[int, str]]:
     """Tests of an exercise: name -> points and the function that is graded; (0, "") if unmarked."""
     found = {}
-    for test, node in functions_in(test_file(name).read_text()).items():
+    for test, node in functions_in(graded_file(name).read_text()).items():
         if test.startswith("test_"):
             marks = [d for d in node.decorator_list if isinstance(d, ast.Call)]
             marks = [m.args for m in marks if ast.unparse(m.func) == "pytest.mark.points"]
@@ -230,7 +230,7 @@ def problems() -> list[str]:
 
 def _problems(name):
     module = ROOT / f"{name}.py"
-    if missing := [shown(path) for path in (module, test_file(name)) if not path.exists()]:
+    if missing := [shown(path) for path in (module, graded_file(name)) if not path.exists()]:
         return [f"there is no {' and no '.join(missing)}"]
     nodes, tests = functions_in(module.read_text()), graded_tests(name)
     worth = {task.function: task.points for task in find(name).tasks}

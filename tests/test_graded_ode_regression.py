@@ -168,6 +168,6 @@ def test_clean_blocks_do_not_count():
     """Off by 2 is a loss of 4, however many blocks are clean."""
     for name, loss in zip(FRAMES, regress(off=2.0)[0]):
         assert float(loss) == pytest.approx(4, rel=1e-3), (
-            f"{name}: off by 2 costs {float(loss):.2f}, not 4: clean blocks, where nothing is to be "
-            f"learnt, must not count in the mean"
+            f"{name}: off by 2 costs {float(loss):.2f}, not 4: clean blocks, where nothing is "
+            f"to be learnt, must not count in the mean"
         )
