@@ -30,10 +30,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "points(n, function): worth n points for that function")
     if name := config.getoption("exercise"):
         try:
-            exercise.find(name)
+            grader = Grader(name, Path(config.getoption("answers")).resolve())
         except ValueError as error:
             raise pytest.UsageError(str(error)) from None
-        grader = Grader(name, Path(config.getoption("answers")).resolve())
         config.args[:] = [str(exercise.graded_file(name))]
         config.option.doctestmodules = False
         config.option.reportchars = ""  # the table of points says what failed and why
@@ -46,17 +45,12 @@ class Grader:
     """One student's file in the place of a module, and the points it earns."""
 
     def __init__(self, name, answers):
+        """Raises ValueError, in one line, for an answer that cannot be graded."""
         self.name, self.answer = name, answers / f"{name}.py"
         self.file = self.answer.with_suffix(".score.json")
         self.tests = {}  # name of the test -> its row of the score
-        if not self.answer.exists():
-            raise pytest.UsageError(
-                f"{exercise.shown(self.answer)}: no such file; start with python exercise.py {name}"
-            )
-        try:
-            exercise.check_answer(name, self.answer)
-        except ValueError as error:
-            raise pytest.UsageError(str(error)) from None
+        self.broken = None  # why the tests could not be collected
+        exercise.check_answer(name, self.answer)
         # Whoever imports the module later, test or other module, gets what sys.modules holds. So
         # the answer must be there first, and nobody may be left who has imported the original.
         self.originals = project_modules()
@@ -72,7 +66,7 @@ class Grader:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             self.pytest_unconfigure()
-            raise pytest.UsageError(
+            raise ValueError(
                 f"{exercise.shown(self.answer)} cannot be imported: {type(error).__name__}: {error}"
             ) from None
 
@@ -87,6 +81,10 @@ class Grader:
             points, function = item.get_closest_marker("points").args
             row = {"function": function, "test": item.name}
             self.tests[item.nodeid] = row | {"points": 0, "max": points, "reason": None}
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.broken = report.longreprtext.splitlines()[-1].removeprefix("E").strip()
 
     def pytest_runtest_logreport(self, report):
         row = self.tests[report.nodeid]
@@ -129,6 +127,8 @@ class Grader:
     def pytest_terminal_summary(self, terminalreporter):
         score = self.score
         terminalreporter.section(f"exercise {self.name}")
+        if self.broken:
+            return terminalreporter.write_line(f"nothing is graded: {self.broken}")
         for task in exercise.find(self.name).tasks:
             rows = [row for row in score["tests"] if row["function"] == task.function]
             got = sum(row["points"] for row in rows) if rows else "-"

