@@ -45,7 +45,7 @@ def first_difference(found, expected):
             return f"token {i} ({name}) is said to be in block {block}"
 
 
-def explain(seen, query, key, window):
+def explain(seen, query, key):
     """Why this query may, or may not, see this key."""
     (q_name, q), (k_name, k) = query, key
     sees = f"query ({q_name}) {'sees' if seen else 'does not see'} key ({k_name})"
@@ -53,7 +53,9 @@ def explain(seen, query, key, window):
         return f"{sees}: " + ("a leak from the future" if k > q else "it left the window")
     if k == q:
         return f"{sees}: inside a block everything sees everything"
-    return f"{sees}: " + ("block 0 is pinned" if k == 0 and window else "the past is visible")
+    if k == 0:
+        return f"{sees}: block 0, with prefix and sinks, is seen by all, for ever"
+    return f"{sees}: the past is visible as far as the window reaches"
 
 
 def first_wrong_pair(mask, queries, keys, window=None):
@@ -65,7 +67,7 @@ def first_wrong_pair(mask, queries, keys, window=None):
             q, k = query[1], key[1]
             right = k <= q and (k == 0 or window is None or q - k <= window)
             if seen != right:
-                return explain(seen, query, key, window)
+                return explain(seen, query, key)
 
 
 def blocks_alone(n):

@@ -13,7 +13,12 @@ WRONG = {
             "token 1 (video, frame 0, block 0) is said to be in block 1",
         ),
         "window off by one": ("q - window", "q - window + 1", "the past is visible"),
-        "prefix forgotten": (" | ((k == 0) & pinned)", "", "block 0 is pinned"),
+        "prefix forgotten": (" | ((k == 0) & pinned)", "", "is seen by all, for ever"),
+        "sinks limited to their block": (
+            "allowed = k <= q",
+            "allowed = (k <= q) & ((k > 0) | (q == 0))",
+            "block 0, with prefix and sinks, is seen by all",
+        ),
         "always pinned": ("(k == 0) & pinned", "k == 0", "it should leave the window"),
         "streams swapped": (
             '"a2v": may_attend(video, audio, window)',
