@@ -16,6 +16,7 @@ import exercise
 import files
 
 ROOT = Path(__file__).parent
+NOT_RUN = "not run"
 
 
 def pytest_addoption(parser):
@@ -80,7 +81,7 @@ class Grader:
         for item in session.items:
             points, function = item.get_closest_marker("points").args
             row = {"function": function, "test": item.name}
-            self.tests[item.nodeid] = row | {"points": 0, "max": points, "reason": None}
+            self.tests[item.nodeid] = row | {"points": 0, "max": points, "reason": NOT_RUN}
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -91,7 +92,7 @@ class Grader:
         if report.failed:
             row["points"], row["reason"] = 0, self.reason(report)
         elif report.when == "call" and report.passed:
-            row["points"] = row["max"]
+            row["points"], row["reason"] = row["max"], None
 
     def reason(self, report) -> str:
         """The first line of an error, without what pytest and Python put around it."""
@@ -117,8 +118,9 @@ class Grader:
 
     @property
     def is_whole(self) -> bool:
-        """Were all tests asked for, or only some of them (-k)?"""
-        return sum(row["max"] for row in self.tests.values()) == exercise.find(self.name).points
+        """Did all tests run, or only some of them (-k, -x, Ctrl-C)?"""
+        rows = [row for row in self.tests.values() if row["reason"] != NOT_RUN]
+        return sum(row["max"] for row in rows) == exercise.find(self.name).points
 
     def pytest_sessionfinish(self):
         if self.is_whole:
