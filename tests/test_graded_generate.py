@@ -1,0 +1,172 @@
+"""Graded: prompts with times, a stream of blocks, and their frames and sound without seams.
+
+The network is a stand-in that records what it reads; sound is compared with that of the whole clip
+decoded at once.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import config
+import generate
+import toy_codec
+import toy_world
+from self_forcing import Block
+
+CFG = replace(config.TOY, num_layers=1)
+
+
+@pytest.mark.points(1, "parse_seconds")
+def test_seconds_are_positive_numbers():
+    """Bad input is a ValueError of one line that names the option."""
+    assert generate.parse_seconds("5") == 5.0, "5 seconds are 5.0"
+    for text in ("abc", "0", "-1", "nan", "inf"):
+        try:
+            found = generate.parse_seconds(text)
+        except ValueError as error:
+            assert f"--seconds {text}" in str(error), f"the message should name --seconds {text}"
+        else:
+            pytest.fail(f"--seconds {text} is taken for {found}: expected a ValueError")
+
+
+@pytest.mark.points(2, "parse_cues")
+def test_cues_are_sorted_by_time_and_their_words_bare():
+    """Without a second a prompt begins at 0."""
+    found = [tuple(cue) for cue in generate.parse_cues(["red fast", "5: blue", "2.5:wood "], 10)]
+    assert {start for start, _ in found} == {0, 2.5, 5}, f"prompts begin at {found}"
+    assert [start for start, _ in found] == [0, 2.5, 5], "prompts are not in the order of time"
+    assert [words for _, words in found] == ["red fast", "wood", "blue"], f"words are {found}"
+
+
+@pytest.mark.points(1, "parse_cues")
+def test_impossible_cues_are_refused():
+    """One must begin at 0, no two together, none after the end; words must be known."""
+    reasons = {
+        "no prompt begins at 0": ["5: red"],
+        "two begin together": ["red", "0: blue"],
+        "one begins after the end": ["red", "10: blue"],
+        "a word is unknown": ["red", "2: dog"],
+    }
+    for reason, prompts in reasons.items():
+        try:
+            generate.parse_cues(prompts, 10)
+        except ValueError:
+            continue
+        pytest.fail(f"{prompts} are accepted for 10 seconds, though {reason}")
+
+
+class Net(nn.Module):
+    """Answers with velocity 0 and records which caption every pass reads, and how."""
+
+    def __init__(self):
+        super().__init__()
+        self.cfg, self.passes, self.projected = CFG, [], []
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def project_text(self, features):
+        self.projected.append(features)
+        return features
+
+    def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
+        block = 0 if span.video.start == 0 else 1 + (span.video.start - 1) // 3
+        self.passes.append((block, text, view.window, float(sigma_video[0]), video))
+        return self.weight * 0 * video, self.weight * 0 * audio
+
+
+def prompt_of(text):
+    """The words of caption features (1, words, vocabulary) that a pass read."""
+    return " ".join(toy_world.VOCABULARY[i] for i in text[0].argmax(-1).tolist()).strip()
+
+
+def streamed(*cues, seconds=4, **options):
+    net = Net()
+    blocks = list(generate.stream(net, [generate.Cue(*c) for c in cues], seconds, **options))
+    return net, blocks
+
+
+@pytest.mark.points(2, "stream")
+def test_a_prompt_holds_from_the_first_block_that_begins_after_its_second():
+    """Block k begins at second k - 1; a switch inside a block waits for the next one."""
+    net, _ = streamed((0, "red fast metal"), (1.5, "blue slow wood"), (3, "green slow wood"))
+    right = ["red fast metal"] * 3 + ["blue slow wood"] + ["green slow wood"]
+    for block, text, *_ in net.passes:
+        begins = max(0, block - 1)
+        found = prompt_of(text)
+        assert found == right[block], (
+            f"block {block}, which begins at second {begins}, reads {found!r}; its prompt is "
+            f"{right[block]!r} (cues at 0, 1.5 and 3 seconds)"
+        )
+
+
+@pytest.mark.points(1, "stream")
+def test_a_prompt_is_projected_once_and_when_its_time_has_come():
+    """Not for every block, and not before the first block."""
+    net, _ = streamed((0, "red fast metal"), (2, "blue slow wood"))
+    assert len(net.projected) == 2, (
+        f"two prompts are projected {len(net.projected)} times: keys and values can be kept"
+    )
+    net = Net()
+    blocks = generate.stream(net, [generate.Cue(0, "red"), generate.Cue(2, "blue")], 4)
+    assert not net.passes, "the stream starts before a block is asked for: yield blocks"
+    next(blocks)
+    assert len(net.projected) == 1, "a later prompt is projected before its time has come"
+
+
+@pytest.mark.points(1, "stream")
+def test_a_seed_is_a_stream_and_options_are_heard():
+    """Same seed, same noise; window, steps and batch are handed on; no gradient is recorded."""
+    runs = [streamed((0, "red"), seed=s, window=7, steps=3, batch=2) for s in (3, 3, 4)]
+    one, same, other = ([p[4] for p in net.passes] for net, _ in runs)
+    assert all(map(torch.equal, one, same)), "the same seed gives another stream"
+    assert not torch.equal(one[0], other[0]), "another seed gives the same stream"
+    assert not torch.equal(one[4], one[8]), "blocks 1 and 2 get the same noise: one generator"
+    net, blocks = runs[0]
+    assert len(blocks) == 5, f"4 seconds are 5 blocks, not {len(blocks)}"
+    assert {p[2] for p in net.passes} == {7}, "the window is not handed on"
+    assert len([p for p in net.passes if p[0] == 1 and p[3]]) == 3, "steps=3 is not 3 passes"
+    assert len(blocks[0].video) == 2, "batch=2 is not two clips"
+    assert not blocks[0].video.requires_grad, "a stream records a gradient that nobody needs"
+
+
+def random_blocks():
+    torch.manual_seed(0)
+    sizes = [(16, 1)] + 3 * [(48, 25)]
+    return [
+        Block(k, torch.randn(1, v, CFG.video_channels), torch.randn(1, a, CFG.audio_channels))
+        for k, (v, a) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.points(1, "Decoder.decode")
+def test_blocks_decode_to_their_own_seconds():
+    """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
+    decoder = generate.Decoder(toy_codec.load(CFG))
+    for block in random_blocks():
+        found = [len(x) for x in decoder.decode(block)]
+        right = [24, 100, 24000] if block.index else [1, 1, 0]
+        assert found == right, (
+            f"block {block.index} became {found} frames, mel frames and samples, expected {right}"
+        )
+
+
+@pytest.mark.points(2, "Decoder.decode")
+def test_sound_has_no_seams():
+    """Samples of the blocks, joined, are those of the whole clip decoded at once."""
+    codec, blocks = toy_codec.load(CFG), random_blocks()
+    decoder = generate.Decoder(codec)
+    frames, levels, samples = map(torch.cat, zip(*map(decoder.decode, blocks)))
+    video, audio = (torch.cat([block[i] for block in blocks], 1) for i in (1, 2))
+    assert torch.allclose(frames, codec.decode_video(video, True)[0], atol=1e-5), (
+        "the frames are not those of the clip decoded at once"
+    )
+    whole = codec.decode_audio(audio, True)[0]
+    assert torch.allclose(levels, whole, atol=1e-5), "the levels are not those of the whole clip"
+    away = (samples - toy_codec.synthesise(whole, 0, CFG)).abs()
+    second = int(away.argmax()) // toy_codec.SAMPLE_RATE
+    assert away.max() < 1e-3, (
+        f"second {second} of the sound is not that of the whole clip: a block begins at the last "
+        f"mel frame of the one before, and phases follow the number of its first mel frame"
+    )
