@@ -108,7 +108,7 @@ def run(tmp_path, monkeypatch, capsys):
 def test_table_modules_and_tests_agree(run):
     """Every function exists, every test is marked, and points add up."""
     status, out, _ = run("--check")
-    assert status == 0 and "9 exercises: table, modules and tests agree" in out
+    assert status == 0 and "10 exercises: table, modules and tests agree" in out
 
 
 def test_a_table_that_does_not_fit_is_refused(run, monkeypatch):

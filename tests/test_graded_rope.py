@@ -42,7 +42,8 @@ def test_a_latent_stands_in_the_middle_of_its_input_frames():
     for stride in (8, 4):
         frames = [0]  # input frames of the latent
         for f in range(4):
-            found, right = float(rope._midpoints([f], stride)), (frames[0] + frames[-1] + 1) / 2
+            found = float(rope._midpoints(range(f, f + 1), stride))
+            right = (frames[0] + frames[-1] + 1) / 2
             assert found == right, (
                 f"stride {stride}: latent {f} covers input frames {frames[0]}..{frames[-1]}, whose "
                 f"middle is {right}, not {found}"

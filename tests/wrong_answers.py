@@ -58,7 +58,7 @@ WRONG = {
             "latent 1 covers input frames 1..8, whose middle is 5.0",
         ),
         "end of the grid left out": (
-            "torch.linspace(0, 1, width // (2 * axes), dtype=dtype)",
+            'torch.linspace(0, 1, width // (2 * axes), dtype=dtype, device="cpu")',
             "torch.arange(width // (2 * axes), dtype=dtype) / (width // (2 * axes))",
             "the last frequency is",
         ),
@@ -79,7 +79,7 @@ WRONG = {
         ),
         "index instead of time": (
             "torch.meshgrid(video_times(frames, cfg), *pixels",
-            "torch.meshgrid(torch.tensor(frames, dtype=torch.float64), *pixels",
+            "torch.meshgrid(torch.arange(frames.start, frames.stop).double(), *pixels",
             "stands at t = 0, expected 0.02083 seconds",
         ),
         "corner instead of middle": (
@@ -98,8 +98,8 @@ WRONG = {
             "this is the angle *of* 7 s",
         ),
         "a shift moves in space": (
-            "[[turn, 0.0, 0.0]]",
-            "[[turn, turn, turn]]",
+            "turn * torch.eye(1, 3, dtype=torch.float64)",
+            "turn * torch.ones(1, 3, dtype=torch.float64)",
             "a later key is at the same place",
         ),
     },
@@ -484,6 +484,54 @@ WRONG = {
             "the exit step is never drawn",
         ),
     },
+    "decoders": {
+        "the first input as long as the others": (
+            "0 if inputs <= 0 else self.first + self.stride * (inputs - 1)",
+            "max(0, self.stride * inputs)",
+            "the first 1, the others 8",
+        ),
+        "nothing is negative": (
+            "0 if inputs <= 0 else self.first",
+            "self.first",
+            "-2 inputs give 0 outputs",
+        ),
+        "counted from the start of the stream": (
+            "self._end(self.done - start), self._end(ready - start)",
+            "self._end(self.done), self._end(ready)",
+            "give [1, 24, ",
+        ),
+        "the context is handed out again": (
+            "low, high = self._end(self.done - start), ",
+            "low, high = 0, ",
+            "give [1, 25, ",
+        ),
+        "no context": (
+            "max(0, self.done - self.context - start)",
+            "max(0, self.done - start)",
+            "of 1, 3, 3, 3 inputs and a look-ahead of 0 give",
+        ),
+        "one input of context too few": (
+            "max(0, self.done - self.context - start)",
+            "max(0, self.done - self.context + 1 - start)",
+            "differs from the sequence decoded at once",
+        ),
+        "everything is kept": (
+            "x[:, :, max(0, self.done - self.context - start) :]",
+            "x",
+            "context 3 and look-ahead 2 need 5",
+        ),
+        "every block starts a clip": ("first = block.index == 0", "first = True", "block 1 became"),
+        "a seam in the sound": (
+            "heard = torch.cat([self.levels, levels])",
+            "heard = torch.cat([levels[:1] if len(self.levels) else self.levels, levels])",
+            "a block begins at the last mel frame",
+        ),
+        "phases start anew": (
+            "heard, self.mel_frames - len(self.levels), self.cfg",
+            "heard, 0, self.cfg",
+            "phases follow the number of its first mel frame",
+        ),
+    },
     "generate": {
         "NaN passes": (
             'if not 0 < seconds < float("inf"):',
@@ -497,8 +545,7 @@ WRONG = {
             "one begins after the end",
         ),
         "words judged too late": (
-            "        toy_world.parse_prompt(words)  # complain now, "
-            "not in the middle of a stream\n",
+            "        check(words)\n",
             "",
             "a word is unknown",
         ),
@@ -530,17 +577,6 @@ WRONG = {
             "blocks, sigmas, generator, batch, window)",
             "blocks, sigmas, generator, batch)",
             "the window is not handed on",
-        ),
-        "every block starts a clip": ("first = block.index == 0", "first = True", "block 1 became"),
-        "a seam in the sound": (
-            "heard = torch.cat([self.levels, levels])",
-            "heard = torch.cat([levels[:1] if len(self.levels) else self.levels, levels])",
-            "a block begins at the last mel frame",
-        ),
-        "phases start anew": (
-            "start = self.mel_frames - len(self.levels)",
-            "start = 0",
-            "phases follow the number of its first mel frame",
         ),
     },
 }

@@ -1,0 +1,122 @@
+"""Graded: a growing sequence decoded piece by piece, and the toy's frames and sound without seams.
+
+Pieces are compared with the whole sequence decoded at once, by a filter that looks to both sides.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import config
+import decoders
+import toy_codec
+from self_forcing import Block
+
+CFG = replace(config.TOY, num_layers=1)
+
+
+@pytest.mark.points(1, "Piecewise._end")
+def test_the_first_input_is_decoded_short():
+    """LTX-2's video decoder: 1 frame, then 8 for every latent; its vocoder: 240 samples each."""
+    for stride, first in ((8, 1), (240, 240)):
+        piecewise = decoders.Piecewise(None, stride, first, context=1)
+        for inputs in (-2, 0, 1, 2, 5):
+            right = len([*range(first), *range(stride * (inputs - 1))]) if inputs > 0 else 0
+            found = piecewise._end(inputs)
+            assert found == right, (
+                f"{inputs} inputs give {right} outputs (the first {first}, the others {stride}), "
+                f"not {found}"
+            )
+
+
+def blurred(x):
+    """A decoder that looks two inputs to both sides; 1 output for the first, 8 for the others."""
+    kernel = torch.tensor([0.1, 0.2, 0.4, 0.2, 0.1])[None, None]
+    y = torch.nn.functional.conv1d(x, kernel, padding=2)
+    return y.repeat_interleave(8, dim=2)[:, :, 7:]
+
+
+def decoded(x, context, look_ahead):
+    """Every answer of `add` for blocks of 1, 3, 3, 3 inputs, and the rest."""
+    piecewise = decoders.Piecewise(blurred, 8, 1, context, look_ahead)
+    return piecewise, [*map(piecewise.add, x.split([1, 3, 3, 3], dim=2)), piecewise.finish()]
+
+
+@pytest.mark.points(1, "Piecewise._decode_until")
+def test_nothing_is_lost_or_said_twice():
+    """Ten inputs are 73 outputs, with look-ahead or without; nothing waits longer than it must."""
+    x = torch.randn(1, 1, 10)
+    for look_ahead, right in ((0, [1, 24, 24, 24, 0]), (2, [0, 9, 24, 24, 16])):
+        found = [0 if y is None else y.shape[2] for y in decoded(x, 3, look_ahead)[1]]
+        assert found == right, (
+            f"blocks of 1, 3, 3, 3 inputs and a look-ahead of {look_ahead} give {found} outputs, "
+            f"expected {right}"
+        )
+
+
+@pytest.mark.points(2, "Piecewise._decode_until")
+def test_pieces_with_enough_overlap_are_the_whole():
+    """As much context and look-ahead as the decoder looks: bitwise the same outputs."""
+    x = torch.randn(1, 1, 10, generator=torch.Generator().manual_seed(0))
+    parts = [y for y in decoded(x, 2, 2)[1] if y is not None]
+    found, right = torch.cat(parts, 2), blurred(x)
+    assert found.shape == right.shape, f"{found.shape[2]} outputs, expected {right.shape[2]}"
+    wrong = (found != right)[0, 0].nonzero().flatten().tolist()
+    assert not wrong, (
+        f"output {wrong[0]} differs from the sequence decoded at once: the slice of a piece is "
+        f"counted from its own first input, and context is what was decoded before"
+    )
+
+
+@pytest.mark.points(1, "Piecewise._decode_until")
+def test_an_endless_stream_keeps_a_few_inputs():
+    """Context and what still waits, nothing older."""
+    piecewise = decoders.Piecewise(blurred, 8, 1, context=3, look_ahead=2)
+    for _ in range(10):
+        piecewise.add(torch.randn(1, 1, 3))
+    found = piecewise.kept.shape[2]
+    assert found == 5, f"{found} inputs are kept; context 3 and look-ahead 2 need 5"
+
+
+def random_blocks():
+    torch.manual_seed(0)
+    sizes = [(16, 1)] + 3 * [(48, 25)]
+    return [
+        Block(k, torch.randn(1, v, CFG.video_channels), torch.randn(1, a, CFG.audio_channels))
+        for k, (v, a) in enumerate(sizes)
+    ]
+
+
+@pytest.mark.points(1, "ToyDecoder.decode")
+def test_blocks_decode_to_their_own_seconds():
+    """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
+    decoder = decoders.ToyDecoder(toy_codec.load(CFG))
+    for block in random_blocks():
+        piece = decoder.decode(block)
+        found = [len(piece.frames), len(piece.levels), piece.samples.shape[1]]
+        right = [24, 100, 24000] if block.index else [1, 1, 0]
+        assert found == right, (
+            f"block {block.index} became {found} frames, mel frames and samples, expected {right}"
+        )
+
+
+@pytest.mark.points(2, "ToyDecoder.decode")
+def test_sound_has_no_seams():
+    """Samples of the blocks, joined, are those of the whole clip decoded at once."""
+    codec, blocks = toy_codec.load(CFG), random_blocks()
+    decoder = decoders.ToyDecoder(codec)
+    frames, levels, samples = zip(*map(decoder.decode, blocks))
+    frames, levels, samples = torch.cat(frames), torch.cat(levels), torch.cat(samples, 1)[0]
+    video, audio = (torch.cat([block[i] for block in blocks], 1) for i in (1, 2))
+    assert torch.allclose(frames, codec.decode_video(video, True)[0], atol=1e-5), (
+        "the frames are not those of the clip decoded at once"
+    )
+    whole = codec.decode_audio(audio, True)[0]
+    assert torch.allclose(levels, whole, atol=1e-5), "the levels are not those of the whole clip"
+    away = (samples - toy_codec.synthesise(whole, 0, CFG)).abs()
+    second = int(away.argmax()) // toy_codec.SAMPLE_RATE
+    assert away.max() < 1e-3, (
+        f"second {second} of the sound is not that of the whole clip: a block begins at the last "
+        f"mel frame of the one before, and phases follow the number of its first mel frame"
+    )
