@@ -211,7 +211,7 @@ def _mark(ax, time, wall, marker):
 
 def draw_strips(clips, per_second=3, cfg=config.TOY):
     """Clips below each other, for comparison: {label: frames (P, 3, H, W) in [0, 1]}."""
-    seconds = max(len(frames) for frames in clips.values()) / cfg.fps
+    seconds = max(1 / per_second, max(len(f) - 1 for f in clips.values()) / cfg.fps)
     figure, axes = plt.subplots(
         len(clips), 1, figsize=(10, 0.35 + len(clips) * 10 / (seconds * per_second)), squeeze=False,
         layout="constrained",
@@ -227,12 +227,15 @@ def draw_strips(clips, per_second=3, cfg=config.TOY):
 # ---- attention, and other tables of numbers ----
 
 
-def draw_maps(maps, colour=VIDEO, xlabel="key", ylabel="query", extent=None, numbers=False):
+def draw_maps(
+    maps, colour=VIDEO, xlabel="key", ylabel="query", extent=None, numbers=False, marks=()
+):
     """Tables of numbers side by side, zero white: {title: (rows, columns)}.
 
     colour    one for all, or one for each
     extent    (left, right, bottom, top) in the units of the labels; default: row and column
     numbers   write each number into its field
+    marks     places on both axes to be marked by lines
     """
     colours = [colour] * len(maps) if isinstance(colour, str) else colour
     figure, axes = plt.subplots(
@@ -246,8 +249,13 @@ def draw_maps(maps, colour=VIDEO, xlabel="key", ylabel="query", extent=None, num
         )
         figure.colorbar(image, ax=ax, shrink=0.8)
         ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         for (row, column), value in np.ndenumerate(values.numpy()) if numbers else ():
             ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8)
+        for place in marks:
+            ax.axvline(place, color="black", lw=0.5, ls=":")
+            ax.axhline(place, color="black", lw=0.5, ls=":")
     return figure
 
 
