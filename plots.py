@@ -297,7 +297,7 @@ def draw_plane(panels, arrows=None, reach=4.0):
             places, directions = (torch.as_tensor(a).T for a in arrows[title])
             ax.quiver(*places, *directions, color="black", width=0.005, angles="xy")
         ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        ax.legend(fontsize=7, loc="lower left")
+        ax.legend(fontsize=7, loc="lower left", markerscale=4)
     return figure
 
 
