@@ -1,12 +1,15 @@
 """Every picture of the project: small functions that take tensors and return a figure.
 
 One palette with one meaning everywhere: video blue, audio orange, sinks grey, forbidden white.
+In a notebook, `show(figure)` as the last line of a cell shows it, with any backend.
 
     python plots.py masks            writes assets/masks.png, the paper's mask figure from our masks
     python plots.py losses           writes results/*_curve.png from the logs of the trainings
     python plots.py --help
 """
 
+import base64
+import io
 import json
 from pathlib import Path
 
@@ -17,6 +20,7 @@ matplotlib.use("Agg")  # files, not windows
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
 
 import cli
 import config
@@ -27,6 +31,7 @@ import toy_world
 
 VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
 WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # of impacts and onsets
+CURVES = ("#1b9e77", "#7570b3", "#e7298a", "#555555", "#a6761d", "#66a61e")  # whatever else
 TITLES = {
     "video_self": "video self-attention",
     "audio_self": "audio self-attention",
@@ -41,7 +46,47 @@ def save(figure, path, dpi=100):
     plt.close(figure)
 
 
-# ---- masks ----
+# ---- in a notebook ----
+
+
+class Picture:
+    """A PNG that a notebook shows: Jupyter and notebooks/run.py ask for `_repr_png_`."""
+
+    def __init__(self, png):
+        self.png = png
+
+    def _repr_png_(self):
+        return self.png
+
+    def __repr__(self):
+        return f"<picture, {len(self.png) // 1000} kB>"
+
+
+def show(figure, dpi=80) -> Picture:
+    """A figure as a picture for the last line of a notebook's cell; the figure is closed."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    plt.close(figure)
+    # 128 colours are plenty here, and a third of the bytes
+    Image.open(drawn).convert("RGB").quantize(128).save(small, "png", optimize=True)
+    return Picture(small.getvalue())
+
+
+class Film:
+    """An mp4 that plays inside a notebook: the file travels in the page as base64."""
+
+    def __init__(self, path, width=320):
+        self.mp4, self.width = Path(path).read_bytes(), width
+
+    def _repr_html_(self):
+        source = f"data:video/mp4;base64,{base64.b64encode(self.mp4).decode()}"
+        return f'<video controls loop width="{self.width}" src="{source}"></video>'
+
+    def __repr__(self):
+        return f"<film, {len(self.mp4) // 1000} kB>"
+
+
+# ---- masks and caches ----
 
 
 def draw_masks(cfg, blocks=4, window=None):
@@ -77,6 +122,28 @@ def _mark_blocks(ax, rows, columns, cfg):
             low, high = masks.block_seconds(k, cfg)
             names.append(f"B{k}\n{low:g}-{high:g} s" if k else "B0")
         axis.set_ticks([(a + b) / 2 - 0.5 for a, b in zip(edges, edges[1:])], names, fontsize=7)
+
+
+def draw_slots(moments, pinned=1):
+    """What lies in the slots of a cache: {moment: [block in slot 0, in slot 1, ...]}.
+
+    The first `pinned` slots are grey; the slot of the newest block is framed.
+    """
+    width = max(map(len, moments.values()))
+    figure, ax = plt.subplots(
+        figsize=(0.6 * width + 2.2, 0.42 * len(moments) + 0.7), layout="constrained"
+    )
+    for row, blocks in enumerate(moments.values()):
+        for slot, block in enumerate(blocks):
+            colour = SINK if slot < pinned else VIDEO
+            is_new = block == max(blocks)
+            edge = dict(ec="black" if is_new else "white", lw=2, zorder=2 if is_new else 1)
+            ax.add_patch(plt.Rectangle((slot - 0.44, row - 0.4), 0.88, 0.8, fc=colour, **edge))
+            ax.text(slot, row, str(block), ha="center", va="center", color="white", zorder=3)
+    ax.set(xlim=(-0.6, width - 0.4), ylim=(len(moments) - 0.4, -0.6), xlabel="slot of the cache")
+    ax.set_xticks(range(width))
+    ax.set_yticks(range(len(moments)), moments)
+    return figure
 
 
 # ---- clips ----
@@ -175,7 +242,111 @@ def _mark(ax, time, wall, marker):
     ax.axvline(time, color=WALL_COLOURS[wall], lw=0.8, alpha=0.7)
 
 
+def draw_strips(clips, per_second=3, cfg=config.TOY):
+    """Clips below each other, for comparison: {label: frames (P, 3, H, W) in [0, 1]}."""
+    seconds = max(1 / per_second, max(len(f) - 1 for f in clips.values()) / cfg.fps)
+    figure, axes = plt.subplots(
+        len(clips), 1, figsize=(10, 0.35 + len(clips) * 10 / (seconds * per_second)), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for ax, (label, frames) in zip(axes[:, 0], clips.items()):
+        _draw_strip(ax, frames, 0, seconds, per_second, cfg)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+    axes[-1, 0].set_xticks(np.arange(int(seconds) + 1))
+    axes[-1, 0].set_xlabel("seconds", fontsize=8)
+    return figure
+
+
+# ---- attention, and other tables of numbers ----
+
+
+def draw_maps(
+    maps, colour=VIDEO, xlabel="key", ylabel="query", extent=None, numbers=False, marks=()
+):
+    """Tables of numbers side by side, zero white: {title: (rows, columns)}.
+
+    colour    one for all, or one for each
+    extent    (left, right, bottom, top) in the units of the labels; default: row and column
+    numbers   write each number into its field
+    marks     places on both axes to be marked by lines
+    """
+    colours = [colour] * len(maps) if isinstance(colour, str) else colour
+    figure, axes = plt.subplots(
+        1, len(maps), figsize=(min(11, 4.6 * len(maps)), 3.8), squeeze=False, layout="constrained"
+    )
+    for ax, (title, values), tint in zip(axes[0], maps.items(), colours):
+        shades = matplotlib.colors.LinearSegmentedColormap.from_list("shades", ["white", tint])
+        values = torch.as_tensor(values)
+        image = ax.imshow(
+            values, cmap=shades, vmin=0, extent=extent, aspect="auto", interpolation="nearest"
+        )
+        figure.colorbar(image, ax=ax, shrink=0.8)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        for (row, column), value in np.ndenumerate(values.numpy()) if numbers else ():
+            ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8)
+        for place in marks:
+            ax.axvline(place, color="black", lw=0.5, ls=":")
+            ax.axhline(place, color="black", lw=0.5, ls=":")
+    return figure
+
+
 # ---- curves ----
+
+
+def draw_lines(lines, xlabel, ylabel, title="", **limits):
+    """Curves of one picture: {label: values} or {label: (x, values)}.
+
+    limits   further settings of the axes, e.g. ylim=(0, 1), yscale="log"
+    """
+    figure, ax = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for i, (label, values) in enumerate(lines.items()):
+        x, y = values if isinstance(values, tuple) else (range(len(values)), values)
+        colour = {"video": VIDEO, "audio": AUDIO}.get(label, CURVES[i % len(CURVES)])
+        ax.plot(x, y, "o-", ms=3, lw=1.2, label=label, color=colour)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, **limits)
+    ax.grid(alpha=0.3)
+    if len(lines) > 1:
+        ax.legend(fontsize=8)
+    return figure
+
+
+def draw_plane(panels, arrows=None, reach=4.0):
+    """Points of the plane: {title: {label: (n, 2)}}, one panel each.
+
+    arrows   {title: (places (n, 2), directions (n, 2))}
+    """
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3.5 * len(panels), 3.6), squeeze=False, layout="constrained"
+    )
+    for ax, (title, sets) in zip(axes[0], panels.items()):
+        for (label, points), colour in zip(sets.items(), CURVES):
+            ax.plot(*torch.as_tensor(points).T, ".", ms=3, alpha=0.5, color=colour, label=label)
+        if arrows and title in arrows:
+            places, directions = (torch.as_tensor(a).T for a in arrows[title])
+            ax.quiver(*places, *directions, color="black", width=0.005, angles="xy")
+        ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        ax.legend(fontsize=7, loc="lower left", markerscale=4)
+    return figure
+
+
+def draw_calls(calls):
+    """Passes of a rollout in order: (block, sigma, has_gradient); sigma = 0 is a refresh."""
+    figure, ax = plt.subplots(figsize=(9, 2.8), layout="constrained")
+    for i, (block, sigma, has_gradient) in enumerate(calls):
+        colour = CURVES[2 if has_gradient else 3 if sigma == 0 else 0]
+        ax.bar(i, sigma + 0.03, color=colour)
+        if i == 0 or calls[i - 1][0] != block:
+            ax.axvline(i - 0.5, color="black", lw=0.8)
+            ax.text(i - 0.4, 1.08, f"block {block}", fontsize=8)
+    for label, colour in (
+        ("no gradient", CURVES[0]), ("gradient", CURVES[2]), ("refresh at sigma = 0", CURVES[3]),
+    ):  # fmt: skip
+        ax.bar(0, 0, color=colour, label=label)
+    ax.set(xlabel="pass", ylabel="sigma", ylim=(0, 1.2))
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
 
 
 def draw_loss(log, title):

@@ -1,0 +1,167 @@
+"""Execute the notebooks in place, from the first cell to the last, without Jupyter.
+
+    python notebooks/run.py             all of them; outputs and pictures are written back
+    python notebooks/run.py 01 06       those whose names begin like this
+    python notebooks/run.py --check     execute and say whether every cell ran; write nothing
+
+Each notebook runs in a process of its own, in its own folder, so that none finds anything that
+another one left behind. The cells are plain Python: what they print is kept, and so is the value of
+a last line, as Jupyter would show it: a PNG (`_repr_png_` or a figure), HTML (`_repr_html_`), text.
+"""
+
+import argparse
+import ast
+import base64
+import contextlib
+import io
+import json
+import linecache
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+DPI = 80  # of figures that a cell leaves open
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+class CellError(Exception):
+    """A cell failed; the message names it and shows its traceback."""
+
+
+# ---- one cell ----
+
+
+def run_cell(source, namespace, title) -> list[dict]:
+    """Execute one cell in the namespace of those before it; its outputs, as a notebook has them.
+
+    title   stands for a file name in tracebacks
+    """
+    # without this neither a traceback nor inspect.getsource would find the cell's lines
+    linecache.cache[title] = (len(source), None, source.splitlines(keepends=True), title)
+    statements, last = ast.parse(source).body, None
+    if statements and isinstance(statements[-1], ast.Expr):
+        last = ast.Expression(statements.pop().value)
+    printed, value = io.StringIO(), None
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        exec(compile(ast.Module(statements, []), title, "exec"), namespace)
+        if last:
+            value = eval(compile(last, title, "eval"), namespace)
+    outputs = []
+    if printed.getvalue():
+        outputs.append(
+            {"name": "stdout", "output_type": "stream", "text": lines(printed.getvalue())}
+        )
+    outputs += [output("display_data", figure) for figure in open_figures()]
+    return outputs + ([output("execute_result", value)] if value is not None else [])
+
+
+def output(kind, value) -> dict:
+    """A value in every form that a notebook may show it in."""
+    data = {"text/plain": lines(repr(value))}
+    if hasattr(value, "_repr_html_"):
+        data["text/html"] = lines(value._repr_html_())
+    if png := png_of(value):
+        data["image/png"] = base64.b64encode(png).decode()
+    return {"data": data, "metadata": {}, "output_type": kind}
+
+
+def png_of(value) -> bytes | None:
+    if hasattr(value, "_repr_png_"):
+        return value._repr_png_()
+    if hasattr(value, "savefig"):
+        buffer = io.BytesIO()
+        value.savefig(buffer, dpi=DPI, format="png")
+        return buffer.getvalue()
+    return None
+
+
+def open_figures():
+    """Figures that the cell has drawn and not closed; they are closed on the way."""
+    plt = sys.modules.get("matplotlib.pyplot")
+    for number in plt.get_fignums() if plt else ():
+        figure = plt.figure(number)
+        yield figure
+        plt.close(figure)
+
+
+def lines(text) -> list[str]:
+    """As notebooks store text: one string a line."""
+    return text.splitlines(keepends=True)
+
+
+# ---- one notebook ----
+
+
+def code_cells(notebook) -> list[dict]:
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def execute(notebook, name):
+    """Run all code cells in order; fill in their outputs and counts.  Raises CellError."""
+    namespace = {"__name__": "__main__"}
+    for count, cell in enumerate(code_cells(notebook), 1):
+        title = f"{name}, code cell {count}"
+        try:
+            outputs = run_cell("".join(cell["source"]), namespace, title)
+        except Exception as error:
+            raise CellError(f"{title} failed:\n{traceback.format_exc()}") from error
+        cell["execution_count"] = count
+        cell["outputs"] = [
+            {"execution_count": count, **o} if o["output_type"] == "execute_result" else o
+            for o in outputs
+        ]
+    notebook["metadata"] = METADATA
+
+
+def work(path, check):
+    """Execute one notebook file and report in a line; the body of a process of its own."""
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    os.chdir(FOLDER)  # where Jupyter would be
+    notebook, start = json.loads(path.read_text(encoding="utf-8")), time.perf_counter()
+    try:
+        execute(notebook, path.stem)
+    except CellError as error:
+        sys.exit(str(error))
+    if not check:
+        text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+        beside = path.with_suffix(".partial")  # a kill must not leave half a notebook
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    cells, seconds = len(code_cells(notebook)), time.perf_counter() - start
+    size = path.stat().st_size / 1000
+    print(f"{path.stem:20} {cells:3} cells {seconds:6.1f} s {size:6.0f} kB", flush=True)
+
+
+def main():
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("names", nargs="*", help="beginnings of names; default: every notebook")
+    p.add_argument("--check", action="store_true", help="execute only, write nothing")
+    args = p.parse_args()
+    paths = sorted(FOLDER.glob("*.ipynb"))
+    for name in args.names:
+        if not any(path.name.startswith(name) for path in paths):
+            p.error(f"no notebook begins with {name!r}")
+    if args.names:
+        paths = [path for path in paths if path.name.startswith(tuple(args.names))]
+    failed = []
+    for path in paths:
+        process = multiprocessing.get_context("spawn").Process(target=work, args=(path, args.check))
+        process.start()
+        process.join()
+        if process.exitcode:
+            failed.append(path.stem)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
