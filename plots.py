@@ -390,7 +390,9 @@ def draw_drift(by_time, step=1):
     for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
         for i, (name, windows) in enumerate(by_time.items()):
             middle = (np.arange(len(windows)) + 0.5) * step
-            ax.plot(middle, [w[metric] for w in windows], "o-", ms=3, label=name, color=f"C{i}")
+            line, colour = ("o-", "s--")[i // len(CURVES) % 2], CURVES[i % len(CURVES)]
+            values = [w[metric] for w in windows]
+            ax.plot(middle, values, line, ms=3, label=name, color=colour)
         ax.set(title=label, ylim=limits)
         ax.grid(alpha=0.3)
     for ax in axes[1]:
