@@ -1,9 +1,9 @@
-"""Prompts to caption features at full size: Gemma 3, once, and then it makes room.
+"""Prompts to caption features: the toy's words, and at full size Gemma 3, which then makes room.
 
-LTX-2 reads prompts through Gemma 3 12B: all 49 hidden states of every token, normalised together,
-projected to one vector, and passed through two small transformers ("connectors"), one for video and
-one for audio, that put learned registers where a prompt has no tokens. So the features have 1024
-tokens whatever the prompt, and the transformer needs no text mask.
+The toy has eight words, each a unit vector. LTX-2 reads prompts through Gemma 3 12B: all 49 hidden
+states of every token, normalised together, projected to one vector, and passed through two small
+transformers ("connectors"), one for video and one for audio, that put learned registers where a
+prompt has no tokens. So a prompt has 1024 tokens whatever its length, and no text mask is needed.
 
 The encoder is two thirds the size of the video model, and no block of the stream needs it again:
 every prompt of a stream is encoded before it starts, and the encoder is freed.
@@ -17,9 +17,19 @@ from typing import NamedTuple
 
 import torch
 
+import toy_world
+
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
 TOKENS = 1024  # of the features of every prompt
+
+
+def toy_features(prompt) -> tuple:
+    """The toy's features (1, 3, 9), the same for both streams.
+
+    Raises ValueError for words that it does not know, listing those that it knows.
+    """
+    return (toy_world.caption_features(toy_world.parse_prompt(prompt)),)
 
 
 class Features(NamedTuple):

@@ -31,7 +31,6 @@ import contextlib
 import re
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,23 +40,17 @@ from tqdm import tqdm
 
 import captions
 import cli
-import config
-import decoders
 import dmd
 import files
-import ltx2
-import memory_plan
-import model
 import page
 import plots
 import self_forcing
-import toy_codec
-import toy_world
+from captions import toy_features
 from masks import block_seconds, num_blocks
 from movie import Movie, check_writable
+from parts import Order, parts_for
 from stopwatch import Stopwatch
 
-WEIGHTS = Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"  # the toy's
 STREAMED = ("toy", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # if nothing is asked for
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
@@ -73,11 +66,6 @@ class Cue(NamedTuple):
 
     seconds: float
     prompt: str
-
-
-def toy_features(prompt) -> tuple:
-    """What the toy's layers read of a prompt.  Raises ValueError for words it does not know."""
-    return (toy_world.caption_features(toy_world.parse_prompt(prompt)),)
 
 
 def parse_cues(prompts, seconds, check=toy_features) -> list[Cue]:
@@ -135,98 +123,7 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=t
     yield from self_forcing.rollout(net, text_at, blocks, sigmas, generator, batch, window)
 
 
-# ---- what a stream is made of: the toy's parts, or LTX-2's ----
-
-
-class Order(NamedTuple):
-    """What was asked for, checked."""
-
-    cfg: config.Config
-    cues: list
-    seconds: float
-    window: int
-    steps: int | None
-    weights: str | None
-    ltx2: str | None
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def num_blocks(self):
-        return num_blocks(self.seconds, self.cfg)
-
-
-class Parts(NamedTuple):
-    """Everything between a prompt and a film."""
-
-    net: model.OmniTransformer
-    read: object  # words -> caption features
-    make_decoder: object  # Stopwatch.watch -> decoder
-    text_seconds: float = 0.0  # of reading the prompts
-
-
-def toy_parts(order) -> Parts:
-    """The shipped student, or another of this project, and the toy's codec."""
-    if order.weights == "random":
-        net = ltx2.random_weights(order.cfg, order.device, order.dtype)
-    else:
-        net = load_student(order.weights or WEIGHTS, order.cfg, order.device, order.dtype)
-    codec = toy_codec.load(order.cfg)
-    return Parts(net, toy_features, lambda watch: decoders.ToyDecoder(codec, watch))
-
-
-def full_parts(order) -> Parts:
-    """LTX-2's text path, a student's transformer and LTX-2's decoders, loaded in this order.
-
-    The text encoder has left the memory before the transformer comes.
-    """
-    is_random = order.weights == "random"
-    if not is_random:  # complain before anything slow begins
-        captions.check_folder(order.ltx2)
-        source = ltx2.Source(order.weights, order.cfg)
-    check_memory(order)
-    start, prompts = time.perf_counter(), [cue.prompt for cue in order.cues]
-    at = order.device, order.dtype
-    if is_random:
-        features = captions.random_features(prompts, order.cfg, *at)
-    else:
-        features = captions.encode_and_free(order.ltx2, prompts, *at)
-    seconds = time.perf_counter() - start
-    net = ltx2.random_weights(order.cfg, *at) if is_random else source.load(*at)
-    nets = decoders.random_weights(*at) if is_random else decoders.load(order.ltx2, *at)
-
-    def make_decoder(watch):
-        return decoders.Decoder(*nets, net.cfg, watch=watch)
-
-    return Parts(net, features.__getitem__, make_decoder, seconds)
-
-
-def check_memory(order):
-    """Print what the stream will need.  Raises ValueError if it does not fit."""
-    cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
-    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues))
-    rows += memory_plan.decoder_rows(cfg, dtype)
-    free = memory_plan.free_bytes(order.device)
-    print(memory_plan.shown(rows, free))
-    memory_plan.check(rows, free, cfg, blocks, dtype)
-    if order.ltx2:
-        memory_plan.check_text(order.ltx2, free)
-
-
 # ---- the command line ----
-
-
-def load_student(path, cfg, device="cpu", dtype=torch.float32):
-    """A student for this config.  Raises ValueError for a file that does not fit it."""
-    net = model.load(path)
-    ours, theirs = cfg.to_dict(), net.cfg.to_dict()
-    if differing := [n for n in ours if ours[n] != theirs[n] and n != "name"]:
-        n = differing[0]
-        raise ValueError(
-            f"{path}: made for config {net.cfg.name!r} with {n}={theirs[n]!r}; "
-            f"--config {cfg.name} needs {n}={ours[n]!r}"
-        )
-    return net.to(device, dtype)
 
 
 def parse_seconds(text) -> float:
@@ -354,7 +251,7 @@ def main():
     args = options().parse_args()
     order = parse(args)
     check_writable(args.out)
-    parts = (toy_parts if order.cfg.name == "toy" else full_parts)(order)
+    parts = parts_for(order)
     watch = Stopwatch(order.device)
     decoder, cfg = parts.make_decoder(watch.watch), parts.net.cfg
     watch.watch_passes(parts.net, len(dmd.few_step_sigmas(cfg, order.steps)) - 1)

@@ -28,8 +28,8 @@ import cli  # noqa: E402
 import config  # noqa: E402
 import dmd  # noqa: E402
 import files  # noqa: E402
-import generate  # noqa: E402
 import model  # noqa: E402
+import parts  # noqa: E402
 import plots  # noqa: E402
 import toy_world  # noqa: E402
 from kv_cache import CachedView, MaskedView  # noqa: E402
@@ -130,12 +130,12 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--only", choices=["stream", "long", "prefix"], help="just one of the three")
     args = p.parse_args()
-    net = generate.load_student(generate.WEIGHTS, config.TOY)
+    net = parts.load_student(parts.WEIGHTS, config.TOY)
     tokens = toy_world.parse_prompt("red fast metal")
     with torch.inference_mode():
         text = net.project_text(toy_world.caption_features(tokens))
-    parts = {"stream": bench_stream, "long": bench_long, "prefix": lambda: bench_prefix(net, text)}
-    result = {name: part() for name, part in parts.items() if args.only in (None, name)}
+    kinds = {"stream": bench_stream, "long": bench_long, "prefix": lambda: bench_prefix(net, text)}
+    result = {name: part() for name, part in kinds.items() if args.only in (None, name)}
     for name in ("stream", "long"):
         if name in result:
             print(name, json.dumps(result[name], indent=1))

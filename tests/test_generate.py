@@ -27,6 +27,7 @@ import decoders
 import files
 import generate
 import model
+import parts
 import toy_codec
 import toy_world
 from movie import Movie
@@ -58,7 +59,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     """Run the command line here, in an empty folder: -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "toy", SMALL)
-    monkeypatch.setattr(generate, "WEIGHTS", weights / "good")
+    monkeypatch.setattr(parts, "WEIGHTS", weights / "good")
 
     def main(*args):
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
@@ -113,7 +114,7 @@ def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, 
 def test_the_film_shows_and_sounds_what_was_generated(run):
     """Pictures and sound of the file are the decoded blocks, up to what the codecs lose."""
     run("--seconds", 2, "--seed", 4, "--prompt", "blue slow wood")
-    net = generate.load_student(generate.WEIGHTS, SMALL)
+    net = parts.load_student(parts.WEIGHTS, SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = map(decoder.decode, generate.stream(net, "blue slow wood", 2, seed=4))
     frames, _, samples = zip(*pieces)
@@ -209,7 +210,7 @@ def test_a_flash_and_a_click_are_in_time(tmp_path):
 
 def test_blocks_decode_to_their_own_seconds(weights):
     """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = [*map(decoder.decode, generate.stream(net, "red", 3)), decoder.finish()]
     sizes = [(len(p.frames), len(p.levels), *p.samples.shape) for p in pieces]
@@ -225,7 +226,7 @@ def blocks_of(net, *cues, seconds=4):
 
 def test_a_prompt_switch_changes_only_what_comes_after_it(weights):
     """At second 2: blocks 0 to 2 (which end at 2) are bitwise equal, 3 and 4 are not."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     plain = blocks_of(net, (0, "red fast metal"))
     switched = blocks_of(net, (0, "red fast metal"), (2, "blue slow wood"))
     same = [all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched)]
@@ -234,7 +235,7 @@ def test_a_prompt_switch_changes_only_what_comes_after_it(weights):
 
 def test_a_switch_inside_a_block_waits_for_the_next(weights):
     """At second 1.5: block 2, which begins at 1, is still the old prompt's; block 3 is not."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     plain = blocks_of(net, (0, "red fast metal"), seconds=3)
     switched = blocks_of(net, (0, "red fast metal"), (1.5, "blue slow wood"), seconds=3)
     same = [all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched)]
@@ -243,7 +244,7 @@ def test_a_switch_inside_a_block_waits_for_the_next(weights):
 
 def test_a_switch_to_the_same_words_is_none(weights):
     """Only the words matter, not that there is a cue, nor their order."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     plain, switched = (
         blocks_of(net, (0, "red fast")),
         blocks_of(net, (0, "red fast"), (2, "fast red")),
@@ -253,7 +254,7 @@ def test_a_switch_to_the_same_words_is_none(weights):
 
 def test_blocks_come_one_by_one(weights, monkeypatch):
     """The stream is a generator: an hour costs nothing until its blocks are asked for."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     passes = []
     net.register_forward_pre_hook(lambda *_: passes.append(1))
     stream = generate.stream(net, "red", 3600)
@@ -264,7 +265,7 @@ def test_blocks_come_one_by_one(weights, monkeypatch):
 
 def test_clips_side_by_side_differ_in_their_noise(weights):
     """batch=2 gives two different streams of the same prompt."""
-    net = generate.load_student(weights / "good", SMALL)
+    net = parts.load_student(weights / "good", SMALL)
     block = next(generate.stream(net, "red", 1, batch=2))
     assert len(block.video) == 2 and not torch.equal(*block.video)
 
@@ -342,7 +343,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_file(run, weights, tmp_path, a
 
 def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
     """Without the file of the default student, the message names it."""
-    monkeypatch.setattr(generate, "WEIGHTS", tmp_path / "student.safetensors")
+    monkeypatch.setattr(parts, "WEIGHTS", tmp_path / "student.safetensors")
     status, _, err = run()
     assert status == 2 and "student.safetensors: no such file" in err and err.count("\n") == 1
 
@@ -502,7 +503,7 @@ def test_help_documents_every_option(run, monkeypatch):
 def test_a_student_is_loaded_as_it_was_saved(weights):
     """Every tensor is the file's; in another precision when asked for."""
     tensors, _, _ = files.read_weights(weights / "good")
-    net = generate.load_student(weights / "good", SMALL, dtype=torch.bfloat16)
+    net = parts.load_student(weights / "good", SMALL, dtype=torch.bfloat16)
     assert not net.training
     for name, t in net.state_dict().items():
         assert torch.equal(t, tensors[name].bfloat16())

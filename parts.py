@@ -1,0 +1,118 @@
+"""What a stream is made of: everything between a prompt and a film, for the toy or the full size.
+
+The toy needs a file of this repository. The full size needs a text encoder, a transformer and three
+decoders, which do not all fit a GPU at once: they come one after the other, and the text encoder is
+gone before the transformer arrives. What can be refused is refused before anything is read.
+
+"random" weights take the place of any file, to measure speed and memory.
+"""
+
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+
+import captions
+import config
+import decoders
+import ltx2
+import memory_plan
+import model
+import toy_codec
+from masks import num_blocks
+
+WEIGHTS = Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"  # the toy's
+
+
+class Order(NamedTuple):
+    """What was asked for, checked."""
+
+    cfg: config.Config
+    cues: list
+    seconds: float
+    window: int
+    steps: int | None
+    weights: str | None
+    ltx2: str | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def num_blocks(self):
+        return num_blocks(self.seconds, self.cfg)
+
+
+class Parts(NamedTuple):
+    """Everything between a prompt and a film."""
+
+    net: model.OmniTransformer
+    read: Callable  # words -> caption features
+    make_decoder: Callable  # Stopwatch.watch -> decoder
+    text_seconds: float = 0.0  # of reading the prompts
+
+
+def parts_for(order) -> Parts:
+    """Load them.  Raises ValueError, in one line, for what is missing, foreign or too large."""
+    return toy_parts(order) if order.cfg.name == "toy" else full_parts(order)
+
+
+def toy_parts(order) -> Parts:
+    """The shipped student, or another of this project, and the toy's codec."""
+    if order.weights == "random":
+        net = ltx2.random_weights(order.cfg, order.device, order.dtype)
+    else:
+        net = load_student(order.weights or WEIGHTS, order.cfg, order.device, order.dtype)
+    codec = toy_codec.load(order.cfg)
+    return Parts(net, captions.toy_features, lambda watch: decoders.ToyDecoder(codec, watch))
+
+
+def full_parts(order) -> Parts:
+    """LTX-2's text path, a student's transformer and LTX-2's decoders, loaded in this order.
+
+    The text encoder has left the memory before the transformer comes.
+    """
+    is_random = order.weights == "random"
+    if not is_random:  # complain before anything slow begins
+        captions.check_folder(order.ltx2)
+        source = ltx2.Source(order.weights, order.cfg)
+    check_memory(order)
+    start, prompts = time.perf_counter(), [cue.prompt for cue in order.cues]
+    at = order.device, order.dtype
+    if is_random:
+        features = captions.random_features(prompts, order.cfg, *at)
+    else:
+        features = captions.encode_and_free(order.ltx2, prompts, *at)
+    seconds = time.perf_counter() - start
+    net = ltx2.random_weights(order.cfg, *at) if is_random else source.load(*at)
+    nets = decoders.random_weights(*at) if is_random else decoders.load(order.ltx2, *at)
+
+    def make_decoder(watch):
+        return decoders.Decoder(*nets, net.cfg, watch=watch)
+
+    return Parts(net, features.__getitem__, make_decoder, seconds)
+
+
+def check_memory(order):
+    """Print what the stream will need.  Raises ValueError if it does not fit."""
+    cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
+    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues))
+    rows += memory_plan.decoder_rows(cfg, dtype)
+    free = memory_plan.free_bytes(order.device)
+    print(memory_plan.shown(rows, free))
+    memory_plan.check(rows, free, cfg, blocks, dtype)
+    if order.ltx2:
+        memory_plan.check_text(order.ltx2, free)
+
+
+def load_student(path, cfg, device="cpu", dtype=torch.float32):
+    """A student for this config.  Raises ValueError for a file that does not fit it."""
+    net = model.load(path)
+    ours, theirs = cfg.to_dict(), net.cfg.to_dict()
+    if differing := [n for n in ours if ours[n] != theirs[n] and n != "name"]:
+        n = differing[0]
+        raise ValueError(
+            f"{path}: made for config {net.cfg.name!r} with {n}={theirs[n]!r}; "
+            f"--config {cfg.name} needs {n}={ours[n]!r}"
+        )
+    return net.to(device, dtype)
