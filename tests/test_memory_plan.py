@@ -1,6 +1,7 @@
 """The plan is what really happens: its rows against bytes counted on running models."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,3 +102,16 @@ def test_what_does_not_fit_is_refused_with_the_window_that_does():
 def test_free_memory_is_a_sensible_number():
     """Some megabytes at least, and less than a petabyte."""
     assert 1e7 < memory_plan.free_bytes(torch.device("cpu")) < 1e15
+
+
+def test_the_readme_quotes_the_plan():
+    """Its table of memory is what `python memory_plan.py` prints."""
+    pytest.importorskip("diffusers")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    like = config.FULL, torch.bfloat16
+    for window in (5, 15, 25):
+        rows = memory_plan.stream_rows(config.FULL, 121, window, torch.bfloat16)
+        weights, cache, text, one_pass = (row.num_bytes / 1e9 for row in rows)
+        rest = one_pass + memory_plan.total(memory_plan.decoder_rows(*like)) / 1e9
+        for size in (weights, cache, text, rest):
+            assert f"| {size:.2f} GB " in readme
