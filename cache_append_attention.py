@@ -22,6 +22,7 @@ are part of a captured launch, so a stream needs a graph per place in the ring.
     python cache_append_attention.py        # which path runs here, and why
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -34,11 +35,14 @@ from pathlib import Path
 import torch
 
 import files
+from rope import Rope
 
 SOURCE = Path(__file__).with_suffix(".cu")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 HEAD_SIZES = (24, 40, 64, 128)  # of the toy's audio and video, and of the full size's
 FEW = 64  # queries and new keys up to which one launch does it all; not measured on a GPU yet
+MOST_THREADS = 1024  # of a block
+NO_ROPE = Rope(None, None, "split")
 FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
 
 
@@ -107,6 +111,7 @@ class Kernel:
     """A compiled cache_append_attention.cu."""
 
     def __init__(self, path):
+        self.path = path
         library = ctypes.CDLL(str(path))
         if (size := library.cache_append_args_size()) != ctypes.sizeof(Args):
             raise RuntimeError(f"{path}: Args has {size} bytes, here {ctypes.sizeof(Args)}")
@@ -167,48 +172,109 @@ def require(device="cuda") -> str:
     return text
 
 
+# ---- check ----
+
+TENSORS = (
+    "q", "q_weight", "q_cos", "q_sin", "k", "k_weight", "k_cos", "k_sin", "v", "k_cache", "v_cache"
+)  # fmt: skip
+
+
+def check(tensors, first, filled, start):
+    """Raise ValueError, in one line, for anything that the kernel would misread.
+
+    It runs before every launch, so the usual case is one quick test per tensor.
+    """
+    q, k, k_cache = tensors[0], tensors[4], tensors[9]
+    turns = [None if t is None else len(t) for t in (*tensors[2:4], *tensors[6:8])]
+    shapes = expected_shapes(q.shape, k.shape, k_cache.shape, *turns)
+    dtype, device, grad = q.dtype, q.device, torch.is_grad_enabled()
+    for name, t, shape in zip(TENSORS, tensors, shapes):
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(f"{name} is {tuple(t.shape)}, expected {shape}")
+        if t.dtype != dtype or t.device != device:
+            raise ValueError(f"{name} is {t.dtype} on {t.device}, q is {dtype} on {device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: its strides are {t.stride()}")
+        if t.data_ptr() % 16:
+            raise ValueError(f"{name} does not start at a multiple of 16 bytes")
+        if grad and t.requires_grad:
+            raise ValueError(f"{name} requires grad, which the kernel does not record")
+    if dtype not in DTYPES:
+        raise ValueError(f"{dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}")
+    if not 0 <= first <= start <= start + k.shape[1] <= filled <= k_cache.shape[1]:
+        raise ValueError(
+            f"slots [{start}, {start + k.shape[1]}) of the new keys do not lie within the visible "
+            f"[{first}, {filled}) of {k_cache.shape[1]}"
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def expected_shapes(q, k, k_cache, *turns):
+    """The shape of every argument, in the order of TENSORS, from those of three.
+
+    turns   rows of the four rotation tables; None if there are none
+    """
+    q, k, k_cache = (tuple(shape) for shape in (q, k, k_cache))
+    if len(k_cache) != 4 or k_cache[3] not in HEAD_SIZES:
+        raise ValueError(f"k_cache is {k_cache}, expected (B, slots, H, D) with D in {HEAD_SIZES}")
+    if len(q) != 3 or len(k) != 3 or not (q[0] and q[1] and k[1]):
+        raise ValueError(f"q is {q} and k is {k}, expected (B, tokens, H*D) with a token at least")
+    if len({t is None for t in turns}) == 2:
+        raise ValueError("cos and sin of queries and keys: give all four or none")
+    B, _, H, D = k_cache
+    if H * D // 2 > 4 * MOST_THREADS:
+        raise ValueError(f"{H} heads of {D} are too wide: a thread of a row takes 4 pairs or more")
+    width, shapes = H * D, []
+    for tokens, tables in ((q[1], turns[:2]), (k[1], turns[2:])):
+        shapes += [(B, tokens, width), (width,)]
+        shapes += [(1 if rows == 1 else tokens, width // 2) for rows in tables]
+    return [*shapes, (B, k[1], width), k_cache, k_cache]
+
+
 # ---- register ----
 
 SIGNATURE = """(
-    Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight,
-    Tensor? q_cos, Tensor? q_sin, Tensor? k_cos, Tensor? k_sin,
-    Tensor(a!) k_cache, Tensor(b!) v_cache,
+    Tensor q, Tensor q_weight, Tensor? q_cos, Tensor? q_sin,
+    Tensor k, Tensor k_weight, Tensor? k_cos, Tensor? k_sin,
+    Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache,
     int first, int filled, int start, bool split, float eps) -> Tensor"""
 
 
 def _operator(whole):
-    """The implementation of `fused` (whole) or `append`; arguments as in SIGNATURE."""
+    """The implementation of `fused` (whole) or `append`: 11 tensors, then the rest of SIGNATURE."""
 
-    def run(q, k, v, q_weight, k_weight, q_cos, q_sin, k_cos, k_sin, k_cache, v_cache,
-            first, filled, start, split, eps):  # fmt: skip
-        found = kernel_or_reason(q.device)
-        if isinstance(found, str):
-            raise ValueError(f"cache_append_attention: {found}")
-        tables = (q_cos, q_sin, k_cos, k_sin)
-        check(q, k, v, q_weight, k_weight, tables, k_cache, v_cache, first, filled, start)
+    def run(*arguments):
+        tensors, (first, filled, start, split, eps) = arguments[:11], arguments[11:]
+        q, k, k_cache = tensors[0], tensors[4], tensors[9]
+        kernel = kernel_or_reason(q.device)
+        if isinstance(kernel, str):
+            raise ValueError(f"cache_append_attention: {kernel}")
+        check(tensors, first, filled, start)
         out = torch.empty_like(q)
+        pointers = [None if t is None else t.data_ptr() for t in tensors]
+        turns = [0 if t is None else len(t) for t in (tensors[2], tensors[6])]
         B, N, H, D = k_cache.shape
         args = Args(
-            _raw(q, q_weight, q_cos, q_sin), _raw(k, k_weight, k_cos, k_sin), v.data_ptr(),
-            k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), B, H, N,
-            first, filled, start, split, eps,
+            Raw(*pointers[:4], q.shape[1], turns[0]), Raw(*pointers[4:8], k.shape[1], turns[1]),
+            *pointers[8:], out.data_ptr(), B, H, N, first, filled, start, split, eps,
         )  # fmt: skip
-        if q.device.type == "cpu":
-            found(q.dtype, D, whole, args, None)
-        else:
-            with torch.cuda.device(q.device):
-                stream = torch.cuda.current_stream(q.device).cuda_stream
-                found(q.dtype, D, whole, args, stream)
+        with _current(q.device) as stream:
+            kernel(q.dtype, D, whole, args, stream)
         return out
 
     return run
 
 
-def _raw(x, weight, cos, sin) -> Raw:
-    if cos is None:
-        return Raw(x.data_ptr(), weight.data_ptr(), None, None, x.shape[1], 0)
-    pointers = (t.data_ptr() for t in (x, weight, cos, sin))
-    return Raw(*pointers, x.shape[1], cos.shape[0])
+@contextlib.contextmanager
+def _current(device):
+    """The stream to launch on, with its device made current if it is not."""
+    if device.type == "cpu":
+        yield None
+    else:
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream().cuda_stream
 
 
 def _fake(q, *_):
@@ -223,72 +289,17 @@ for _name, _whole in (("append", False), ("fused", True)):
     torch.library.register_fake(f"omniforcing::{_name}", _fake, lib=library)
 
 
-# ---- check ----
-
-
-def check(q, k, v, q_weight, k_weight, tables, k_cache, v_cache, first, filled, start):
-    """Raise ValueError, in one line, for anything the kernel would misread."""
-    named = dict(zip(("q_cos", "q_sin", "k_cos", "k_sin"), tables))
-    named = {name: t for name, t in named.items() if t is not None}
-    named |= dict(q=q, k=k, v=v, q_weight=q_weight, k_weight=k_weight)
-    named |= dict(k_cache=k_cache, v_cache=v_cache)
-    if q.dtype not in DTYPES:
-        raise ValueError(f"cache_append_attention: dtype {q.dtype} is not supported")
-    if k_cache.dim() != 4 or k_cache.shape[3] not in HEAD_SIZES:
-        raise ValueError(
-            f"k_cache is {tuple(k_cache.shape)}, expected (B, slots, H, D) with D in {HEAD_SIZES}"
-        )
-    for name, shape in _shapes(q, k, k_cache, tables).items():
-        if name in named and tuple(named[name].shape) not in shape:
-            raise ValueError(f"{name} is {tuple(named[name].shape)}, expected {shape[0]}")
-    for name, t in named.items():
-        _check_tensor(name, t, q)
-    if not 0 <= first <= start <= start + k.shape[1] <= filled <= k_cache.shape[1]:
-        raise ValueError(
-            f"slots [{start}, {start + k.shape[1]}) of the new keys do not lie within "
-            f"[{first}, {filled}) of {k_cache.shape[1]}"
-        )
-
-
-def _shapes(q, k, k_cache, tables):
-    """The shapes each argument may have."""
-    B, N, H, D = k_cache.shape
-    Q, T = (x.shape[1] if x.dim() == 3 else 0 for x in (q, k))
-    if H * D // 2 > 1024 * (4 if D in (24, 40) or k.element_size() == 4 else 8):
-        raise ValueError(f"{H} heads of {D}: rows are too wide for a block of 1024 threads")
-    if any((one is None) != (tables[0] is None) for one in tables):
-        raise ValueError("cos and sin of queries and keys: give all four or none")
-    shapes = dict(q=[(B, Q, H * D)], k=[(B, T, H * D)], v=[(B, T, H * D)])
-    shapes |= {name: [(H * D,)] for name in ("q_weight", "k_weight")}
-    shapes |= {f"q_{f}": [(Q, H * D // 2), (1, H * D // 2)] for f in ("cos", "sin")}
-    shapes |= {f"k_{f}": [(T, H * D // 2), (1, H * D // 2)] for f in ("cos", "sin")}
-    return shapes | dict(k_cache=[(B, N, H, D)], v_cache=[(B, N, H, D)])
-
-
-def _check_tensor(name, t, q):
-    if t.dtype != q.dtype or t.device != q.device:
-        raise ValueError(f"{name} is {t.dtype} on {t.device}, q is {q.dtype} on {q.device}")
-    if not t.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: strides {t.stride()}")
-    if t.data_ptr() % 16:
-        raise ValueError(f"{name} does not start at a multiple of 16 bytes")
-    if torch.is_grad_enabled() and t.requires_grad:
-        raise ValueError(f"{name} requires grad, which the kernel does not record")
-
-
 # ---- call ----
 
 
 def supports(q, k, v, heads) -> bool:
     """Whether the kernel may replace PyTorch for these raw projections (B, T, H*D)."""
+    if isinstance(kernel_or_reason(q.device), str) or q.shape[-1] // heads.count not in HEAD_SIZES:
+        return False
     tensors = (q, k, v, heads.q_weight, heads.k_weight)
-    return (
-        q.device.type == "cuda"
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and all(t.dtype == q.dtype in DTYPES and t.is_contiguous() for t in tensors)
-        and q.shape[-1] // heads.count in HEAD_SIZES
-        and not isinstance(kernel_or_reason(q.device), str)
-    )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return all(t.dtype == q.dtype in DTYPES and t.is_contiguous() for t in tensors)
 
 
 def are_few(q, k) -> bool:
@@ -312,14 +323,13 @@ def fused(q, k, v, heads, cache) -> torch.Tensor:
 
 def _arguments(q, k, v, heads, cache):
     here = cache.place_for(heads.split(k))
-    tables = [None] * 4
-    split = False
-    if heads.q_rope is not None:
-        tables = [heads.q_rope.cos, heads.q_rope.sin, heads.k_rope.cos, heads.k_rope.sin]
-        split = heads.q_rope.layout == "split"
+    tables = [rope or NO_ROPE for rope in (heads.q_rope, heads.k_rope)]
+    if tables[0].layout != tables[1].layout:
+        raise ValueError("queries and keys must be rotated in the same layout")
     return (
-        q, k, v, heads.q_weight, heads.k_weight, *tables, cache.k, cache.v,
-        cache.first, cache.num_filled, here.start, split, heads.eps,
+        q, heads.q_weight, tables[0].cos, tables[0].sin,
+        k, heads.k_weight, tables[1].cos, tables[1].sin, v, cache.k, cache.v,
+        cache.first, cache.num_filled, here.start, tables[0].layout == "split", heads.eps,
     )  # fmt: skip
 
 
