@@ -227,9 +227,9 @@ def expected_shapes(q, k, k_cache, *turns):
     if H * D // 2 > 4 * MOST_THREADS:
         raise ValueError(f"{H} heads of {D} are too wide: a thread of a row takes 4 pairs or more")
     width, shapes = H * D, []
-    for tokens, tables in ((q[1], turns[:2]), (k[1], turns[2:])):
+    for tokens, rows in ((q[1], turns[0]), (k[1], turns[2])):  # sin must have as many as cos
         shapes += [(B, tokens, width), (width,)]
-        shapes += [(1 if rows == 1 else tokens, width // 2) for rows in tables]
+        shapes += 2 * [(1 if rows == 1 else tokens, width // 2)]
     return [*shapes, (B, k[1], width), k_cache, k_cache]
 
 

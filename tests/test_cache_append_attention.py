@@ -13,6 +13,7 @@ rounded to it (float32 6e-8, float16 5e-4, bfloat16 4e-3), as in PyTorch.
 """
 
 import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -334,6 +335,7 @@ WRONG = {
     "width": (lambda a: arguments(a["q"].device, H=400), "400 heads of 24 are too wide"),
     "no tokens": (lambda a: {**a, "q": a["q"][:, :0]}, "with a token at least"),
     "tables": (lambda a: {**a, "k_sin": a["k_sin"][:2]}, r"k_sin is \(2, 24\), expected \(5, 24\)"),
+    "rows": (lambda a: {**a, "q_cos": a["q_cos"][:1]}, r"q_sin is \(3, 24\), expected \(1, 24\)"),
     "no sine": (lambda a: {**a, "k_sin": None}, "give all four or none"),
     "values": (lambda a: {**a, "v": a["v"][:, :4]}, r"v is \(1, 4, 48\), expected \(1, 5, 48\)"),
     "cache": (lambda a: {**a, "v_cache": a["v_cache"][:, 1:]}, "v_cache is .* expected"),
@@ -606,3 +608,70 @@ def test_without_a_bug_none_is_found(bugs, monkeypatch):
     """The same cases in the same orders."""
     monkeypatch.setattr(kernel, "emulated", bugs)
     assert not any(is_found(bugs, len(BUGS), seed) for seed in range(4))
+
+
+# ---- sanitizers ----
+
+
+def sanitize(sanitizer, folder, source=kernel.SOURCE):
+    """Build and run tests/sanitize.cpp: -> exit status and what the sanitizer said."""
+    options = ["-std=c++17", "-g", "-O1", "-DEMULATION_THREADS", f"-fsanitize={sanitizer}"]
+    options += [f'-DSOURCE="{source}"', "-fno-sanitize-recover=all"]
+    command = ["g++", *options, str(HERE / "sanitize.cpp"), "-o", str(folder / "sanitize")]
+    subprocess.run(command, check=True)
+    result = subprocess.run([folder / "sanitize"], capture_output=True, text=True)
+    if "unexpected memory mapping" in result.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel of Linux")
+    return result.returncode, result.stderr
+
+
+@needs_gxx
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizer, tmp_path):
+    """No race between barriers, no byte out of bounds, no misaligned load."""
+    assert sanitize(sanitizer, tmp_path) == (0, "")
+
+
+SEEN = {
+    "no barrier after the new keys": ("thread", "data race"),
+    "no barrier before the merge": ("thread", "data race"),
+    "no barrier in the norm": ("thread", "data race"),
+    "no barrier between scores and values": ("thread", "data race"),
+    "rows beyond the last are written": ("address,undefined", "heap-buffer-overflow"),
+    "a load at half its alignment": ("address,undefined", "misaligned address"),
+}
+UNSAFE = {  # only a sanitizer may run these
+    "rows beyond the last are written": [("if (first_row + r >= Q) return;", "")],
+    "a load at half its alignment": [
+        ("(scalar *)x + ((size_t)b", "(scalar *)x + (x == a.v) + ((size_t)b")
+    ],
+}
+
+
+@needs_gxx
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEN)
+def test_sanitizers_see_planted_bugs(name, tmp_path):
+    """Every removed barrier is a race; what is out of bounds or misaligned is named."""
+    (tmp_path / "bug.cu").write_text(planted((BUGS | UNSAFE)[name]))
+    sanitizer, complaint = SEEN[name]
+    status, text = sanitize(sanitizer, tmp_path, tmp_path / "bug.cu")
+    assert status != 0 and complaint in text
+
+
+# ---- the benchmark ----
+
+
+@needs_gxx
+def test_the_benchmark_times_the_kernel(emulated_kernel, monkeypatch):
+    """With a kernel, both of its ways are compared as well, and agree with PyTorch."""
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks/bench_attention.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    monkeypatch.setattr(kernel, "emulated", emulated_kernel)
+    rate = {"operations": 1e12, "bytes": 1e12}
+    result = bench.bench(bench.TINY[0], torch.device("cpu"), rate, rounds=1, repeats=1)
+    ways = [f"{way}_eager" for way in ("chain", "cat", "append", "fused")]
+    assert set(ways) < set(result) and result["chosen_by_kv_cache"] == "fused"
+    assert bench.fits(bench.full_shapes()[1]) and not bench.fits(bench.full_shapes()[0])
