@@ -26,9 +26,10 @@
 // Blocks of one launch run in any order. So no block of `fused` reads a slot that this launch
 // writes: each makes the new keys from the raw input itself, and skips their slots.
 //
-// Floor on an H100 (3 TB/s, 800 TFLOP/s in bfloat16; benchmarks/bench_attention.py computes it):
-// append for 1152 x 4096 moves 57 MB, 19 us; attention of 1152 queries over 6912 keys 163 us; audio,
-// 25 queries over 600 keys, moves 5 MB, 1.7 us. Not measured on a GPU yet.
+// Floors on an H100, computed for 800 TFLOP/s and 3 TB/s (bfloat16, benchmarks/bench_attention.py):
+// `append` for 1152 x 4096 moves 57 MB, 19 us; attention of 1152 queries over 7296 keys (window 5
+// s) multiplies for 172 us; audio, 25 queries over 417 keys (15 s), moves 3.8 MB, 1.3 us. Not
+// measured on a GPU yet.
 //
 // The interface is plain C, called through ctypes by cache_append_attention.py, which checks all
 // arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the result.
@@ -42,18 +43,18 @@
 #endif
 
 struct Raw {  // queries or keys as they leave their projection
-    const void *x;           // (B, tokens, H*D)
-    const void *weight;      // (H*D) of the norm
-    const void *cos, *sin;   // (turns, H*D/2)
+    const void *x;          // (B, tokens, H*D)
+    const void *weight;     // (H*D) of the norm
+    const void *cos, *sin;  // (turns, H*D/2)
     int tokens;
     int turns;  // rows of the tables: one per token, 1 for all tokens alike, 0 for no rotation
 };
 
 struct Args {
     Raw q, k;
-    const void *v;           // (B, T, H*D)
-    void *k_cache, *v_cache; // (B, N, H*D)
-    void *out;               // (B, Q, H*D): queries that are ready (append), attention (fused)
+    const void *v;            // (B, T, H*D)
+    void *k_cache, *v_cache;  // (B, N, H*D)
+    void *out;                // (B, Q, H*D): queries that are ready (append), attention (fused)
     int B, H, N;
     int first, filled;  // slots [first, filled) may be read once the new keys are in
     int start;          // the new keys belong in slots [start, start + T)
@@ -236,11 +237,12 @@ struct Block {
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int Q = a.q.tokens, T = a.k.tokens, width = a.H * D;
     const int num_old = a.filled - a.first - T, num_keys = num_old + T;
-    float *const q;          // (ROWS, D) in pairs, units of (2, V); scaled for exp2
-    float *const P;          // (WARPS, WARP, ROWS) softmax weights of each warp's tile
-    float *const O;          // (WARPS, ROWS, D) for the merge, as the next two
+    // In shared memory:
+    float *const q;            // (ROWS, D) in pairs, units of (2, V); scaled for exp2
+    float *const P;            // (WARPS, WARP, ROWS) softmax weights of each warp's tile
+    float *const O;            // (WARPS, ROWS, D) for the merge, as the next two
     float *const m, *const l;  // (WARPS, ROWS)
-    scalar *const new_k;     // (T, D)
+    scalar *const new_k;       // (T, D)
 
     __device__ Block(const Args &a, float4 *shared)
         : a(a), q((float *)shared), P(q + ROWS * D), O(P + WARPS * WARP * ROWS),
@@ -464,7 +466,7 @@ cudaError_t launch_for(int D, bool whole, const Args &a, cudaStream_t stream) {
     return cudaErrorInvalidValue;
 }
 
-// dtype 0 float, 1 half, 2 bfloat16; whole: attend as well, in the same kernel.  -> a CUDA error code
+// dtype 0 float, 1 half, 2 bfloat16; whole: attend too, in the same kernel.  -> a CUDA error code
 extern "C" int cache_append_attention(int dtype, int D, int whole, const Args *a, void *stream) {
     cudaStream_t on = (cudaStream_t)stream;
     if (dtype == 0) return launch_for<float>(D, whole, *a, on);
@@ -475,4 +477,6 @@ extern "C" int cache_append_attention(int dtype, int D, int whole, const Args *a
 
 extern "C" int cache_append_args_size() { return sizeof(Args); }
 
-extern "C" const char *cache_append_error(int code) { return cudaGetErrorString((cudaError_t)code); }
+extern "C" const char *cache_append_error(int code) {
+    return cudaGetErrorString((cudaError_t)code);
+}
