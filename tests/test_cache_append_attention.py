@@ -368,7 +368,7 @@ def test_a_struct_of_another_size_is_refused(emulated_kernel, monkeypatch):
         _fields_ = [*kernel.Args._fields_, ("more", ctypes.c_int64)]
 
     monkeypatch.setattr(kernel, "Args", Longer)
-    with pytest.raises(RuntimeError, match="Args has 152 bytes, here 160"):
+    with pytest.raises(RuntimeError, match="Args has 144 bytes, here 152"):
         kernel.Kernel(emulated_kernel.path)
 
 
