@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import cache_append_attention as kernel
 import rope
 from masks import SITES
 
@@ -120,6 +121,15 @@ class RollingCache:
         is a copy, history first: the gradient reaches the current block only, and the next write
         into the buffer cannot spoil a backward pass that still needs these values.
         """
+        here = self.place_for(k)
+        with torch.no_grad():
+            self.k[:, here], self.v[:, here] = k, v
+        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+            return self._history_and(k, self.k), self._history_and(v, self.v)
+        return self.visible()
+
+    def place_for(self, k) -> slice:
+        """The slots of keys (B, T, H, D), which must fill them exactly."""
         if self.k is None:
             self._allocate(k)
         here = self.slots
@@ -128,10 +138,10 @@ class RollingCache:
                 f"block {self.block} brings {k.shape[1]} keys, its place in the cache holds "
                 f"{here.stop - here.start}"
             )
-        with torch.no_grad():
-            self.k[:, here], self.v[:, here] = k, v
-        if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
-            return self._history_and(k, self.k), self._history_and(v, self.v)
+        return here
+
+    def visible(self):
+        """Keys and values that may be read, the current block's included: views of the buffers."""
         return self.k[:, self.first : self.num_filled], self.v[:, self.first : self.num_filled]
 
     def _allocate(self, k):
@@ -158,7 +168,13 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
     """Norm and rotate, append to the cache, attend to all it holds: one call per attention.
 
     q (B, Q, H*D)   k, v (B, T, H*D) raw projections -> (B, Q, H*D); Q may differ from T.
+
+    On a GPU and without gradients a kernel does the same in one launch, or in one before SDPA.
     """
+    if kernel.supports(q, k, v, heads):
+        if kernel.are_few(q, k):
+            return kernel.fused(q, k, v, heads, cache)
+        return attention(heads.split(kernel.append(q, k, v, heads, cache)), *cache.visible())
     keys, values = cache.append(heads.keys(k), heads.split(v))
     return attention(heads.queries(q), keys, values)
 

@@ -1,0 +1,277 @@
+"""Append and attend at full size: how far from the floor, and what does the kernel buy?  (GPU)
+
+    python benchmarks/bench_attention.py                        one GPU, about two minutes
+    python benchmarks/bench_attention.py --device cpu --tiny    does the script work?
+
+One attention of one layer in one pass, in the steady state of a stream, bfloat16, one clip; by
+
+  chain    kv_cache.py in PyTorch: norm, rotate, write into the cache, SDPA over its slots
+  cat      the textbook: norm, rotate, concatenate with the past, SDPA
+  append   one kernel that norms, rotates and writes, then SDPA over the slots
+  fused    everything in one kernel
+
+each called one by one (eager) and replayed from a CUDA graph (graph). All four must agree before
+they are timed. A round times each of them in turn; ratios are taken within a round, and medians
+over rounds are reported.
+
+The floor is the larger of two times: multiplications, 4 Q K H D at the rate of a large matrix
+product, and bytes that must move, at the rate of a large copy; both rates are measured first. The
+same buffers are used again and again: what is smaller than the L2 cache (audio) is read from it,
+so its times may lie below the floor of the memory.
+
+Writes results/bench_attention.json.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+
+import cache_append_attention as kernel  # noqa: E402
+import cli  # noqa: E402
+import files  # noqa: E402
+import kv_cache  # noqa: E402
+import rope  # noqa: E402
+from config import FULL  # noqa: E402
+
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # of the largest output; sums vary in order
+
+
+class Shape(NamedTuple):
+    """One attention site in a stream."""
+
+    site: str
+    H: int
+    D: int
+    Q: int  # queries of a block
+    T: int  # keys of a block
+    prefix: int  # keys of block 0
+    window: int  # blocks = seconds
+
+    @property
+    def K(self) -> int:
+        """Keys that are attended to, once the ring is full."""
+        return self.prefix + (self.window + 1) * self.T
+
+    @property
+    def name(self) -> str:
+        return f"{self.site}, window {self.window} s: {self.Q} x {self.K}, {self.H} x {self.D}"
+
+    def multiplications(self) -> int:
+        """Floating-point operations of q k^T and P v."""
+        return 4 * self.Q * self.K * self.H * self.D
+
+    def bytes(self, element=2) -> int:
+        """q in, out; raw k, v in; their slots out; the other slots in.  Nothing twice."""
+        rows = 2 * self.Q + 2 * self.T + 2 * self.T + 2 * (self.K - self.T)
+        return rows * self.H * self.D * element
+
+
+def full_shapes() -> list[Shape]:
+    """The four sites of the full size with windows of 5 and 15 seconds."""
+    video = FULL.video_tokens_per_block, FULL.prefix_video_frames * FULL.tokens_per_frame
+    audio = FULL.audio_frames_per_block, FULL.num_sinks + FULL.prefix_audio_frames
+    H, wide, narrow = FULL.num_heads, FULL.video_width, FULL.audio_width
+    sites = (
+        ("video_self", wide // H, video[0], *video),
+        ("audio_self", narrow // H, audio[0], *audio),
+        ("a2v", narrow // H, video[0], *audio),
+        ("v2a", narrow // H, audio[0], *video),
+    )
+    return [Shape(s[0], H, *s[1:], window) for window in (5, 15) for s in sites]
+
+
+TINY = [Shape("video_self", 1, 40, 6, 6, 2, 2), Shape("v2a", 2, 24, 3, 6, 2, 1)]
+
+
+# ---- the four ways ----
+
+
+def inputs(shape, device, dtype):
+    """Raw q, k, v, heads, and a cache that is full of the past; the rotation turns by noise."""
+    torch.manual_seed(0)
+    width = shape.H * shape.D
+
+    def random(*size):
+        return torch.randn(size, device=device, dtype=dtype)
+
+    def table(tokens):
+        return rope.Rope(*(random(tokens, width // 2) for _ in range(2)), FULL.rope_layout)
+
+    cache = kv_cache.RollingCache(shape.prefix, shape.T, shape.window + 1)
+    cache.k, cache.v = (random(1, shape.K, shape.H, shape.D) for _ in range(2))
+    cache.block = 2 * cache.ring_blocks  # its place is the last of the ring
+    q, k, v = (random(1, n, width) for n in (shape.Q, shape.T, shape.T))
+    one = torch.ones(width, device=device, dtype=dtype)
+    heads = kv_cache.Heads(shape.H, FULL.norm_eps, one, one, table(shape.Q), table(shape.T))
+    return q, k, v, heads, cache
+
+
+def chain(q, k, v, heads, cache):
+    keys, values = cache.append(heads.keys(k), heads.split(v))
+    return kv_cache.attention(heads.queries(q), keys, values)
+
+
+def cat(q, k, v, heads, cache):
+    past = slice(0, cache.slots.start)
+    keys = torch.cat([cache.k[:, past], heads.keys(k)], dim=1)
+    values = torch.cat([cache.v[:, past], heads.split(v)], dim=1)
+    return kv_cache.attention(heads.queries(q), keys, values)
+
+
+def append(q, k, v, heads, cache):
+    queries = heads.split(kernel.append(q, k, v, heads, cache))
+    return kv_cache.attention(queries, *cache.visible())
+
+
+def fits(shape) -> bool:
+    """Whether the new keys of a head leave room in the shared memory of a block of `fused`."""
+    return shape.T * shape.D <= 32 * 1024
+
+
+def ways(shape, device) -> dict:
+    """The functions to compare, by name."""
+    found = dict(chain=chain, cat=cat)
+    if not kernel.path(device).startswith("PyTorch"):
+        found |= dict(append=append) | (dict(fused=kernel.fused) if fits(shape) else {})
+    return found
+
+
+def check_agreement(functions, arguments):
+    """Raise ValueError unless all give what the first gives."""
+    truth, *others = (f(*arguments).float() for f in functions.values())
+    limit = TOLERANCE[arguments[0].dtype] * truth.abs().max()
+    for name, other in zip(list(functions)[1:], others):
+        if not (worst := (other - truth).abs().max()) <= limit:
+            raise ValueError(f"{name} differs from {next(iter(functions))} by {worst:.3g}")
+
+
+# ---- time ----
+
+
+def seconds(call, device, repeats) -> float:
+    """Mean time of a call among `repeats` in a row."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeats
+
+
+def captured(function, arguments):
+    """The function as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # loads modules, makes plans
+        for _ in range(3):
+            function(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function(*arguments)
+    return graph.replay
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def rates(device, n) -> dict:
+    """What this machine reaches: operations a second in a matrix product, bytes a second."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x = torch.empty(16 * n * n, device=device, dtype=dtype)
+    y = torch.empty_like(x)
+    product = median([seconds(lambda: a @ b, device, 5) for _ in range(5)])
+    copy = median([seconds(lambda: y.copy_(x), device, 5) for _ in range(5)])
+    bytes_moved = 2 * x.numel() * x.element_size()
+    return {"operations": 2 * n**3 / product, "bytes": bytes_moved / copy}
+
+
+def floor(shape, rate, element) -> float:
+    """Seconds that no implementation can beat at these rates."""
+    return max(shape.multiplications() / rate["operations"], shape.bytes(element) / rate["bytes"])
+
+
+@torch.inference_mode()
+def bench(shape, device, rate, rounds, repeats) -> dict:
+    """Medians in microseconds, ratios to the floor and to each other."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    arguments, functions = inputs(shape, device, dtype), ways(shape, device)
+    check_agreement(functions, arguments)
+    calls = {(n, "eager"): (lambda f=f: f(*arguments)) for n, f in functions.items()}
+    if device.type == "cuda":
+        calls |= {(n, "graph"): captured(f, arguments) for n, f in functions.items()}
+    for call in calls.values():
+        seconds(call, device, repeats)
+    times = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, call in calls.items():
+            times[key].append(seconds(call, device, repeats))
+    least = floor(shape, rate, torch.empty(0, dtype=dtype).element_size())
+    hook = "fused" if max(shape.Q, shape.T) <= kernel.FEW else "append"
+    result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook}
+    for (name, mode), values in times.items():
+        entry = {"us": round(1e6 * median(values), 2), "floors": round(median(values) / least, 2)}
+        for other in ("chain", "cat"):
+            pairs = zip(times[other, mode], values)
+            entry[f"{other}_takes"] = round(median([o / mine for o, mine in pairs]), 2)
+        result[f"{name}_{mode}"] = entry
+    return result
+
+
+def report(name, result):
+    """A table of one shape: microseconds, times the floor, how many times longer chain takes."""
+    print(f"{name}   floor {result['floor_us']} us, kv_cache.py: {result['chosen_by_kv_cache']}")
+    for way, e in result.items():
+        if isinstance(e, dict):
+            print(f"  {way:13} {e['us']:10.1f} us  {e['floors']:7.2f} floors", end="")
+            print(f"   chain / this {e['chain_takes']:.2f}, cat / this {e['cat_takes']:.2f}")
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--device", default="cuda", help="where to run")
+    p.add_argument("--tiny", action="store_true", help="two tiny shapes; numbers mean nothing")
+    p.add_argument("--rounds", type=int, default=20, help="rounds that medians are taken over")
+    p.add_argument("--out", help="JSON file; results/bench_attention.json unless --tiny")
+    args = p.parse_args()
+    device = cli.find_device(args.device)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: expected at least 1")
+    if not args.tiny:
+        if device.type != "cuda":
+            raise ValueError("full size needs a GPU; --device cpu only with --tiny")
+        kernel.require(device)  # no table in which PyTorch stands in for the kernel
+    rate = rates(device, 64 if args.tiny else 8192)
+    print(f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
+          f"{rate['bytes'] / 1e12:.3g} TB/s in a copy")  # fmt: skip
+    result = {"path": kernel.path(device), "rates": rate, "shapes": {}}
+    for shape in TINY if args.tiny else full_shapes():
+        measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
+        report(shape.name, measured)
+        result["shapes"][shape.name] = measured
+    result["machine"] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    out = args.out or (None if args.tiny else ROOT / "results" / "bench_attention.json")
+    if out:
+        files.write_json(out, result)
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,54 @@
+// Both operators on small shapes, a std::thread per CUDA thread, for ThreadSanitizer and ASan.
+//
+//     g++ -std=c++17 -g -O1 -DEMULATION_THREADS -fsanitize=thread tests/sanitize.cpp && ./a.out
+//     g++ -std=c++17 -g -O1 -DEMULATION_THREADS -fsanitize=address,undefined tests/sanitize.cpp ...
+//
+// A program of its own, since the sanitizers must see everything from the start; buffers have
+// exactly the size they need, so that ASan sees the first byte beyond. -DSOURCE=... for a planted
+// bug. Exit status 1 for a CUDA error; the sanitizers have their own.
+
+#include "emulation.h"
+
+#ifndef HEAD_SIZES
+#define HEAD_SIZES(X) X(24) X(64)
+#endif
+#ifndef SOURCE
+#define SOURCE "../cache_append_attention.cu"
+#endif
+#include SOURCE
+
+template <typename scalar>
+struct Buffer {
+    std::vector<scalar> values;
+    explicit Buffer(int n) : values(n) {
+        for (int i = 0; i < n; ++i) store(values[i], (i * 37 % 101 - 50) / 50.f);
+    }
+    scalar *at() { return values.data(); }
+};
+
+// A cache of `prefix` + 3 T slots in its steady state; the new keys take the middle of the ring.
+template <typename scalar>
+int run(int dtype, int D, int B, int H, int Q, int prefix, int T, int split) {
+    const int N = prefix + 3 * T, width = H * D;
+    Buffer<scalar> q(B * Q * width), k(B * T * width), v(B * T * width), weight(width);
+    Buffer<scalar> q_turn(Q * width / 2), k_turn(T * width / 2);
+    Buffer<scalar> k_cache(B * N * width), v_cache(B * N * width), out(B * Q * width);
+    const Args args = {
+        {q.at(), weight.at(), q_turn.at(), q_turn.at(), Q, Q},
+        {k.at(), weight.at(), k_turn.at(), k_turn.at(), T, T},
+        v.at(), k_cache.at(), v_cache.at(), out.at(),
+        B, H, N, 0, N, prefix + T, split, 1e-6f,
+    };
+    int error = 0;
+    for (int whole : {0, 1}) error |= cache_append_attention(dtype, D, whole, &args, nullptr);
+    return error;
+}
+
+int main() {
+    int error = 0;
+    error |= run<float>(0, 24, 1, 2, 9, 5, 7, 0);
+    error |= run<float>(0, 24, 1, 1, 3, 3, 130, 1);  // a second tile for some warps
+    error |= run<__nv_bfloat16>(2, 24, 2, 1, 8, 1, 1, 1);
+    error |= run<__half>(1, 64, 1, 1, 1, 2, 3, 0);
+    return error != 0;
+}

@@ -1,0 +1,96 @@
+"""The attention benchmark runs at tiny shapes, counts right, and refuses what it cannot measure."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kv_cache
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "bench_attention.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("bench_attention", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_runs_on_a_cpu_at_tiny_shapes(bench, monkeypatch, tmp_path, capsys):
+    """Every way is timed beside its floor; the file says which path ran."""
+    out = tmp_path / "bench.json"
+    command = [str(SCRIPT), "--device", "cpu", "--tiny", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(bench.kernel, "emulated", None)
+    bench.main()
+    result = json.loads(out.read_text())
+    assert result["path"] == "PyTorch: no GPU" and len(result["shapes"]) == len(bench.TINY)
+    for shape in result["shapes"].values():
+        assert shape["floor_us"] > 0
+        for way in ("chain_eager", "cat_eager"):
+            assert shape[way]["us"] > 0 and shape[way]["floors"] > 0
+        assert shape["chain_eager"]["chain_takes"] == 1
+    assert "chain / this" in capsys.readouterr().out
+
+
+def test_the_full_size_is_the_papers(bench):
+    """Four sites, two windows; work and traffic of the video by hand."""
+    shapes = {(s.site, s.window): s for s in bench.full_shapes()}
+    assert len(shapes) == 8
+    video = shapes["video_self", 5]
+    assert (video.Q, video.T, video.K, video.H, video.D) == (1152, 1152, 384 + 6 * 1152, 32, 128)
+    assert video.multiplications() == 4 * 1152 * 7296 * 4096
+    # q, k, v in; out, slots of k and v out; the 6144 other slots of k and v in; two bytes each
+    assert video.bytes() == 2 * 4096 * (6 * 1152 + 2 * 6144)
+    audio = shapes["audio_self", 15]
+    assert (audio.Q, audio.K, audio.D) == (25, 17 + 16 * 25, 64)
+    assert (shapes["a2v", 5].Q, shapes["a2v", 5].K) == (1152, 17 + 6 * 25)
+    assert (shapes["v2a", 5].Q, shapes["v2a", 5].K) == (25, 7296)
+
+
+def test_the_floor_is_the_slower_of_two(bench):
+    """800 TFLOP/s and 3 TB/s: the video is bound by products, the audio by bytes."""
+    rate, shapes = {"operations": 800e12, "bytes": 3e12}, bench.full_shapes()
+    floors = {(s.site, s.window): 1e6 * bench.floor(s, rate, 2) for s in shapes}
+    assert floors["video_self", 5] == pytest.approx(4 * 1152 * 7296 * 4096 / 800e6)
+    assert floors["audio_self", 5] == pytest.approx(2 * 2048 * (6 * 25 + 2 * 142) / 3e6)
+
+
+def test_ways_that_disagree_are_not_timed(bench):
+    """A fast wrong answer is no answer."""
+    arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)
+    wrong = {"chain": bench.chain, "other": lambda *a: bench.chain(*a) * 1.01}
+    with pytest.raises(ValueError, match="other differs from chain by"):
+        bench.check_agreement(wrong, arguments)
+    bench.check_agreement({"chain": bench.chain, "cat": bench.cat}, arguments)
+
+
+def test_the_place_timed_is_the_last_of_a_full_ring(bench):
+    """So that the past is one slice, and `cat` copies no more than a real stream would."""
+    for shape in [*bench.TINY, *bench.full_shapes()]:
+        cache = kv_cache.RollingCache(shape.prefix, shape.T, shape.window + 1)
+        cache.block = 2 * cache.ring_blocks
+        assert cache.slots == slice(shape.K - shape.T, shape.K)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--device", "cpu"], "full size needs a GPU; --device cpu only with --tiny"),
+        (["--device", "cpu", "--tiny", "--rounds", "0"], "--rounds 0: expected at least 1"),
+        pytest.param([], "not usable here", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused(options, message):
+    """One line and exit status 2."""
+    result = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
