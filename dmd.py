@@ -39,9 +39,6 @@ from kv_cache import MaskedView
 
 CRITIC_UPDATES = 5  # for each update of the generator (OmniForcing, as Self-Forcing)
 LEAST_TIME, MOST_TIME = 0.02, 0.98  # of the schedule, for the scores (DMD2, OmniForcing)
-# Where the scores are compared: far towards noise, where it is decided how the ball flies. With the
-# teacher's own shift of 3 students came out slow and quiet. CausVid has 8, LTX-2's table about 9.
-SCORE_SHIFT = 8.0
 
 
 # ---- the few-step generator ----
@@ -123,12 +120,12 @@ def backward_simulation(net, clips, tokens, generator):
 
 
 def draw_sigmas(n, generator) -> torch.Tensor:
-    """(n,) noise levels to compare at: uniform in the time of a schedule of that shift.
+    """(n,) noise levels to compare at: uniform in the time of the teacher's schedule.
 
     One per clip, for video and audio alike: the scores judge whether the two belong together.
     """
     time = LEAST_TIME + (MOST_TIME - LEAST_TIME) * torch.rand(n, generator=generator)
-    return teacher.shifted(time, SCORE_SHIFT)
+    return teacher.shifted(time, teacher.SHIFT)
 
 
 def towards_fake(x, real, fake):

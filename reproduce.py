@@ -1,0 +1,80 @@
+"""Everything that is shipped and quoted, made anew, command by command.
+
+    python reproduce.py            hours: codec, teacher, three stages, tables, pictures
+    python reproduce.py --quick    minutes: three short stages from the shipped teacher, and a table
+    python reproduce.py --list     say it only
+
+A training that was stopped goes on where it was, and one that is done is not done again, so this
+may be interrupted and started again at any time. The full run writes over weights/ and results/
+(the same numbers, on the same kind of machine); the quick one writes to runs/quick/ only.
+"""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cli
+
+ROOT = Path(__file__).parent
+
+# command, and minutes on two CPU cores
+FULL = [
+    ("toy_codec.py", 1),
+    ("teacher.py", 99),
+    ("dmd.py", 13),
+    ("ode_regression.py", 7),
+    ("self_forcing.py", 13),
+    ("evaluate.py", 4),
+    ("experiments.py drift", 7),
+    ("experiments.py joint", 4),
+    ("experiments.py gallery", 1),
+    ("experiments.py sinks", 24),
+    ("plots.py losses", 1),
+    ("benchmarks/bench_toy.py", 5),
+    ("notebooks/run.py", 3),
+]
+QUICK = [
+    ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/toy_dmd.safetensors", 4),
+    (
+        "ode_regression.py --teacher runs/quick/toy_dmd.safetensors --clips 256 --steps 200 "
+        "--run runs/quick/ode --out runs/quick/toy_ode_regression.safetensors",
+        3,
+    ),
+    (
+        "self_forcing.py --student runs/quick/toy_ode_regression.safetensors --steps 40 "
+        "--run runs/quick/self_forcing --out runs/quick/toy_self_forcing.safetensors",
+        6,
+    ),
+    (
+        "evaluate.py --clips 32 --seconds 10 --few-step runs/quick/toy_dmd.safetensors "
+        "--student runs/quick/toy_ode_regression.safetensors "
+        "runs/quick/toy_self_forcing.safetensors --out runs/quick/evaluation",
+        2,
+    ),
+]
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
+    p.add_argument("--list", action="store_true", help="print the commands and run none")
+    args = p.parse_args()
+    steps = QUICK if args.quick else FULL
+    for i, (command, minutes) in enumerate(steps, 1):
+        print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
+        if not args.list:
+            run(command)
+    total = sum(minutes for _, minutes in steps)
+    print(f"about {total // 60} h {total % 60} min on two CPU cores")
+
+
+def run(command):
+    """Raises ValueError if it fails; what it says is shown as it comes."""
+    status = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
+    if status:
+        raise ValueError(f"python {command}: exit status {status}; start again to go on from there")
+
+
+if __name__ == "__main__":
+    cli.run(main)

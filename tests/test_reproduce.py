@@ -1,0 +1,57 @@
+"""The commands that make everything anew are commands that exist."""
+
+import subprocess
+import sys
+
+import pytest
+
+import cli
+import reproduce
+
+COMMANDS = [command for command, _ in reproduce.FULL + reproduce.QUICK]
+
+
+def run(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *args])
+    cli.run(reproduce.main)
+
+
+@pytest.mark.parametrize("script", sorted({command.split()[0] for command in COMMANDS}))
+def test_every_option_is_known(script):
+    """The script is there, and its --help names every option that it is given."""
+    used = [word for c in COMMANDS if c.split()[0] == script for word in c.split()[1:]]
+    call = [sys.executable, str(reproduce.ROOT / script), "--help"]
+    told = subprocess.run(call, capture_output=True, text=True, check=True).stdout
+    assert all(word in told for word in used if word.startswith("--"))
+
+
+def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():
+    """At most 20 minutes, and nothing is written outside runs/quick."""
+    assert sum(minutes for _, minutes in reproduce.QUICK) <= 20
+    for command, _ in reproduce.QUICK:
+        words = command.split()
+        written = [words[i + 1] for i, w in enumerate(words) if w in ("--out", "--run")]
+        assert written and all(path.startswith("runs/quick/") for path in written)
+
+
+def test_commands_run_in_order_until_one_fails(monkeypatch, capsys):
+    """What comes after a failure is not run; the message says how to go on."""
+    ran = []
+
+    def fake(command, cwd):
+        ran.append(" ".join(command[1:]))
+        return subprocess.CompletedProcess(command, 0 if len(ran) < 3 else 2)
+
+    monkeypatch.setattr(reproduce.subprocess, "run", fake)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--quick")
+    assert ran == [command for command, _ in reproduce.QUICK[:3]]
+    assert "exit status 2; start again to go on from there" in capsys.readouterr().err
+
+
+def test_the_list_runs_nothing(monkeypatch, capsys):
+    """--list prints every command and the sum of minutes."""
+    monkeypatch.setattr(reproduce.subprocess, "run", None)
+    run(monkeypatch, "--list")
+    out = capsys.readouterr().out
+    assert all(f"python {command}" in out for command, _ in reproduce.FULL)
