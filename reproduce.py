@@ -6,7 +6,8 @@
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
 may be interrupted and started again at any time. The full run writes over weights/ and results/
-(the same numbers, on the same kind of machine); the quick one writes to runs/quick/ only.
+(the same numbers, on the same kind of machine); the quick one touches nothing that is shipped: it
+writes to runs/quick/, and its curves to results/quick_*.
 """
 
 import shlex
@@ -35,21 +36,21 @@ FULL = [
     ("notebooks/run.py", 3),
 ]
 QUICK = [
-    ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/toy_dmd.safetensors", 4),
+    ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 4),
     (
-        "ode_regression.py --teacher runs/quick/toy_dmd.safetensors --clips 256 --steps 200 "
-        "--run runs/quick/ode --out runs/quick/toy_ode_regression.safetensors",
+        "ode_regression.py --teacher runs/quick/quick_dmd.safetensors --clips 256 --steps 200 "
+        "--run runs/quick/ode --out runs/quick/quick_ode_regression.safetensors",
         3,
     ),
     (
-        "self_forcing.py --student runs/quick/toy_ode_regression.safetensors --steps 40 "
-        "--run runs/quick/self_forcing --out runs/quick/toy_self_forcing.safetensors",
+        "self_forcing.py --student runs/quick/quick_ode_regression.safetensors --steps 40 "
+        "--run runs/quick/self_forcing --out runs/quick/quick_self_forcing.safetensors",
         6,
     ),
     (
-        "evaluate.py --clips 32 --seconds 10 --few-step runs/quick/toy_dmd.safetensors "
-        "--student runs/quick/toy_ode_regression.safetensors "
-        "runs/quick/toy_self_forcing.safetensors --out runs/quick/evaluation",
+        "evaluate.py --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
+        "--student runs/quick/quick_ode_regression.safetensors "
+        "runs/quick/quick_self_forcing.safetensors --out runs/quick/evaluation",
         2,
     ),
 ]

@@ -218,14 +218,10 @@ class Run:
         print(f"{self.step:5}/{self.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
     def ship(self, path):
-        """Write the averaged weights of the first learner, in half precision, and its curve.
-
-        The curve lies beside the weights; that of shipped ones, in weights/, in results/.
-        """
+        """Write the averaged weights of the first learner, in half precision, and its curve."""
         half = {name: t.half() for name, t in self.shipped.average.tensors.items()}
         files.save_weights(path, half, self.shipped.model.cfg, self.made_by())
-        folder = Path("results" if Path(path).parent.name == "weights" else Path(path).parent)
-        curve = folder / f"{Path(path).stem}_curve.json"
+        curve = Path("results") / f"{Path(path).stem}_curve.json"
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")
 
