@@ -13,6 +13,7 @@ while `peak_bytes` counts what is alive.
 
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def weights_row(net, dtype) -> Row:
 
 def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
     """The rolling caches of `CachedView(cfg, blocks, window)`, when the window is full."""
-    view = CachedView(cfg, blocks, window)
+    view = CachedView(replace(cfg, num_layers=1), blocks, window)  # all layers are alike
     is_evicting = view.window < blocks - 2  # then the prefix is kept as it was written as well
     values = sum(_cache_values(view.layers[0][site], site, cfg, is_evicting) for site in SITES)
     how = f"{cfg.num_layers} layers x (keys, values) of 4 attentions, window {view.window} blocks"

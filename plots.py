@@ -163,16 +163,10 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
         2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
         gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
     )  # fmt: skip
-    seen, heard = clip_events(frames, sound, cfg)
+    events = clip_events(frames, sound, cfg)
     for r in range(rows):
-        start = r * row_seconds
-        strip, levels = axes[2 * r, 0], axes[2 * r + 1, 0]
-        _draw_strip(strip, frames, start, width, per_second, cfg)
-        _draw_bands(levels, sound, start, width, cfg)
-        for ax, events, marker in ((strip, seen, "v"), (levels, heard, "^")):
-            for time, wall in zip(*events):
-                if start <= time < start + width:
-                    _mark(ax, float(time), int(wall), marker)
+        pair = axes[2 * r : 2 * r + 2, 0]
+        _draw_stretch(pair, frames, sound, events, r * row_seconds, width, per_second, cfg)
     axes[-1, 0].set_xlabel("seconds")
     marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
     figure.suptitle(title + (marks if cfg.name == "toy" else ""))
@@ -194,18 +188,22 @@ def draw_gallery(title, clips, seconds=5, per_second=4, cfg=config.TOY):
         gridspec_kw={"height_ratios": [0.45, 0.9] * len(clips)}, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    for (name, (frames, sound, start)), strip, levels in zip(
-        clips.items(), axes[::2, 0], axes[1::2, 0]
-    ):
-        _draw_strip(strip, frames, start, seconds, per_second, cfg)
-        _draw_bands(levels, sound, start, seconds, cfg)
-        for ax, events, marker in zip((strip, levels), clip_events(frames, sound, cfg), "v^"):
-            for time, wall in zip(*events):
-                if start <= time < start + seconds:
-                    _mark(ax, float(time), int(wall), marker)
-        strip.set_ylabel(name, rotation=0, ha="right", va="center")
+    for i, (name, (frames, sound, start)) in enumerate(clips.items()):
+        pair, events = axes[2 * i : 2 * i + 2, 0], clip_events(frames, sound, cfg)
+        _draw_stretch(pair, frames, sound, events, start, seconds, per_second, cfg)
+        pair[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
     return figure
+
+
+def _draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
+    """`width` seconds of a clip in two axes: a strip, and below it the sound, events marked."""
+    _draw_strip(pair[0], frames, start, width, per_second, cfg)
+    _draw_bands(pair[1], sound, start, width, cfg)
+    for ax, (times, walls), marker in zip(pair, events, "v^"):
+        for time, wall in zip(times, walls):
+            if start <= time < start + width:
+                _mark(ax, float(time), int(wall), marker)
 
 
 def _draw_strip(ax, frames, start, width, per_second, cfg):

@@ -25,6 +25,7 @@ Writes results/bench_attention.json.
 import sys
 import time
 from pathlib import Path
+from statistics import median_high
 from typing import NamedTuple
 
 import torch
@@ -184,18 +185,14 @@ def captured(function, arguments):
     return graph.replay
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
 def rates(device, n) -> dict:
     """What this machine reaches: operations a second in a matrix product, bytes a second."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.empty(16 * n * n, device=device, dtype=dtype)
     y = torch.empty_like(x)
-    product = median([seconds(lambda: a @ b, device, 5) for _ in range(5)])
-    copy = median([seconds(lambda: y.copy_(x), device, 5) for _ in range(5)])
+    product = median_high([seconds(lambda: a @ b, device, 5) for _ in range(5)])
+    copy = median_high([seconds(lambda: y.copy_(x), device, 5) for _ in range(5)])
     bytes_moved = 2 * x.numel() * x.element_size()
     return {"operations": 2 * n**3 / product, "bytes": bytes_moved / copy}
 
@@ -224,10 +221,13 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
     hook = "fused" if max(shape.Q, shape.T) <= kernel.FEW else "append"
     result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook}
     for (name, mode), values in times.items():
-        entry = {"us": round(1e6 * median(values), 2), "floors": round(median(values) / least, 2)}
+        entry = {
+            "us": round(1e6 * median_high(values), 2),
+            "floors": round(median_high(values) / least, 2),
+        }
         for other in ("chain", "cat"):
             pairs = zip(times[other, mode], values)
-            entry[f"{other}_takes"] = round(median([o / mine for o, mine in pairs]), 2)
+            entry[f"{other}_takes"] = round(median_high([o / mine for o, mine in pairs]), 2)
         result[f"{name}_{mode}"] = entry
     return result
 

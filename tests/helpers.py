@@ -1,9 +1,11 @@
 """Tiny models with random weights everywhere, so that no agreement is trivial."""
 
+import sys
 from dataclasses import replace
 
 import torch
 
+import cli
 import config
 import decoders
 from masks import block_span, clip_span
@@ -61,6 +63,17 @@ def block_rows(k, cfg):
     span = block_span(k, cfg)
     video = slice(span.video.start * cfg.tokens_per_frame, span.video.stop * cfg.tokens_per_frame)
     return video, slice(span.audio.start, span.audio.stop)
+
+
+def run_here(script, arguments, monkeypatch, capsys):
+    """Run a module's command line in this process: -> exit status, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    status = 0
+    try:
+        cli.run(script.main)
+    except SystemExit as end:
+        status = end.code
+    return status, *capsys.readouterr()
 
 
 def tiny_decoder_kinds():

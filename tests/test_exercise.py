@@ -14,9 +14,9 @@ import subprocess
 import sys
 
 import pytest
+from helpers import run_here
 from wrong_answers import WRONG
 
-import cli
 import exercise
 import kv_cache
 import masks
@@ -94,13 +94,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exercise, "ANSWERS", tmp_path)
 
     def main(*args):
-        monkeypatch.setattr(sys, "argv", ["exercise.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(exercise.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+        return run_here(exercise, args, monkeypatch, capsys)
 
     return main
 

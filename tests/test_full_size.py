@@ -2,18 +2,16 @@
 
 import json
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import pytest
 import torch
-from helpers import random_decoders, random_model, tiny_decoder_kinds
+from helpers import random_decoders, random_model, run_here, tiny_decoder_kinds
 from safetensors.torch import save_file
 
 import captions
-import cli
 import config
 import decoders
 import generate
@@ -56,13 +54,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(captions, "encode_and_free", read)
 
     def main(*args):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(generate.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+        return run_here(generate, args, monkeypatch, capsys)
 
     handler = signal.getsignal(signal.SIGTERM)
     yield main

@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import random_model
+from helpers import random_model, run_here
 from safetensors.torch import save_file
 
 import cli
@@ -62,13 +62,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parts, "WEIGHTS", weights / "good")
 
     def main(*args):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, args)])
-        status = 0
-        try:
-            cli.run(generate.main)
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
+        return run_here(generate, args, monkeypatch, capsys)
 
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield main
