@@ -148,12 +148,7 @@ def pass_row(net, dtype, batch=1) -> Row:
 
 
 def _empty_block(k, cfg, batch, **like):
-    span = block_span(k, cfg)
-    shapes = (
-        (batch, len(span.video) * cfg.tokens_per_frame, cfg.video_channels),
-        (batch, len(span.audio), cfg.audio_channels),
-    )
-    return Block(k, *(torch.empty(shape, **like) for shape in shapes))
+    return Block(k, *model.draw_noise(batch, block_span(k, cfg), cfg, torch.Generator(), **like))
 
 
 @torch.inference_mode()
