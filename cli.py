@@ -37,6 +37,14 @@ def parser(doc):
     return _Parser(description=doc, formatter_class=_Help)
 
 
+def add_guidance(parser, default, of_what):
+    """--guidance VIDEO AUDIO, two numbers."""
+    parser.add_argument(
+        "--guidance", nargs=2, type=float, default=default, metavar=("VIDEO", "AUDIO"),
+        help=f"{of_what}; 1 is none",
+    )  # fmt: skip
+
+
 def command(parser, args, leave_out=("run", "out")) -> str:
     """The line that repeats these arguments, for the record; paths of results left out.
 

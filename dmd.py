@@ -165,8 +165,8 @@ def matching_losses(clips, tokens, real, fake, guidance, generator):
         sigma = draw_sigmas(len(tokens), generator)
         noise = [torch.randn(x.shape, generator=generator) for x in clips]
         noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(clips, noise)]
-        r = teacher.Guided(real, tokens, *guidance).x0(*noisy, sigma, span, MaskedView())
-        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())
+        r = teacher.Guided(real, tokens, guidance).x0(*noisy, sigma, span, MaskedView())
+        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())
     return [surrogate(x, towards_fake(x, *rf)) for x, *rf in zip(clips, r, f)]
 
 
@@ -229,8 +229,7 @@ def options(doc, steps, run, out):
     """The command line that stages I and III share."""
     p = cli.parser(doc)
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the real score")
-    p.add_argument("--guidance-video", type=float, default=2.0, help="of the real score; 1 is none")
-    p.add_argument("--guidance-audio", type=float, default=2.0)
+    cli.add_guidance(p, teacher.GUIDANCE, "of the real score")
     p.add_argument("--steps", type=int, default=steps, help="updates of the generator")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default=run, help="folder for the state; resumed if there")
@@ -243,8 +242,8 @@ def distil(p, args, net, make):
     real = model.load(args.teacher).requires_grad_(False)
     learners = learners_of(net, real, args.steps, args.seed)
     run = training.Run(learners, cli.command(p, args), args.run)
-    guidance = args.guidance_video, args.guidance_audio
-    run.train(updates_of(*learners.values(), real, guidance, make), print_every=5, save_every=20)
+    update = updates_of(*learners.values(), real, args.guidance, make)
+    run.train(update, print_every=5, save_every=20)
     run.ship(args.out)
 
 

@@ -233,8 +233,8 @@ def through_codec(codec, seconds, clips, seed):
     return decode(codec, codec.encode(*true_clips(seconds, clips, seed)))
 
 
-def from_teacher(net, codec, steps, guidance, clips, seed):
-    tokens, sigmas = toy_world.caption_tokens(clips), teacher.schedule(steps)
+def from_teacher(net, codec, sigmas, clips, seed, guidance=teacher.GUIDANCE):
+    tokens = toy_world.caption_tokens(clips)
     return decode(codec, teacher.sample(net, tokens, sigmas, guidance=guidance, seed=seed))
 
 
@@ -318,8 +318,9 @@ def evaluate(args):
     add("truth, sounds shuffled", true, shuffle=True)
     add("truth through the codec", partial(through_codec, codec, WINDOW))
     net = model.load(args.teacher)
-    for steps in (32, 4):
-        add(f"teacher, {steps} steps", partial(from_teacher, net, codec, steps, args.guidance))
+    for steps, sigmas in ((32, teacher.schedule(32)), (4, config.FOUR_STEPS)):
+        make = partial(from_teacher, net, codec, sigmas, guidance=args.guidance)
+        add(f"teacher, {steps} steps", make)
     net = model.load(args.few_step)
     add("stage I, 4 steps", partial(from_few_steps, net, codec))
     untrained = student_from(net.state_dict(), config.TOY)
@@ -345,7 +346,7 @@ def main():
     p.add_argument("--clips", type=int, default=96, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=20, help="length of the streams, in fives")
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors")
-    p.add_argument("--guidance", type=float, default=2.0, help="of the teacher")
+    cli.add_guidance(p, teacher.GUIDANCE, "of the teacher")
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I student")
     p.add_argument("--student", nargs="*", default=STUDENTS, help="stage II and III students")
     p.add_argument("--window", type=int, default=4, help="seconds the student remembers")

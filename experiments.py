@@ -268,7 +268,7 @@ def sinks_table(results) -> str:
 
 # ---- what joint means ----
 
-WALK = 32, 2.0  # steps and guidance of the teacher, as in evaluate.py
+WALK = teacher.schedule(32)  # of the teacher, as in evaluate.py
 
 
 def deaf(net, *streams):
@@ -292,7 +292,7 @@ def joint(args):
     once = evaluate.five_second_windows(evaluate.WINDOW)
     truth = evaluate.judge(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
     makers = {
-        "teacher": (args.real, lambda net: partial(evaluate.from_teacher, net, codec, *WALK)),
+        "teacher": (args.real, lambda net: partial(evaluate.from_teacher, net, codec, WALK)),
         "stage III": (args.student[-1], lambda net: partial(evaluate.from_stream, net, codec, 5)),
     }
     results = {}
@@ -319,7 +319,7 @@ def gallery(args):
     codec, seconds = toy_codec.load(), args.seconds
     clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
     shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
-    teacher_clip = evaluate.from_teacher(model.load(args.real), codec, *WALK, clips, 0)
+    teacher_clip = evaluate.from_teacher(model.load(args.real), codec, WALK, clips, 0)
     shown["teacher"] = (*teacher_clip, 0)
     for path in args.student:
         stream = evaluate.from_stream(model.load(path), codec, seconds, clips, 0)

@@ -24,7 +24,7 @@ The walk may as well be the many-step teacher's own, as in the later release of 
 which left stage I out; then it needs guidance, and small steps in between:
 
     python ode_regression.py         from the stage I student, see --help
-    python ode_regression.py --teacher weights/toy_teacher.safetensors --guidance 1.5 --between 4
+    python ode_regression.py --teacher weights/toy_teacher.safetensors --guidance 3 5 --between 4
 """
 
 import time
@@ -62,7 +62,7 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
     return fine
 
 
-def draw_trajectories(net, sigmas, seeds, guidance=1.0, between=1):
+def draw_trajectories(net, sigmas, seeds, guidance=(1, 1), between=1):
     """Teacher states at exactly the levels `sigmas`, for the captions of these seeds.
 
     between   Euler steps from one kept level to the next
@@ -79,7 +79,7 @@ def draw_trajectories(net, sigmas, seeds, guidance=1.0, between=1):
 
 def load_trajectories(path, net, count, guidance, between, batch=16) -> dict:
     """Trajectories from a file, or drawn and written there: "tokens", "video", "audio"."""
-    about = {"count": count, "guidance": guidance, "between": between}
+    about = {"count": count, "guidance": list(guidance), "between": between}
     about["teacher"] = files.fingerprint(net.state_dict())  # another teacher, other trajectories
     if Path(path).exists():
         tensors, _, made_by = files.read_weights(path)
@@ -182,7 +182,7 @@ def main():
         help="walks; weights to start at",
     )
     p.add_argument("--clips", type=int, default=768, help="walks to draw")
-    p.add_argument("--guidance", type=float, default=1.0, help="of the walks; 1 is none")
+    cli.add_guidance(p, (1.0, 1.0), "of the walks")
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
     p.add_argument("--steps", type=int, default=500, help="training steps")
     p.add_argument("--seed", type=int, default=0)

@@ -122,7 +122,7 @@ def rolled_out(net, clips, tokens, generator, window=None, codec=None):
 
 
 def main():
-    p = dmd.options(__doc__, 100, "runs/self_forcing", "weights/toy_self_forcing.safetensors")
+    p = dmd.options(__doc__, 150, "runs/self_forcing", "weights/toy_self_forcing.safetensors")
     p.add_argument(
         "--student", default="weights/toy_ode_regression.safetensors", help="weights to start at"
     )

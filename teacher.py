@@ -29,7 +29,8 @@ from masks import clip_span, num_blocks
 
 SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
-SHIFT = 3.0  # of the toy's noise schedule towards the noisy end
+SHIFT = 8.0  # of the sampler's noise levels towards noise, where motion is decided; LTX-2: e^2.05
+GUIDANCE = 3.0, 5.0  # for video and for audio (OmniForcing's stages I and III); 1 is none
 CLIPS_PER_SEED = 10**7  # runs of another seed see other clips; below HELD_OUT for seeds to 9
 
 
@@ -57,8 +58,8 @@ def shifted(sigma, shift):
 def schedule(steps, shift=SHIFT) -> list[float]:
     """steps + 1 noise levels from 1 to 0 for as many passes.
 
-    >>> [round(s, 3) for s in schedule(4)]                # close to config.FOUR_STEPS
-    [1.0, 0.9, 0.75, 0.5, 0.0]
+    >>> [round(s, 3) for s in schedule(4)]
+    [1.0, 0.96, 0.889, 0.727, 0.0]
     """
     return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
 
@@ -126,11 +127,10 @@ def by_level(video, audio, sigma) -> dict:
 class Guided:
     """x0 predictions of a model with classifier-free guidance, for one batch of captions."""
 
-    def __init__(self, net, tokens, scale_video, scale_audio=None):
-        """scale 1 is no guidance; (B, 3) caption tokens."""
-        self.net = net
-        self.scales = scale_video, scale_video if scale_audio is None else scale_audio
-        self.is_guided = self.scales != (1, 1)
+    def __init__(self, net, tokens, guidance=(1, 1)):
+        """(B, 3) caption tokens; guidance of video and of audio, 1 is none."""
+        self.net, self.guidance = net, guidance
+        self.is_guided = tuple(guidance) != (1, 1)
         both = torch.cat([tokens, torch.zeros_like(tokens)]) if self.is_guided else tokens
         self.text = net.project_text(toy_world.caption_features(both))
 
@@ -143,15 +143,16 @@ class Guided:
         if not self.is_guided:
             return x0
         pairs = [x.chunk(2) for x in x0]
-        return [u + w * (c - u) for (c, u), w in zip(pairs, self.scales)]
+        return [u + w * (c - u) for (c, u), w in zip(pairs, self.guidance)]
 
 
 @torch.no_grad()
-def sample(net, tokens, sigmas, seconds=SECONDS, guidance=1.5, seed=0, keep=()):
+def sample(net, tokens, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, keep=()):
     """Whole clips by Euler steps, everything at once.
 
     tokens   (B, 3) captions
     sigmas   noise levels from 1 to 0; one pass for each but the last
+    guidance of video and of audio
     keep     indices into sigmas whose states are to be returned as well
     ->       video (B, T_v, C_v) and audio (B, F_a, C_a) latents; and, if `keep`, the kept states:
              (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)

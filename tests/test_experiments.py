@@ -157,8 +157,7 @@ def test_two_clips_put_together_are_two(weights):
 def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
     """Ten rows with intervals; a picture of truth, teacher and a stream's last five seconds."""
     monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
-    schedule = experiments.evaluate.teacher.schedule
-    monkeypatch.setattr(experiments.evaluate.teacher, "schedule", lambda steps: schedule(2))
+    monkeypatch.setattr(experiments, "WALK", (1.0, 0.5, 0.0))
     made = "--real", weights["toy_teacher"], "--student", weights["toy"]
     run(monkeypatch, "joint", "--clips", 2, *made, "--out", tmp_path / "joint")
     result = json.loads((tmp_path / "joint.json").read_text())["result"]

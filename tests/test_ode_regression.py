@@ -177,7 +177,7 @@ def test_trajectories_keep_exactly_the_states_at_the_students_levels():
     """First noise, last the teacher's answer, and between them the states at .91, .73 and .42."""
     x0 = random_clip(CFG, BLOCKS, clips=2, dtype=torch.float32)
     seeds = range(ode.FIRST_SEED, ode.FIRST_SEED + 2)
-    tokens, video, audio = ode.draw_trajectories(PerfectNet(x0, CFG), SIGMAS, seeds, 1.0)
+    tokens, video, audio = ode.draw_trajectories(PerfectNet(x0, CFG), SIGMAS, seeds)
     noise = model.draw_noise(2, SPAN, CFG, torch.Generator().manual_seed(ode.FIRST_SEED))
     assert tokens.shape == (2, 3) and video.shape[1] == audio.shape[1] == 5
     for states, x, n in zip((video, audio), x0, noise):
@@ -203,19 +203,19 @@ def fake_teacher(monkeypatch):
 def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher, capsys):
     """Batches make up the count, each clip once; the second time the file is enough."""
     path = tmp_path / "trajectories.safetensors"
-    first = ode.load_trajectories(path, fake_teacher, 20, 1.5, 4, batch=8)
+    first = ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4, batch=8)
     assert [len(seeds) for seeds in fake_teacher.asked] == [8, 8, 4]
     assert first["tokens"].shape == (20, 3) and len(first["video"][:, 0, 0, 0].unique()) == 20
-    again = ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
+    again = ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
     assert len(fake_teacher.asked) == 3
     assert all(torch.equal(first[n], again[n]) for n in ("tokens", "video", "audio"))
 
 
-@pytest.mark.parametrize("kind", [(21, 1.5, 4), (20, 2.0, 4), (20, 1.5, 1)])
+@pytest.mark.parametrize("kind", [(21, (1.5, 1.5), 4), (20, (2.0, 2.0), 4), (20, (1.5, 1.5), 1)])
 def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, capsys):
     """Another number, guidance or step does not silently use the old file."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
+    ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
     with pytest.raises(ValueError, match="trajectories.safetensors: made with .* remove it"):
         ode.load_trajectories(path, fake_teacher, *kind)
 
@@ -223,10 +223,10 @@ def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, 
 def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, capsys):
     """After the teacher was trained on, its old trajectories are not used silently."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
+    ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
     fake_teacher.state_dict()["w"] += 1
     with pytest.raises(ValueError, match="made with"):
-        ode.load_trajectories(path, fake_teacher, 20, 1.5, 4)
+        ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
 
 
 # ---- the start ----

@@ -42,7 +42,7 @@ def net():
 
 
 def sample(net, sigmas=SIGMAS, **options):
-    return teacher.sample(net, TOKENS, sigmas, 2, **{"guidance": 1, **options})
+    return teacher.sample(net, TOKENS, sigmas, 2, **{"guidance": (1, 1), **options})
 
 
 # ---- noise levels ----
@@ -192,25 +192,25 @@ def test_only_the_asked_states_are_kept(net):
 
 def test_guidance_1_is_one_pass_of_the_batch_itself(net):
     """Nothing is duplicated when there is nothing to push away from."""
-    sample(net, guidance=1.0)
+    sample(net, guidance=(1, 1))
     assert [len(c[0]) for c in net.calls] == [3] * 4
     assert all(torch.equal(c[4], toy_world.caption_features(TOKENS)) for c in net.calls)
 
 
 def test_guidance_runs_the_empty_caption_beside_the_given_one(net):
     """Twice the batch in one pass: captions first, then as many that say nothing."""
-    sample(net, guidance=1.5)
+    sample(net, guidance=(1.5, 1.5))
     features = toy_world.caption_features(torch.cat([TOKENS, torch.zeros_like(TOKENS)]))
     assert len(net.calls) == 4
     assert all(len(c[0]) == 6 and torch.equal(c[4], features) for c in net.calls)
     assert all(torch.equal(c[0][:3], c[0][3:]) for c in net.calls)
 
 
-@pytest.mark.parametrize("scales, expected", [((2.0, None), (5, 5)), ((2.0, 0.5), (5, 2))])
+@pytest.mark.parametrize("scales, expected", [((2.0, 2.0), (5, 5)), ((2.0, 0.5), (5, 2))])
 def test_guidance_pushes_away_from_the_empty_caption(scales, expected):
     """x0_u + s (x0_c - x0_u), with a scale for each stream; here x0_c = 3 and x0_u = 1."""
     net = PerfectNet(random_clip(CFG, 3, clips=3, dtype=torch.float32))
-    guided = teacher.Guided(net, TOKENS, *scales)
+    guided = teacher.Guided(net, TOKENS, scales)
     net.x0 = [torch.cat([torch.full_like(x, 3.0), torch.full_like(x, 1.0)]) for x in net.x0]
     x = model.draw_noise(3, teacher.clip_span(3, CFG), CFG, torch.Generator().manual_seed(0))
     for x0, value in zip(guided.x0(*x, torch.full((3,), 0.5), None, None), expected):

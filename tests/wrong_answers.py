@@ -331,15 +331,15 @@ WRONG = {
             "sees noise that was there before",
         ),
         "a noise level for each stream": (
-            "        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())",
+            "        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())",
             "        sigma = draw_sigmas(len(tokens), generator)\n"
             "        noisy = [model.add_noise(*xn, sigma[:, None]) for xn in zip(clips, noise)]\n"
-            "        f = teacher.Guided(fake, tokens, 1).x0(*noisy, sigma, span, MaskedView())",
+            "        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())",
             "the two scores see different noised clips",
         ),
         "guided critic": (
-            "teacher.Guided(fake, tokens, 1)",
-            "teacher.Guided(fake, tokens, 2)",
+            "teacher.Guided(fake, tokens)",
+            "teacher.Guided(fake, tokens, (2, 2))",
             "the fake score is guided",
         ),
         "real and fake swapped": (
