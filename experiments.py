@@ -1,46 +1,32 @@
 """What does each part buy?  One thing changed at a time, all else and every seed the same.
 
-    python experiments.py drift    a minute of streaming: stages II and III, with smaller and larger
-                                   windows, fewer passes, and nothing pinned
-    python experiments.py sinks    short stage II trainings with and without sinks, in both block
-                                   layouts, with other attentions and in half precision
-    python experiments.py joint    what the two streams hear of each other is switched off, or two
-                                   clips are put together that were made apart
-    python experiments.py gallery  what to look at: truth, teacher, and the last five seconds of a
-                                   minute by the students of stages II and III
+    python experiments.py drift     a minute of streaming by stages II and III: smaller and larger
+                                    windows, fewer passes, no refresh, nothing pinned
+    python experiments.py controls  was it self-forcing? Stage III's training behind the true past,
+                                    from stage I, and with other seeds; says what to train first
+    python experiments.py joint     what the two streams hear of each other is switched off, or two
+                                    clips are put together that were made apart
+    python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
+                                    minute by the students of stages II and III
 
-Each writes results/NAME.json, .md and .png; gallery writes assets/gallery.png.
-
-What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
-after the first ten steps; *A0 norm*: the same for the loss of the first audio latent alone, the one
-that has a single key besides the sinks; *loss*: one-step x0 loss of clean walks' ends noised to
-sigma = 0.5 throughout, on walks that no step has seen; *entropy* of A0's attention in nats and the
-*share* of it that goes to the sinks, means over layers and heads. The paper's are the first and the
-third.
+Each writes results/NAME.json, .md and .png; gallery writes assets/gallery.png. Nothing is trained
+here; `ablations.py` asks what has to be.
 """
 
 import copy
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
 
 import cli
-import config
 import evaluate
 import files
-import kv_cache
 import model
-import ode_regression
 import plots
 import teacher
 import toy_codec
 import toy_world
-import training
-from masks import four_masks, num_blocks
 
 # ---- drift ----
 
@@ -52,6 +38,7 @@ STREAMS = {
     "1 step": dict(steps=1),
     "nothing pinned": dict(pinned=False),
 }
+NO_REFRESH = "no refresh"
 SHOWN = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
 
 
@@ -65,12 +52,25 @@ def drift(args):
     by_time = {}
     for path in args.student:
         net, stage = model.load(path), evaluate.short_name(path)
-        for name, how in STREAMS.items():
-            make = partial(evaluate.from_stream, net, codec, args.seconds, **how)
+        for name, how in (STREAMS | {NO_REFRESH: {}}).items():
+            streamed = without_refresh(net) if name == NO_REFRESH else net
+            make = partial(evaluate.from_stream, streamed, codec, args.seconds, **how)
             judged = evaluate.judge(make, seeds, windows, f"{stage}, {name}")
             rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(judged, truth)]
             by_time[f"{stage}, {name}"] = rows
-    return by_time
+    return by_time, drift_table(by_time), plots.draw_drift(by_time, step=5)
+
+
+def without_refresh(net):
+    """A copy whose finished blocks keep the keys and values that their last, noisy pass wrote."""
+    net = copy.copy(net)
+    forward = net.forward
+
+    def unless_clean(video, audio, sigma, *rest):
+        return forward(video, audio, sigma, *rest) if sigma.any() else (video, audio)
+
+    net.forward = unless_clean
+    return net
 
 
 def drift_table(by_time) -> str:
@@ -83,187 +83,77 @@ def drift_table(by_time) -> str:
     return "\n".join(lines)
 
 
-# ---- sinks ----
+# ---- controls ----
 
 
-class Bare(kv_cache.Heads):
-    """Without the RMSNorm of queries and keys."""
-
-    def _normed(self, x, weight, table):
-        x = self.split(x)
-        return x if table is None else kv_cache.rope.rotate(x, table)
+def trained(name, command):
+    """Weights that are not shipped: where they are, and the command that makes them."""
+    path = f"runs/controls/{name}.safetensors"
+    return path, f"{command} --run runs/controls/{name} --out {path}"
 
 
-class Loud(kv_cache.Heads):
-    """With logits eight times as large."""
-
-    def queries(self, q):
-        return 8 * super().queries(q)
-
-
-class TanhGate(nn.Module):
-    """Attention behind a gate tanh(g) that starts closed, so the model must open it anew."""
-
-    def __init__(self, to_out):
-        super().__init__()
-        self.to_out, self.g = to_out, nn.Parameter(torch.zeros(to_out.out_features))
-
-    def forward(self, x):
-        return torch.tanh(self.g) * self.to_out(x)
-
-
-def with_heads(kind, net):
-    """Every attention of the network uses another kind of kv_cache.Heads."""
-    for part in net.modules():
-        if isinstance(part, model.Attention):
-            heads = part.heads
-            part.heads = lambda *ropes, heads=heads: kind(*heads(*ropes))
-    return net
-
-
-without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads, Loud)
-
-
-def with_gates(net):
-    """The sinks' audio self-attention is gated."""
-    for layer in net.audio.layers:
-        layer.self_attn.to_out = TanhGate(layer.self_attn.to_out)
-    return net
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A stage II training: its config, what is done to the network, and the precision."""
-
-    cfg: config.Config = config.TOY
-    change: Callable = lambda net: net
-    precision: torch.dtype = torch.float32
-
-
-MERGED = replace(config.TOY, prefix_video_frames=4, prefix_audio_frames=26)
-NONE = replace(config.TOY, num_sinks=0)
-SINKS = {
-    **{f"S = {S}": Variant(replace(config.TOY, num_sinks=S)) for S in (0, 2, 4, 8, 16, 24)},
-    "S = 16, incremental": Variant(replace(config.TOY, sink_positions="incremental")),
-    "4+26, S = 0": Variant(replace(MERGED, num_sinks=0)),
-    "4+26, S = 16": Variant(MERGED),
-    "S = 0, no q/k norm": Variant(NONE, without_norm),
-    "S = 16, no q/k norm": Variant(change=without_norm),
-    "S = 0, logits x 8": Variant(NONE, with_large_logits),
-    "S = 16, logits x 8": Variant(change=with_large_logits),
-    "S = 0, tanh gate": Variant(NONE, with_gates),
-    "S = 0, bfloat16": Variant(NONE, precision=torch.bfloat16),
-    "S = 16, bfloat16": Variant(precision=torch.bfloat16),
-    "S = 0, float16": Variant(NONE, precision=torch.float16),
-    "S = 16, float16": Variant(precision=torch.float16),
+CONTROLS = {
+    "stage II": (evaluate.STUDENTS[0], "ode_regression.py"),
+    "stage III": (evaluate.STUDENTS[1], "self_forcing.py"),
+    "III behind the true past": trained("true_history", "self_forcing.py --history true"),
+    "III from stage I": trained(
+        "from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"
+    ),
+    "II, as long as III": trained("long_ode_regression", "ode_regression.py --steps 2500"),
 }
-SINK_COLUMNS = {
-    "max_norm": "max norm", "a0_norm": "A0 norm", "loss": "loss at 0.5",
-    "entropy": "entropy", "share": "share",
-}  # fmt: skip
-BURN_IN, PROBE_EVERY, HELD_BACK = 10, 5, 32
+SEEDS = 3
 
 
-class A0Probe(kv_cache.MaskedView):
-    """A masked view that keeps how the first audio latent attends in audio self-attention."""
-
-    def __init__(self, masks, num_sinks):
-        super().__init__(masks)
-        self.num_sinks, self.weights = num_sinks, []  # per layer (B, H, keys that A0 may see)
-
-    def attend(self, layer, site, q, k, v, heads):
-        if site == "audio_self":
-            keys = heads.keys(k)[:, self.masks[site][self.num_sinks]]
-            query = heads.queries(q)[:, self.num_sinks]  # (B, H, D)
-            logits = torch.einsum("bhd,bkhd->bhk", query, keys) / query.shape[-1] ** 0.5
-            self.weights.append(logits.float().softmax(-1))
-        return super().attend(layer, site, q, k, v, heads)
-
-    def entropy(self):
-        w = torch.stack(self.weights)
-        return float(-(w * w.clamp(min=1e-12).log()).sum(-1).mean())
-
-    def share(self):
-        return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
+def of_other_seeds() -> dict:
+    """Stages II and III once more, as in CONTROLS."""
+    found = {}
+    for seed in range(1, SEEDS):
+        second = trained(f"ode_regression_{seed}", f"ode_regression.py --seed {seed}")
+        command = f"self_forcing.py --seed {seed} --student {second[0]}"
+        found[f"stage II, seed {seed}"] = second
+        found[f"stage III, seed {seed}"] = trained(f"self_forcing_{seed}", command)
+    return found
 
 
-def block_0_loss(net, data, view, step):
-    """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
-    rows = torch.arange(8) + 8 * step
-    chosen = [x[rows % len(x)] for x in data]
-    levels = torch.full((8, num_blocks(teacher.SECONDS, net.cfg)), len(net.cfg.sigmas) - 1)
-    levels[:, 0] = torch.arange(8) % (len(net.cfg.sigmas) - 1)
-    return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
+CONTROLS |= of_other_seeds()
 
 
-def gradient_norm(net, loss):
-    """Norm over all parameters, without touching what the optimiser sees."""
-    parameters = list(net.parameters())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
-
-
-@torch.no_grad()
-def after_training(net, held, masks) -> dict:
-    """One-step loss at sigma = 0.5 of walks that were held back, and how A0 attends there."""
-    tokens, *walks = held
-    g = torch.Generator().manual_seed(0)
-    ends = [walk[:, -1] for walk in walks]
-    noise = [torch.randn(end.shape, generator=g) for end in ends]
-    half = torch.full((1, 1), 0.5)
-    pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
-    levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
-    probe = A0Probe(masks, net.cfg.num_sinks)
-    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), probe)
-    return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
-
-
-def train_variant(name, variant, start, data, held, args) -> dict:
-    """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
-    net = variant.change(ode_regression.student_from(start, variant.cfg))
-    view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
-    # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
-    recipe = training.Recipe(args.steps, batch=8, muon_lr=0, adam_lr=args.lr, decay=0.0)
-    learner = training.Learner(net, recipe)
-    rows = dict(zip(("tokens", "video", "audio"), data))
-    losses, norms, a0 = ode_regression.losses_of(net, rows, recipe), [], []
-    is_half = variant.precision != torch.float32
-    precise = partial(torch.autocast, "cpu", variant.precision) if is_half else nullcontext
-    try:
-        for step in range(args.steps):
-            if step >= BURN_IN and step % PROBE_EVERY == 0:
-                with precise():
-                    a0.append(gradient_norm(net, block_0_loss(net, data, view, step)))
-            with precise():
-                loss = losses(step)["loss"]
-            norms.append(learner.update(loss, step))
-    except ValueError as error:  # not finite
-        return {"broke down": str(error)}
-    result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0)}
-    return result | after_training(net, held, view.masks)
-
-
-def sinks(args):
-    """{variant: results}."""
-    start, _, _ = files.read_weights(args.teacher)
-    start = {name: t.float() for name, t in start.items()}
-    walks, _, _ = files.read_weights(args.walks)
-    walks = [walks[name] for name in ("tokens", "video", "audio")]
-    held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
+def controls(args):
+    """{student, seconds: metrics with intervals} of the first and the last five seconds."""
+    chosen = {name: CONTROLS[name] for name in args.only or CONTROLS}
+    if missing := [how for path, how in chosen.values() if not Path(path).exists()]:
+        raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
+    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    windows = [(0, 5), (args.seconds - 5, args.seconds)]
+    truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
     results = {}
-    for name in args.only or SINKS:
-        results[name] = train_variant(name, SINKS[name], start, data, held, args)
-        print(name, results[name], flush=True)
-    return results
+    for name, (path, _) in chosen.items():
+        make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
+        judged = evaluate.judge(make, seeds, windows, name)
+        for (low, high), w, t in zip(windows, judged, truth):
+            results[f"{name}, {low}-{high} s"] = evaluate.with_intervals(w, t, truth[0])
+    results |= over_seeds(results)
+    return results, evaluate.table(results), plots.draw_joint(results)
 
 
-def sinks_table(results) -> str:
-    head = "| | " + " | ".join(SINK_COLUMNS.values()) + " | |"
-    lines = [head, "|---|" + "---|" * (len(SINK_COLUMNS) + 1)]
+def over_seeds(results) -> dict:
+    """Mean of the same row by students of all training seeds; ± is then half of their range."""
+    pooled = {}
     for name, row in results.items():
-        cells = [f"{row[c]:.3g}" if c in row else "–" for c in SINK_COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row.get('broke down', '')} |")
-    return "\n".join(lines)
+        same = [results.get(name.replace(",", f", seed {s},", 1)) for s in range(1, SEEDS)]
+        if all(same):
+            rows = [row, *same]
+            pooled[f"{name}, mean of {SEEDS} seeds"] = {
+                m: over([r[m][0] for r in rows]) for m in row
+            }
+    return pooled
+
+
+def over(values):
+    """[mean, least, most]; nothing if one of them is missing (no sound at all, say)."""
+    if None in values:
+        return [None, None, None]
+    return [sum(values) / len(values), min(values), max(values)]
 
 
 # ---- what joint means ----
@@ -308,7 +198,7 @@ def joint(args):
         for name, make in makes.items():
             w = evaluate.judge(make, seeds, once, name)[0]
             results[name] = evaluate.with_intervals(w, truth, truth)
-    return results
+    return results, evaluate.table(results), plots.draw_joint(results)
 
 
 # ---- something to look at ----
@@ -342,37 +232,30 @@ def write(args, result, table, figure):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("experiment", choices=("drift", "sinks", "joint", "gallery"))
-    p.add_argument("--clips", type=int, default=32, help="drift, joint: held-out clips a row")
+    p.add_argument("experiment", choices=(*EXPERIMENTS, "gallery"))
+    p.add_argument("--clips", type=int, default=32, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=60, help="of the streams, in fives")
     p.add_argument(
         "--student", nargs="*", default=evaluate.STUDENTS, help="weights, stage by stage"
     )
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
+    p.add_argument(
+        "--only", nargs="*", choices=CONTROLS, metavar="WHO", help="controls: only these"
+    )
     p.add_argument("--clip", type=int, default=0, help="gallery: which held-out caption")
-    p.add_argument("--teacher", default="weights/toy_dmd.safetensors", help="sinks: start")
-    p.add_argument("--walks", default="runs/ode/trajectories.safetensors", help="sinks: data")
-    p.add_argument("--steps", type=int, default=150, help="sinks: training steps each")
-    p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
-    p.add_argument("--only", nargs="*", choices=SINKS, help="sinks: these variants only")
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
     folder = "assets" if args.experiment == "gallery" else "results"
     args.out = args.out or f"{folder}/{args.experiment}"
-    if args.experiment == "drift":
-        result = drift(args)
-        write(args, result, drift_table(result), plots.draw_drift(result, step=5))
-    elif args.experiment == "sinks":
-        result = sinks(args)
-        write(args, result, sinks_table(result), plots.draw_sinks(result))
-    elif args.experiment == "joint":
-        result = joint(args)
-        write(args, result, evaluate.table(result), plots.draw_joint(result))
+    if args.experiment in EXPERIMENTS:
+        write(args, *EXPERIMENTS[args.experiment](args))
     else:
         plots.save(plots.draw_gallery(*gallery(args)), f"{args.out}.png")
         print(f"wrote {args.out}.png")
 
+
+EXPERIMENTS = {"drift": drift, "controls": controls, "joint": joint}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -147,9 +147,14 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def losses_of(net, data, recipe):
+def recipe_of(steps, seed=0):
+    """How stage II is trained."""
+    return training.Recipe(steps, batch=8, seed=seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
+
+
+def losses_of(net, data, recipe, seconds=teacher.SECONDS):
     """The function that `training.Run.train` minimises."""
-    blocks = num_blocks(teacher.SECONDS, net.cfg)
+    blocks = num_blocks(seconds, net.cfg)
     view = MaskedView(four_masks(net.cfg, blocks))
 
     def losses(step):
@@ -193,13 +198,10 @@ def main():
     walks = f"{args.run}/trajectories.safetensors"
     data = load_trajectories(walks, bidirectional, args.clips, args.guidance, args.between)
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
-    recipe = training.Recipe(
-        args.steps, batch=8, seed=args.seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98
-    )
     net = student_from(bidirectional.state_dict(), config.TOY, args.seed)
-    learner = training.Learner(net, recipe)
+    learner = training.Learner(net, recipe_of(args.steps, args.seed))
     run = training.Run({"student": learner}, cli.command(p, args), args.run)
-    run.train(training.descent(learner, losses_of(net, data, recipe)))
+    run.train(training.descent(learner, losses_of(net, data, learner.recipe)))
     run.ship(args.out)
 
 

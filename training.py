@@ -65,8 +65,46 @@ def optimisers(model, recipe):
     adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=recipe.betas, weight_decay=0.0)
     if not matrices:
         return [adam]
-    muon = torch.optim.Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
-    return [muon, adam]
+    return [Muon(matrices, recipe.muon_lr, recipe.weight_decay), adam]
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is an orthogonal matrix (Jordan et al. 2024).
+
+    torch.optim.Muon does the same in bfloat16, which is ten times as slow as float32 on processors
+    that must emulate it; this one computes as its weights are.
+    """
+
+    def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                update = nearly_orthogonal(p.grad.lerp(mean, momentum))  # Nesterov's look ahead
+                p.mul_(1 - lr * group["weight_decay"])
+                p.sub_(lr * max(1, len(p) / p.shape[1]) ** 0.5 * update)
+
+
+def nearly_orthogonal(x, steps=5):
+    """(n, m) -> the same with all singular values near 1, without finding them.
+
+    Each step maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones grow
+    threefold, all end between 0.7 and 1.2.
+
+    >>> s = torch.linalg.svdvals(nearly_orthogonal(torch.diag(torch.tensor([9.0, 3.0, 0.5]))))
+    >>> bool((s > 0.6).all() and (s < 1.25).all())
+    True
+    """
+    y = (x if x.shape[0] <= x.shape[1] else x.T) / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.T
+        y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
+    return y if x.shape[0] <= x.shape[1] else y.T
 
 
 class Averaged:

@@ -1,12 +1,13 @@
 """How fast does the toy stream, does it stay so, and what does the cache buy?  (CPU)
 
-    python benchmarks/bench_toy.py               all three, about 6 minutes on two CPU cores
+    python benchmarks/bench_toy.py               all four, about 6 minutes on two CPU cores
     python benchmarks/bench_toy.py --only prefix
 
   stream   generate.py as a user runs it: TTFC, frames a second, times real time
   long     60 and 600 blocks: is time per block flat, is peak memory?
   prefix   time of block k with the rolling cache, and by re-running the whole prefix under the
            masks (as the first official release did), side by side in one run
+  cost     what a second of film costs whom: the teacher, a whole clip in four passes, a stream
 
 Writes results/bench_toy.json and results/bench_toy.png.
 """
@@ -32,6 +33,8 @@ import files  # noqa: E402
 import model  # noqa: E402
 import parts  # noqa: E402
 import plots  # noqa: E402
+import self_forcing  # noqa: E402
+import teacher  # noqa: E402
 import toy_world  # noqa: E402
 from kv_cache import CachedView, MaskedView  # noqa: E402
 from masks import block_span, clip_span, four_masks  # noqa: E402
@@ -112,6 +115,46 @@ def time_rerun(net, text, history, sigmas):
     return time.perf_counter() - start
 
 
+def seconds_of(make, repeats=3) -> float:
+    """Median of what a call takes, after one to settle."""
+    taken = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        make()
+        taken.append(time.perf_counter() - start)
+    return median_high(taken[1:])
+
+
+@torch.inference_mode()
+def bench_cost(student, text, tokens) -> dict:
+    """{who: how often each second passes through the transformer, how fast five seconds are made}.
+
+    Passes of whole clips and of blocks; with guidance a pass counts twice. Nothing is decoded.
+    """
+    net = {
+        name: model.load(ROOT / "weights" / f"toy_{name}.safetensors")
+        for name in ("teacher", "dmd")
+    }
+    g, sigmas = torch.Generator().manual_seed(0), student.cfg.sigmas
+
+    def by_teacher(levels):
+        return lambda: teacher.sample(net["teacher"], tokens, levels)
+
+    def streamed():
+        return list(self_forcing.rollout(student, lambda k: text, 6, sigmas, g, window=4))
+
+    makers = {
+        "teacher, 32 steps": (64, by_teacher(teacher.schedule(32))),
+        "teacher, 4 steps": (8, by_teacher(sigmas)),
+        "stage I, 4 steps": (4, lambda: dmd.few_step_clips(net["dmd"], tokens, g)),
+        "streamed, 4 steps and refresh": (5, streamed),
+    }
+    return {
+        who: {"passes_a_second": passes, "times_real_time": round(5 / seconds_of(make), 2)}
+        for who, (passes, make) in makers.items()
+    }
+
+
 def draw_prefix(result):
     """The two curves of `bench_prefix`."""
     figure, ax = plots.plt.subplots(figsize=(6, 3.4), layout="constrained")
@@ -125,15 +168,20 @@ def draw_prefix(result):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--only", choices=["stream", "long", "prefix"], help="just one of the three")
+    p.add_argument("--only", choices=["stream", "long", "prefix", "cost"], help="just one")
     args = p.parse_args()
     net = parts.load_student(parts.WEIGHTS, config.TOY)
     tokens = toy_world.parse_prompt("red fast metal")
     with torch.inference_mode():
         text = net.project_text(toy_world.caption_features(tokens))
-    kinds = {"stream": bench_stream, "long": bench_long, "prefix": lambda: bench_prefix(net, text)}
+    kinds = {
+        "stream": bench_stream,
+        "long": bench_long,
+        "prefix": lambda: bench_prefix(net, text),
+        "cost": lambda: bench_cost(net, text, tokens),
+    }
     result = {name: part() for name, part in kinds.items() if args.only in (None, name)}
-    for name in ("stream", "long"):
+    for name in ("stream", "long", "cost"):
         if name in result:
             print(name, json.dumps(result[name], indent=1))
     if "prefix" in result:

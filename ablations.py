@@ -1,0 +1,324 @@
+"""What if it were trained otherwise?  Short stage II trainings, one thing changed at a time.
+
+    python ablations.py sinks      with and without sinks, in both block layouts, with other
+                                   attentions and in half precision: what do the gradients do?
+    python ablations.py switches   other blocks, and stage I left out: what do the streams show?
+
+All start from the same weights, see the same walks in the same order, and differ in what their name
+says. Each writes results/NAME.json, .md and .png. `experiments.py` asks what can be asked without
+training anything.
+
+What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
+after the first ten steps; *A0 norm*: the same for the loss of the first audio latent alone, the one
+that has a single key besides the sinks; *loss*: one-step x0 loss of clean walks' ends noised to
+sigma = 0.5 throughout, on walks that no step has seen; *entropy* of A0's attention in nats and the
+*share* of it that goes to the sinks, means over layers and heads. The paper's are the first and the
+third.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Callable
+
+import torch
+from torch import nn
+
+import cli
+import config
+import evaluate
+import experiments
+import kv_cache
+import model
+import ode_regression
+import plots
+import teacher
+import toy_codec
+import toy_world
+import training
+from masks import clip_span, four_masks, num_blocks
+
+
+def start_and_walks(from_teacher, args):
+    """Weights that students start at, and clips on their way from noise to clean.
+
+    from_teacher   the teacher's own, guided and with small steps, instead of stage I's
+    """
+    path, how = (args.real, (teacher.GUIDANCE, 4)) if from_teacher else (args.few_step, ((1, 1), 1))
+    net, name = model.load(path), evaluate.short_name(path)
+    file = f"{args.run}/{name}_walks.safetensors"
+    walks = ode_regression.load_trajectories(file, net, args.walks, *how)
+    return net.state_dict(), [walks[part] for part in ("tokens", "video", "audio")]
+
+
+# ---- sinks ----
+
+
+class Bare(kv_cache.Heads):
+    """Without the RMSNorm of queries and keys."""
+
+    def _normed(self, x, weight, table):
+        x = self.split(x)
+        return x if table is None else kv_cache.rope.rotate(x, table)
+
+
+class Loud(kv_cache.Heads):
+    """With logits eight times as large."""
+
+    def queries(self, q):
+        return 8 * super().queries(q)
+
+
+class TanhGate(nn.Module):
+    """Attention behind a gate tanh(g) that starts closed, so the model must open it anew."""
+
+    def __init__(self, to_out):
+        super().__init__()
+        self.to_out, self.g = to_out, nn.Parameter(torch.zeros(to_out.out_features))
+
+    def forward(self, x):
+        return torch.tanh(self.g) * self.to_out(x)
+
+
+def with_heads(kind, net):
+    """Every attention of the network uses another kind of kv_cache.Heads."""
+    for part in net.modules():
+        if isinstance(part, model.Attention):
+            heads = part.heads
+            part.heads = lambda *ropes, heads=heads: kind(*heads(*ropes))
+    return net
+
+
+without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads, Loud)
+
+
+def with_gates(net):
+    """The sinks' audio self-attention is gated."""
+    for layer in net.audio.layers:
+        layer.self_attn.to_out = TanhGate(layer.self_attn.to_out)
+    return net
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A stage II training: its config, what is done to the network, and the precision."""
+
+    cfg: config.Config = config.TOY
+    change: Callable = lambda net: net
+    precision: torch.dtype = torch.float32
+
+
+MERGED = replace(config.TOY, prefix_video_frames=4, prefix_audio_frames=26)
+NONE = replace(config.TOY, num_sinks=0)
+SINKS = {
+    **{f"S = {S}": Variant(replace(config.TOY, num_sinks=S)) for S in (0, 2, 4, 8, 16, 24)},
+    "S = 16, incremental": Variant(replace(config.TOY, sink_positions="incremental")),
+    "4+26, S = 0": Variant(replace(MERGED, num_sinks=0)),
+    "4+26, S = 16": Variant(MERGED),
+    "S = 0, no q/k norm": Variant(NONE, without_norm),
+    "S = 16, no q/k norm": Variant(change=without_norm),
+    "S = 0, logits x 8": Variant(NONE, with_large_logits),
+    "S = 16, logits x 8": Variant(change=with_large_logits),
+    "S = 0, tanh gate": Variant(NONE, with_gates),
+    "S = 0, bfloat16": Variant(NONE, precision=torch.bfloat16),
+    "S = 16, bfloat16": Variant(precision=torch.bfloat16),
+    "S = 0, float16": Variant(NONE, precision=torch.float16),
+    "S = 16, float16": Variant(precision=torch.float16),
+}
+SINK_COLUMNS = {
+    "max_norm": "max norm", "a0_norm": "A0 norm", "loss": "loss at 0.5",
+    "entropy": "entropy", "share": "share",
+}  # fmt: skip
+BURN_IN, PROBE_EVERY, HELD_BACK = 10, 5, 32
+
+
+class A0Probe(kv_cache.MaskedView):
+    """A masked view that keeps how the first audio latent attends in audio self-attention."""
+
+    def __init__(self, masks, num_sinks):
+        super().__init__(masks)
+        self.num_sinks, self.weights = num_sinks, []  # per layer (B, H, keys that A0 may see)
+
+    def attend(self, layer, site, q, k, v, heads):
+        if site == "audio_self":
+            keys = heads.keys(k)[:, self.masks[site][self.num_sinks]]
+            query = heads.queries(q)[:, self.num_sinks]  # (B, H, D)
+            logits = torch.einsum("bhd,bkhd->bhk", query, keys) / query.shape[-1] ** 0.5
+            self.weights.append(logits.float().softmax(-1))
+        return super().attend(layer, site, q, k, v, heads)
+
+    def entropy(self):
+        w = torch.stack(self.weights)
+        return float(-(w * w.clamp(min=1e-12).log()).sum(-1).mean())
+
+    def share(self):
+        return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
+
+
+def block_0_loss(net, data, view, step):
+    """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
+    rows = torch.arange(8) + 8 * step
+    chosen = [x[rows % len(x)] for x in data]
+    levels = torch.full((8, num_blocks(teacher.SECONDS, net.cfg)), len(net.cfg.sigmas) - 1)
+    levels[:, 0] = torch.arange(8) % (len(net.cfg.sigmas) - 1)
+    return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
+
+
+def gradient_norm(net, loss):
+    """Norm over all parameters, without touching what the optimiser sees."""
+    parameters = list(net.parameters())
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+
+@torch.no_grad()
+def after_training(net, held, masks) -> dict:
+    """One-step loss at sigma = 0.5 of walks that were held back, and how A0 attends there."""
+    tokens, *walks = held
+    g = torch.Generator().manual_seed(0)
+    ends = [walk[:, -1] for walk in walks]
+    noise = [torch.randn(end.shape, generator=g) for end in ends]
+    half = torch.full((1, 1), 0.5)
+    pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
+    levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
+    probe = A0Probe(masks, net.cfg.num_sinks)
+    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), probe)
+    return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
+
+
+def train_variant(name, variant, start, data, held, args) -> dict:
+    """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
+    net = variant.change(ode_regression.student_from(start, variant.cfg))
+    view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
+    # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
+    recipe = training.Recipe(args.steps, batch=8, muon_lr=0, adam_lr=args.lr, decay=0.0)
+    learner = training.Learner(net, recipe)
+    rows = dict(zip(("tokens", "video", "audio"), data))
+    losses, norms, a0 = ode_regression.losses_of(net, rows, recipe), [], []
+    is_half = variant.precision != torch.float32
+    precise = partial(torch.autocast, "cpu", variant.precision) if is_half else nullcontext
+    try:
+        for step in range(args.steps):
+            if step >= BURN_IN and step % PROBE_EVERY == 0:
+                with precise():
+                    a0.append(gradient_norm(net, block_0_loss(net, data, view, step)))
+            with precise():
+                loss = losses(step)["loss"]
+            norms.append(learner.update(loss, step))
+    except ValueError as error:  # not finite
+        return {"broke down": str(error)}
+    result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0)}
+    return result | after_training(net, held, view.masks)
+
+
+def sinks(args):
+    """{variant: results}."""
+    start, walks = start_and_walks(False, args)
+    held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
+    results = {}
+    for name in args.only or SINKS:
+        results[name] = train_variant(name, SINKS[name], start, data, held, args)
+        print(name, results[name], flush=True)
+    return results, sinks_table(results), plots.draw_sinks(results)
+
+
+def sinks_table(results) -> str:
+    head = "| | " + " | ".join(SINK_COLUMNS.values()) + " | |"
+    lines = [head, "|---|" + "---|" * (len(SINK_COLUMNS) + 1)]
+    for name, row in results.items():
+        cells = [f"{row[c]:.3g}" if c in row else "–" for c in SINK_COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {row.get('broke down', '')} |")
+    return "\n".join(lines)
+
+
+# ---- switches ----
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A stage II training and how it is streamed."""
+
+    cfg: config.Config = config.TOY
+    seconds: int = teacher.SECONDS  # of a walk, from its start, that are trained on
+    from_teacher: bool = False  # stage I left out: the teacher's weights, the teacher's walks
+
+
+SWITCHES = {
+    "1+3k, 1+25k, blocks of 1 s": Switch(),
+    "4+3k, 26+25k, blocks of 1 s": Switch(MERGED),
+    "4+3k, 26+25k, no sinks": Switch(replace(MERGED, num_sinks=0)),
+    "1+6k, 1+50k, blocks of 2 s": Switch(replace(config.TOY, block_seconds=2), seconds=4),
+    "stage I left out": Switch(from_teacher=True),
+}
+REMEMBERED = 4  # seconds, in blocks of any length
+STREAMED = 20  # seconds, of which the first and the last five are judged
+
+
+def train_switch(switch, args):
+    """The averaged student of a short stage II training."""
+    start, walks = start_and_walks(switch.from_teacher, args)
+    net = ode_regression.student_from(start, switch.cfg)
+    learner = training.Learner(net, ode_regression.recipe_of(args.steps))
+    rows = dict(zip(("tokens", "video", "audio"), first_seconds(walks, switch)))
+    losses = ode_regression.losses_of(net, rows, learner.recipe, switch.seconds)
+    training.Run({"student": learner}, "").train(training.descent(learner, losses))
+    net.load_state_dict(learner.average.tensors)
+    return net.eval()
+
+
+def first_seconds(walks, switch):
+    """Walks cut to whole blocks; what is left of a clip is a clip."""
+    tokens, video, audio = walks
+    span = clip_span(num_blocks(switch.seconds, switch.cfg), switch.cfg)
+    tokens_v = len(span.video) * switch.cfg.tokens_per_frame
+    return tokens, video[:, :, :tokens_v], audio[:, :, : len(span.audio)]
+
+
+def switches(args):
+    """{variant, seconds: metrics with intervals}."""
+    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    windows = [(0, 5), (STREAMED - 5, STREAMED)]
+    true = partial(evaluate.true_clips, STREAMED)
+    truth = evaluate.judge(true, seeds, windows, "truth")
+    results = {}
+    for name in args.only or SWITCHES:
+        switch = SWITCHES[name]
+        net = train_switch(switch, args)
+        window = REMEMBERED // switch.cfg.block_seconds
+        make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
+        judged = evaluate.judge(make, seeds, windows, name)
+        for (low, high), w, t in zip(windows, judged, truth):
+            results[f"{name}, {low}-{high} s"] = evaluate.with_intervals(w, t, truth[0])
+        print(evaluate.table(results), flush=True)
+    return results, evaluate.table(results), plots.draw_joint(results)
+
+
+# ---- command line ----
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("ablation", choices=("sinks", "switches"))
+    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I: start")
+    p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
+    p.add_argument("--walks", type=int, default=384, help="clips to train on")
+    p.add_argument("--steps", type=int, help="of each training; default sinks 150, switches 250")
+    p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
+    p.add_argument("--clips", type=int, default=48, help="switches: held-out clips a row")
+    p.add_argument("--only", nargs="*", metavar="NAME", help="these variants only")
+    p.add_argument("--run", default="runs/ablations", help="folder for the walks")
+    p.add_argument("--out", help="default results/ABLATION")
+    args = p.parse_args()
+    known, steps, measure = ABLATIONS[args.ablation]
+    if unknown := set(args.only or ()) - set(known):
+        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
+    args.steps = args.steps or steps
+    args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
+    args.out = args.out or f"results/{args.ablation}"
+    experiments.write(args, *measure(args))
+
+
+ABLATIONS = {"sinks": (SINKS, 150, sinks), "switches": (SWITCHES, 250, switches)}
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,149 @@
+"""Ablations: what is measured is what it says, and the command lines run end to end."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import random_clip, random_model
+
+import ablations
+import cli
+import config
+import files
+import kv_cache
+import model
+from masks import clip_span, four_masks, num_blocks
+
+CHANGES = ablations.with_gates, ablations.without_norm, ablations.with_large_logits
+SMALL = dict(num_layers=1, num_heads=2, video_width=24, audio_width=16)
+TINY = replace(config.TOY, **SMALL)
+BLOCKS = num_blocks(5, TINY)
+
+
+def span_of(cfg):
+    return clip_span(num_blocks(5, cfg), cfg)
+
+
+@pytest.mark.parametrize("S", [0, 4])
+def test_the_probe_sees_what_the_first_audio_latent_may_see(S):
+    """Weights over sinks and A0 that sum to 1; alone it has entropy 0; outputs do not change."""
+    cfg = replace(TINY, num_sinks=S)
+    net, masks = random_model(cfg, torch.float32), four_masks(cfg, BLOCKS)
+    probe, plain = ablations.A0Probe(masks, S), kv_cache.MaskedView(masks)
+    clip, sigma = random_clip(cfg, BLOCKS, clips=2, dtype=torch.float32), torch.full((2,), 0.5)
+    text = net.project_text(torch.eye(9)[None, :3].expand(2, -1, -1))
+    args = (*clip, sigma, sigma, text, span_of(cfg))
+    for a, b in zip(net(*args, probe), net(*args, plain)):
+        assert torch.equal(a, b)
+    assert probe.weights[0].shape == (2, 2, S + 1)
+    torch.testing.assert_close(probe.weights[0].sum(-1), torch.ones(2, 2))
+    if S == 0:
+        assert probe.entropy() == pytest.approx(0, abs=1e-6) and probe.share() == 0
+    else:
+        assert 0 < probe.entropy() < 1.62 and 0 < probe.share() < 1
+
+
+def test_other_attentions_are_other_attentions():
+    """Without q/k norm, with large logits, behind a closed gate: the velocities differ."""
+    args = None
+    for change in CHANGES:
+        net = random_model(TINY, torch.float32)
+        if args is None:
+            clip, sigma = random_clip(TINY, BLOCKS, dtype=torch.float32), torch.full((1,), 0.5)
+            text = net.project_text(torch.eye(9)[None, :3])
+            args = (*clip, sigma, sigma, text, span_of(TINY), kv_cache.MaskedView())
+        before = net(*args)
+        after = change(net)(*args)
+        assert all((a - b).abs().max() > 1e-4 for a, b in zip(before, after))
+
+
+def test_the_gradient_of_block_0_is_that_of_block_0(monkeypatch):
+    """Noise in any other block would change the loss: all of them are clean."""
+    net = model.build(TINY)
+    walks = [torch.stack([random_clip(TINY, BLOCKS, 8, torch.float32)[i] for _ in range(5)], 1)
+             for i in (0, 1)]  # fmt: skip
+    data = torch.ones(8, 3, dtype=torch.long), *walks
+    view = kv_cache.MaskedView(four_masks(TINY, BLOCKS))
+    loss = ablations.block_0_loss(net, data, view, 0)
+    walks[1][:, :4, 1:] += 1  # noisy audio states behind A0
+    assert torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
+    walks[1][:, :4, 0] += 1
+    assert not torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command line from untrained weights and walks of no meaning -> the result."""
+    paths = [tmp_path / f"toy_{name}.safetensors" for name in ("dmd", "teacher")]
+    for path in paths:
+        weights = model.build(config.TOY_TEACHER).state_dict()
+        files.save_weights(path, weights, config.TOY_TEACHER, {})
+
+    def draw(net, sigmas, seeds, guidance, between):
+        clips = [random_clip(config.TOY, BLOCKS, len(seeds), torch.float32) for _ in range(5)]
+        walks = (torch.stack(states, 1) for states in zip(*clips))
+        return torch.ones(len(seeds), 3, dtype=torch.long), *walks
+
+    monkeypatch.setattr(ablations.ode_regression, "draw_trajectories", draw)
+
+    def run(*arguments):
+        made = "--walks", 48, "--run", tmp_path, "--few-step", paths[0], "--real", paths[1]
+        out = "--out", tmp_path / "x"
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, arguments + made + out)])
+        cli.run(ablations.main)
+        assert (tmp_path / "x.png").exists()
+        return json.loads((tmp_path / "x.json").read_text())["result"]
+
+    return run
+
+
+def test_sinks_from_the_command_line(run, tmp_path):
+    """Two variants, a few steps: table, JSON and picture; with sinks there is a share."""
+    result = run("sinks", "--steps", 12, "--only", "S = 0", "S = 16")
+    assert result["S = 0"]["share"] == 0 < result["S = 16"]["share"] < 1
+    assert all(row["max_norm"] > 0 and row["a0_norm"] > 0 for row in result.values())
+    assert "| S = 16 |" in (tmp_path / "x.md").read_text()
+
+
+def test_a_training_that_breaks_down_is_reported(run, tmp_path, monkeypatch):
+    """Not finite is a result, not a crash."""
+    monkeypatch.setattr(ablations.training.Learner, "update", lambda self, loss, step: _raise(step))
+    run("sinks", "--steps", 12, "--only", "S = 0")
+    assert "step 0: the loss is nan" in (tmp_path / "x.md").read_text()
+
+
+def _raise(step):
+    raise ValueError(f"step {step}: the loss is nan")
+
+
+def test_switches_from_the_command_line(run, tmp_path, monkeypatch):
+    """Longer blocks, and the teacher's walks in a file of their own; two rows for each."""
+    monkeypatch.setattr(ablations.evaluate, "RESAMPLES", 3)
+    monkeypatch.setattr(ablations, "STREAMED", 10)
+    names = "1+6k, 1+50k, blocks of 2 s", "stage I left out"
+    result = run("switches", "--steps", 1, "--clips", 2, "--only", *names)
+    assert list(result) == [f"{n}, {t} s" for n in names for t in ("0-5", "5-10")]
+    assert {p.name for p in tmp_path.glob("*walks*")} == {
+        "dmd_walks.safetensors", "teacher_walks.safetensors"
+    }  # fmt: skip
+
+
+def test_an_unknown_variant_is_refused(run, capsys):
+    """One line that lists what there is."""
+    with pytest.raises(SystemExit, match="2"):
+        run("sinks", "--only", "S = 7")
+    assert "--only S = 7: expected some of S = 0, S = 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds, blocks", [(1, 5), (2, 2)])
+def test_walks_are_cut_to_whole_blocks(seconds, blocks):
+    """Five seconds, or four in blocks of two; the rest of a walk is not touched."""
+    cfg = replace(config.TOY, block_seconds=seconds)
+    switch = ablations.Switch(cfg, seconds=seconds * blocks)
+    walks = torch.ones(3, 3), torch.randn(3, 5, 256, 48), torch.randn(3, 5, 126, 20)
+    tokens, video, audio = ablations.first_seconds(walks, switch)
+    tokens_v, frames_a = 16 * (1 + 3 * seconds * blocks), 1 + 25 * seconds * blocks
+    assert torch.equal(video, walks[1][:, :, :tokens_v]) and video.shape[2] == tokens_v
+    assert torch.equal(audio, walks[2][:, :, :frames_a]) and audio.shape[2] == frames_a
