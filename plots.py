@@ -5,12 +5,15 @@ In a notebook, `show(figure)` as the last line of a cell shows it, with any back
 
     python plots.py masks            writes assets/masks.png, the paper's mask figure from our masks
     python plots.py losses           writes results/*_curve.png from the logs of the trainings
+    python plots.py imports          writes assets/imports.png: who imports whom, in reading order
     python plots.py --help
 """
 
+import ast
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -425,21 +428,55 @@ def draw_sinks(results):
     return figure
 
 
+# ---- the house ----
+
+
+def reading_order(readme="README.md") -> list[str]:
+    """Names of the modules in the order of README's table of files."""
+    return re.findall(r"^\| `(\w+)\.py`", Path(readme).read_text(), re.M)
+
+
+def imports_of(path) -> set[str]:
+    """Names of the modules that a Python file imports."""
+    nodes = list(ast.walk(ast.parse(Path(path).read_text())))
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return set(plain + [node.module for node in nodes if isinstance(node, ast.ImportFrom)])
+
+
+def draw_imports(order):
+    """Modules from top to bottom, an arc from each one up to what it imports."""
+    figure, ax = plt.subplots(figsize=(6, 0.27 * len(order)), layout="constrained")
+    turn = np.linspace(-np.pi / 2, np.pi / 2, 40)
+    for i, name in enumerate(order):
+        ax.text(-0.2, i, name, ha="right", va="center", fontsize=9)
+        for j in (order.index(other) for other in imports_of(f"{name}.py") & set(order)):
+            colour = CURVES[j % len(CURVES)]
+            ax.plot(0.3 * abs(i - j) * np.cos(turn), (i + j + (i - j) * np.sin(turn)) / 2,
+                    color=colour, lw=0.8)  # fmt: skip
+    ax.set(xlim=(-5, 0.3 * len(order)), ylim=(len(order), -1))
+    ax.axis("off")
+    return figure
+
+
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("picture", choices=["masks", "losses"], help="which picture to draw")
+    p.add_argument("picture", choices=["masks", "losses", "imports"], help="which picture to draw")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
     p.add_argument("--blocks", type=int, default=4)
     p.add_argument("--window", type=int, help="blocks remembered; default all")
-    p.add_argument("--out", default="assets/masks.png")
+    p.add_argument("--out", help="default assets/PICTURE.png")
     args = p.parse_args()
+    out = args.out or f"assets/{args.picture}.png"
     if args.picture == "losses":
         return draw_losses()
+    if args.picture == "imports":
+        save(draw_imports(reading_order()), out)
+        return print(f"wrote {out}")
     cfg = cli.find_config(args.config)
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
-    save(draw_masks(cfg, args.blocks, args.window), args.out)
-    print(f"wrote {args.out}")
+    save(draw_masks(cfg, args.blocks, args.window), out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The README tells the truth: its paths exist, its commands run, its tables are the scripts'."""
 
-import ast
 import json
 import re
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import plots
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -48,22 +49,15 @@ def test_line_counts():
 def test_reading_order_is_import_order():
     """A module imports only from modules above it in the table, or from the named helpers."""
     order = list(TABLE)
+    assert plots.reading_order(ROOT / "README.md") == [file.removesuffix(".py") for file in order]
     for i, file in enumerate(order):
-        imported = {f"{name}.py" for name in _imports(ROOT / file)} & set(order)
+        imported = {f"{name}.py" for name in plots.imports_of(ROOT / file)} & set(order)
         assert imported <= set(order[:i]), f"{file} imports from below: {imported - set(order[:i])}"
-
-
-def _imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
 
 
 def test_only_plots_imports_matplotlib():
     """Modules that are read to learn do not draw."""
-    importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in set(_imports(p))]
+    importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in plots.imports_of(p)]
     assert importing == ["plots.py"]
 
 
