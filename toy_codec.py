@@ -7,14 +7,19 @@ that a stream can begin at once; every later one covers 8 frames or 4 mel frames
     video   8 x 8 pixel patches: (1 or 8 frames) x 3 x 8 x 8 numbers -> 48 channels
     audio   (1 or 4 mel frames) x 16 bands -> 20 channels
 
-Each of the four kinds has its own principal components, x ~ mean + basis (scale z). They are half
-whitened, scale = sqrt(standard deviation), so that a unit of noise in z hides small components
-before large ones, and then scaled together to E[z^2] = 1, as flow matching expects.
+Each of these four kinds of patch has its own principal components, x ~ mean + basis (scale z). They
+are half whitened: a component is divided by the root of its standard deviation, not by all of it.
+So components keep an order of size, and noise in z hides the small ones before the large ones. Then
+all are scaled by one factor to E[z^2] = 1, as flow matching expects.
 
 # Simpler: LTX-2's VAEs are convolutional and see neighbouring latents; here a latent decodes alone,
 # so a block can be decoded as soon as it exists, without look-ahead.
 
-    python toy_codec.py          fits it anew and writes weights/toy_codec.safetensors
+# Trap: a component has no sign of its own. A fit on another machine may turn some around, and then
+# models trained on the old latents do not understand the new ones: train them anew as well.
+
+    python toy_codec.py             fits it anew, writes weights/toy_codec.safetensors
+    python toy_codec.py --out FILE  ... writes it there, and leaves the shipped one alone
 """
 
 from pathlib import Path
@@ -23,14 +28,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import cli
 import config
 import files
 import toy_world
 
 FILE = Path(__file__).parent / "weights" / "toy_codec.safetensors"
-FIT_CLIPS, FIT_SECONDS = 384, 5
+FIT_CLIPS, FIT_SECONDS = 384, 5  # what it is fitted on: the clips of seeds 0 to 383
 
-SAMPLE_RATE = 24000  # samples per second
+SAMPLE_RATE = 24000  # samples per second, as LTX-2's vocoder
 LOWEST_PITCH = 196.0  # Hz, band 0
 BANDS_PER_OCTAVE = 5
 LOUDNESS = 0.25  # amplitude of a band at level 1
@@ -136,6 +142,7 @@ class ToyCodec(nn.Module):
 
     @torch.no_grad()
     def fit(self, video, sound):
+        """Fit all four kinds to true clips, shaped as for `encode`."""
         for components, x in zip((self.video_first, self.video_later), self._video_kinds(video)):
             components.fit(x)
         for components, x in zip((self.audio_first, self.audio_later), self._audio_kinds(sound)):
@@ -143,7 +150,7 @@ class ToyCodec(nn.Module):
 
 
 def load(cfg=config.TOY) -> ToyCodec:
-    """The codec that the shipped models were trained with."""
+    """The codec that the shipped models were trained with, from FILE."""
     codec = ToyCodec(cfg)
     codec.load_state_dict(load_file(FILE))
     return codec
@@ -186,15 +193,23 @@ def pitches() -> torch.Tensor:
     return LOWEST_PITCH * 2 ** (torch.arange(toy_world.BANDS) / BANDS_PER_OCTAVE)
 
 
-if __name__ == "__main__":
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("--out", help=f"weights to write; default weights/{FILE.name}")
+    args = p.parse_args()
+    out = args.out or FILE
     codec, clips = ToyCodec(), toy_world.draw_clips(range(FIT_CLIPS))
     video, sound = (f(clips, FIT_SECONDS) for f in (toy_world.render_video, toy_world.render_sound))
     codec.fit(video, sound)
-    files.save_weights(FILE, codec.state_dict(), config.TOY, {"command": "python toy_codec.py"})
+    files.save_weights(out, codec.state_dict(), config.TOY, {"command": cli.command(p, args)})
     v, a = codec.encode(video, sound)
     for name, x, y in (
         ("video", video, codec.decode_video(v, True)),
         ("audio", sound, codec.decode_audio(a, True)),
     ):
         print(f"{name}: PSNR {-10 * (x - y).square().mean().log10():.1f} dB")
-    print(f"wrote {FILE}")
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

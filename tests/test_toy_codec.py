@@ -1,8 +1,11 @@
 """The codec and the vocoder: rates, the first-frame rule, faithfulness, no seams."""
 
+import sys
+
 import pytest
 import torch
 
+import cli
 import config
 import toy_codec
 import toy_world as world
@@ -179,3 +182,18 @@ def test_samples_never_leave_the_range():
     """240 samples a mel frame, within [-1, 1] even when every band shouts."""
     sound = toy_codec.synthesise(10 * torch.rand(101, 16))
     assert sound.shape == (24000,) and sound.abs().max() <= 1
+
+
+def test_asking_for_help_fits_nothing(tmp_path, monkeypatch, capsys):
+    """--help and an unknown flag leave the shipped file alone; --out writes elsewhere."""
+    shipped = tmp_path / "toy_codec.safetensors"
+    monkeypatch.setattr(toy_codec, "FILE", shipped)
+    monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
+    for arguments, status in ((["--help"], 0), (["--fast"], 2)):
+        monkeypatch.setattr(sys, "argv", ["toy_codec.py", *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.run(toy_codec.main)
+        assert left.value.code == status and not shipped.exists()
+    monkeypatch.setattr(sys, "argv", ["toy_codec.py", "--out", str(tmp_path / "mine.safetensors")])
+    cli.run(toy_codec.main)
+    assert (tmp_path / "mine.safetensors").exists() and not shipped.exists()
