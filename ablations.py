@@ -4,16 +4,16 @@
                                    attentions and in half precision: what do the gradients do?
     python ablations.py switches   other blocks, and stage I left out: what do the streams show?
 
-All start from the same weights, see the same walks in the same order, and differ in what their name
-says. Each writes results/NAME.json, .md and .png. `experiments.py` asks what can be asked without
-training anything.
+All start from the same weights, see the same walks (clips on their way from noise to clean, see
+ode_regression.py) in the same order, and differ in what their name says. Each writes
+results/NAME.json, .md and .png. `experiments.py` is for questions that need no training.
 
 What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
-after the first ten steps; *A0 norm*: the same for the loss of the first audio latent alone, the one
-that has a single key besides the sinks; *loss*: one-step x0 loss of clean walks' ends noised to
-sigma = 0.5 throughout, on walks that no step has seen; *entropy* of A0's attention in nats and the
-*share* of it that goes to the sinks, means over layers and heads. The paper's are the first and the
-third.
+after the first ten steps; *A0 norm*: the same for the loss of block 0's audio alone, which in the
+paper's layout is A0, the latent with a single key besides the sinks; *loss*: x0 loss of one pass,
+when clean ends of walks are noised to sigma = 0.5 throughout, on walks that no step has seen;
+*entropy*: of A0's attention, in nats; *share*: of A0's attention that goes to the sinks; both are
+means over layers and heads. Max norm and loss are the paper's columns.
 """
 
 from contextlib import nullcontext
@@ -32,9 +32,9 @@ import kv_cache
 import model
 import ode_regression
 import plots
+import rope
 import teacher
 import toy_codec
-import toy_world
 import training
 from masks import clip_span, four_masks, num_blocks
 
@@ -59,7 +59,7 @@ class Bare(kv_cache.Heads):
 
     def _normed(self, x, weight, table):
         x = self.split(x)
-        return x if table is None else kv_cache.rope.rotate(x, table)
+        return x if table is None else rope.rotate(x, table)
 
 
 class Loud(kv_cache.Heads):
@@ -93,7 +93,7 @@ without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads,
 
 
 def with_gates(net):
-    """The sinks' audio self-attention is gated."""
+    """Every audio self-attention is gated: the paper's alternative to sinks."""
     for layer in net.audio.layers:
         layer.self_attn.to_out = TanhGate(layer.self_attn.to_out)
     return net
@@ -129,7 +129,9 @@ SINK_COLUMNS = {
     "max_norm": "max norm", "a0_norm": "A0 norm", "loss": "loss at 0.5",
     "entropy": "entropy", "share": "share",
 }  # fmt: skip
-BURN_IN, PROBE_EVERY, HELD_BACK = 10, 5, 32
+BURN_IN, PROBE_EVERY = 10, 5  # steps
+HELD_BACK = 32  # walks that are not trained on
+BATCH = 8  # clips
 
 
 class A0Probe(kv_cache.MaskedView):
@@ -157,10 +159,10 @@ class A0Probe(kv_cache.MaskedView):
 
 def block_0_loss(net, data, view, step):
     """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
-    rows = torch.arange(8) + 8 * step
+    rows, clean = torch.arange(BATCH) + BATCH * step, len(net.cfg.sigmas) - 1
     chosen = [x[rows % len(x)] for x in data]
-    levels = torch.full((8, num_blocks(teacher.SECONDS, net.cfg)), len(net.cfg.sigmas) - 1)
-    levels[:, 0] = torch.arange(8) % (len(net.cfg.sigmas) - 1)
+    levels = torch.full((BATCH, num_blocks(teacher.SECONDS, net.cfg)), clean)
+    levels[:, 0] = torch.arange(BATCH) % clean
     return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
 
 
@@ -186,12 +188,12 @@ def after_training(net, held, masks) -> dict:
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 
-def train_variant(name, variant, start, data, held, args) -> dict:
+def train_variant(variant, start, data, held, args) -> dict:
     """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
     net = variant.change(ode_regression.student_from(start, variant.cfg))
     view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
     # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
-    recipe = training.Recipe(args.steps, batch=8, muon_lr=0, adam_lr=args.lr, decay=0.0)
+    recipe = training.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = training.Learner(net, recipe)
     rows = dict(zip(("tokens", "video", "audio"), data))
     losses, norms, a0 = ode_regression.losses_of(net, rows, recipe), [], []
@@ -217,7 +219,7 @@ def sinks(args):
     held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
     results = {}
     for name in args.only or SINKS:
-        results[name] = train_variant(name, SINKS[name], start, data, held, args)
+        results[name] = train_variant(SINKS[name], start, data, held, args)
         print(name, results[name], flush=True)
     return results, sinks_table(results), plots.draw_sinks(results)
 
@@ -276,7 +278,7 @@ def first_seconds(walks, switch):
 
 def switches(args):
     """{variant, seconds: metrics with intervals}."""
-    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     windows = [(0, 5), (STREAMED - 5, STREAMED)]
     true = partial(evaluate.true_clips, STREAMED)
     truth = evaluate.judge(true, seeds, windows, "truth")
@@ -286,9 +288,7 @@ def switches(args):
         net = train_switch(switch, args)
         window = REMEMBERED // switch.cfg.block_seconds
         make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
-        judged = evaluate.judge(make, seeds, windows, name)
-        for (low, high), w, t in zip(windows, judged, truth):
-            results[f"{name}, {low}-{high} s"] = evaluate.with_intervals(w, t, truth[0])
+        results |= experiments.by_window(name, make, seeds, windows, truth)
         print(evaluate.table(results), flush=True)
     return results, evaluate.table(results), plots.draw_joint(results)
 

@@ -9,15 +9,15 @@ Every row is scored on the same held-out captions by the same detectors (toy_det
               captions and seeds: F1 does not punish silence
     caption   colour, speed and material as asked for (mean of the three; each is in the JSON)
     whole     frames with exactly one whole ball
-    kept      identity the caption does not tell (hue, radius, pitch): 1 as in the first 2 seconds,
-              0 as unlike as another clip
-    Frechet   distance of 14 measured features to those of other true clips, as FVD and FAD
-              measure theirs; each in units of its spread among true clips, see UNITS
+    kept      identity the caption does not tell (hue, radius, pitch): 1 if it is as in the first 2
+              seconds, 0 if it is as unlike as another clip's
+    Frechet   distance between the distributions of 14 measured features in these clips and in
+              other true ones, computed as FVD and FAD are; see UNITS for the features
 
-Numbers stand with 95 % intervals from resampling the clips. Streams are scored in windows of 5 s,
+Numbers stand with 95 % intervals from resampling the clips. Streams are scored in stretches of 5 s,
 so that drift over time would show, and second by second in the plot.
 
-    python evaluate.py                     the shipped teacher and student, about 5 minutes
+    python evaluate.py                     the shipped teacher and students, some minutes
     python evaluate.py --clips 16 --seconds 10
 """
 
@@ -47,19 +47,20 @@ from ode_regression import student_from
 
 STUDENTS = [f"weights/toy_{name}.safetensors" for name in ("ode_regression", "self_forcing")]
 BATCH = 16  # clips at a time
-WINDOW = 5  # seconds
-REFERENCE_SECONDS = 2  # identity is what it was here
-REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6
-RESAMPLES = 400
+WINDOW = 5  # seconds that are judged together (the cache's window is another thing)
+REFERENCE_SECONDS = 2  # at the start of a clip: what its identity is compared with
+REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6  # true clips for Frechet
+RESAMPLES = 400  # of the clips, for the intervals
 
 # The features of the Frechet distance, and the least difference in each that is worth noticing
-# (some, like the ball's mass, hardly vary among true clips).
+# (some, like the ball's mass, hardly vary among true clips). Each is measured in units of its
+# spread among true clips and of this difference, added as squares; std is over the frames.
 UNITS = {
     "speed (px/s)": 1.0, "bend (px/frame^2)": 0.3,
-    "mass": 0.2, "its change": 0.1, "spread": 0.1, "its change ": 0.1,
-    "range of x (px)": 1.0, "range of y": 1.0,
-    "left": 0.05, "right": 0.05, "top": 0.05, "bottom": 0.05,
-    "impacts": 0.5, "onsets": 0.5,
+    "mass": 0.2, "std of mass": 0.1, "spread": 0.1, "std of spread": 0.1,
+    "std of x (px)": 1.0, "std of y (px)": 1.0,
+    "left": 0.05, "right": 0.05, "top": 0.05, "bottom": 0.05,  # level of each wall's pitches
+    "impacts": 0.5, "onsets": 0.5,  # in the window
 }  # fmt: skip
 
 
@@ -222,24 +223,29 @@ def with_intervals(w: Window, truth: Window, others: Window) -> dict:
 
 
 def true_clips(seconds, clips, seed):
+    """The world itself: video (B, P, 3, H, W) and sound (B, M, 16), as all that follow return."""
     return toy_world.render_video(clips, seconds), toy_world.render_sound(clips, seconds)
 
 
 def decode(codec, latents):
+    """Whole clips from (video, audio) latents."""
     return codec.decode_video(latents[0], True), codec.decode_audio(latents[1], True)
 
 
 def through_codec(codec, seconds, clips, seed):
+    """True clips, encoded and decoded: the best that a model could do."""
     return decode(codec, codec.encode(*true_clips(seconds, clips, seed)))
 
 
 def from_teacher(net, codec, sigmas, clips, seed, guidance=teacher.GUIDANCE):
+    """The teacher's clips of five seconds, along these noise levels."""
     tokens = toy_world.caption_tokens(clips)
     return decode(codec, teacher.sample(net, tokens, sigmas, guidance=guidance, seed=seed))
 
 
 @torch.inference_mode()
 def from_few_steps(net, codec, clips, seed):
+    """A bidirectional few-step student's clips of five seconds."""
     tokens, g = toy_world.caption_tokens(clips), torch.Generator().manual_seed(seed)
     return decode(codec, dmd.few_step_clips(net, tokens, g))
 
@@ -297,13 +303,19 @@ def _cell(column, value, low, high):
     return f"{value:.{digits}f} ± {(high - low) / 2:.{digits}f}"
 
 
-def five_second_windows(seconds):
+def held_out(n) -> range:
+    """Seeds of the n clips that everyone is judged on."""
+    return range(toy_world.HELD_OUT, toy_world.HELD_OUT + n)
+
+
+def five_second_windows(seconds) -> list[tuple[int, int]]:
+    """(start, stop) of the stretches of WINDOW seconds that are judged one by one."""
     return [(t, t + WINDOW) for t in range(0, seconds, WINDOW)]
 
 
 def evaluate(args):
     """All rows: {name: metrics}, and second by second: {name: [metrics]}."""
-    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    codec, seeds = toy_codec.load(), held_out(args.clips)
     once = five_second_windows(WINDOW)
     other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
     true = partial(true_clips, WINDOW)
@@ -345,11 +357,11 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--clips", type=int, default=96, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=20, help="length of the streams, in fives")
-    p.add_argument("--teacher", default="weights/toy_teacher.safetensors")
+    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="its weights")
     cli.add_guidance(p, teacher.GUIDANCE, "of the teacher")
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I student")
     p.add_argument("--student", nargs="*", default=STUDENTS, help="stage II and III students")
-    p.add_argument("--window", type=int, default=4, help="seconds the student remembers")
+    p.add_argument("--window", type=int, default=4, help="blocks the student remembers")
     p.add_argument("--steps", type=int, help="passes a block; default as trained")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()

@@ -2,15 +2,17 @@
 
     python experiments.py drift     a minute of streaming by stages II and III: smaller and larger
                                     windows, fewer passes, no refresh, nothing pinned
-    python experiments.py controls  was it self-forcing? Stage III's training behind the true past,
-                                    from stage I, and with other seeds; says what to train first
+    python experiments.py controls  what of stage III is due to self-forcing? The same training
+                                    behind the true past, from stage I, and with other seeds, and
+                                    stage II for as long; names the trainings that must run first
     python experiments.py joint     what the two streams hear of each other is switched off, or two
                                     clips are put together that were made apart
     python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
                                     minute by the students of stages II and III
 
 Each writes results/NAME.json, .md and .png; gallery writes assets/gallery.png. Nothing is trained
-here; `ablations.py` asks what has to be.
+here; `ablations.py` is for questions that need a training. Frechet distances are to the true clips
+of the same captions here, so they cannot be compared with those of `evaluate.py`.
 """
 
 import copy
@@ -30,7 +32,7 @@ import toy_world
 
 # ---- drift ----
 
-STREAMS = {
+STREAMS = {  # what differs from evaluate.from_stream's defaults: 4 blocks remembered, 4 passes
     "window 4": {},
     "window 2": dict(window=2),
     "window 8": dict(window=8),
@@ -44,8 +46,7 @@ SHOWN = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
 
 def drift(args):
     """{student, stream: [metrics of seconds 0-5, 5-10, ...]}."""
-    codec, first = toy_codec.load(), toy_world.HELD_OUT
-    seeds = range(first, first + args.clips)
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     windows = evaluate.five_second_windows(args.seconds)
     true = partial(evaluate.true_clips, args.seconds)
     truth = evaluate.judge(true, seeds, windows, "truth")
@@ -123,17 +124,24 @@ def controls(args):
     chosen = {name: CONTROLS[name] for name in args.only or CONTROLS}
     if missing := [how for path, how in chosen.values() if not Path(path).exists()]:
         raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
-    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     windows = [(0, 5), (args.seconds - 5, args.seconds)]
     truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
     results = {}
     for name, (path, _) in chosen.items():
         make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
-        judged = evaluate.judge(make, seeds, windows, name)
-        for (low, high), w, t in zip(windows, judged, truth):
-            results[f"{name}, {low}-{high} s"] = evaluate.with_intervals(w, t, truth[0])
+        results |= by_window(name, make, seeds, windows, truth)
     results |= over_seeds(results)
     return results, evaluate.table(results), plots.draw_joint(results)
+
+
+def by_window(name, make, seeds, windows, truth) -> dict:
+    """{"NAME, START-STOP s": metrics with intervals} of what `make` makes, beside the truth's."""
+    judged = evaluate.judge(make, seeds, windows, name)
+    return {
+        f"{name}, {start}-{stop} s": evaluate.with_intervals(w, t, truth[0])
+        for (start, stop), w, t in zip(windows, judged, truth)
+    }
 
 
 def over_seeds(results) -> dict:
@@ -158,7 +166,7 @@ def over(values):
 
 # ---- what joint means ----
 
-WALK = teacher.schedule(32)  # of the teacher, as in evaluate.py
+WALK = teacher.schedule(32)  # the teacher's noise levels, as in evaluate.py
 
 
 def deaf(net, *streams):
@@ -178,7 +186,7 @@ def put_together(make, clips, seed):
 
 def joint(args):
     """{who: metrics}: teacher and stage III as they are, deaf in one or both streams, and apart."""
-    codec, seeds = toy_codec.load(), range(toy_world.HELD_OUT, toy_world.HELD_OUT + args.clips)
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     once = evaluate.five_second_windows(evaluate.WINDOW)
     truth = evaluate.judge(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
     makers = {
@@ -205,7 +213,7 @@ def joint(args):
 
 
 def gallery(args):
-    """{who: (frames, levels, second it starts at)} of one held-out caption, five seconds each."""
+    """A held-out caption, and {who: (frames, levels, second to start at)}, five seconds each."""
     codec, seconds = toy_codec.load(), args.seconds
     clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
     shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
@@ -222,6 +230,7 @@ def gallery(args):
 
 
 def write(args, result, table, figure):
+    """Write ARGS.OUT.json, .md and .png, and print the table."""
     about = {"command": args.command, "torch": torch.__version__}
     about["threads"] = torch.get_num_threads()
     files.write_json(f"{args.out}.json", {"about": about, "result": result})
