@@ -9,7 +9,7 @@ what changes between them is written here and nowhere else:
     RELEASED      the released OmniForcing generator: blocks of 4+3k and 26+25k, no sinks
     LTX2          the bidirectional teacher LTX-2, whose weights FULL and RELEASED start from
 
-Derived values are properties, so nothing is stored twice:
+Derived values are properties, so nothing is stored twice. `python config.py` shows all five.
 
 >>> FULL.video_tokens_per_block, FULL.audio_frames_per_block
 (1152, 25)
@@ -23,7 +23,10 @@ from fractions import Fraction
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model, of the latents and of the blocks.  Defaults are LTX-2's (19B)."""
+    """Shape of the model, of the latents and of the blocks.  Defaults are LTX-2's (19B).
+
+    Raises ValueError for blocks, widths or words that do not fit, and says why.
+    """
 
     name: str = "ltx2"
 
@@ -35,18 +38,18 @@ class Config:
     video_channels: int = 128  # channels of one video latent token
     audio_channels: int = 128  # channels of one audio latent token (8 channels x 16 mel bins)
     caption_width: int = 3840  # channels of one caption feature (Gemma 3 12B)
-    norm_eps: float = 1e-6
+    norm_eps: float = 1e-6  # of every norm, so that none divides by zero
 
     # --- rotary positions (LTX-2; the angle of position p is g * (2 p / max - 1)) ---
     rope_theta: float = 10000.0  # ratio of the highest to the lowest frequency
     rope_max_seconds: float = 20.0  # the time that makes the slowest channel turn by pi
     rope_max_pixels: float = 2048.0  # the same for rows and columns
-    rope_dealing: str = "bands"  # "bands" | "turns": how heads share out the frequencies
+    rope_dealing: str = "bands"  # "bands" | "turns": how heads share the frequencies (rope.py)
 
     # --- three flags that change the numbers but no key and no shape ---
     rope_layout: str = "split"  # "split" | "interleaved": which channels of a head rotate together
     rope_float64: bool = True  # frequency grid in float64 | float32
-    gate_timestep_scale: float = 1000.0  # cross-modal gates see sigma times this
+    gate_timestep_scale: float = 1000.0  # cross-modal gates (model.py) see sigma times this
 
     # --- latent rates (LTX-2 VAEs; the first latent of either stream covers one frame only) ---
     fps: int = 24  # pixel frames per second
@@ -127,6 +130,7 @@ class Config:
             )
 
     def _check_widths(self):
+        """Refuse widths that heads cannot share evenly, and unknown words."""
         for width in (self.video_width, self.audio_width):
             if width % (2 * self.num_heads):
                 raise ValueError(
@@ -157,15 +161,17 @@ class Config:
         return cls(**{**values, "sigmas": tuple(values["sigmas"])})
 
 
-# The released list (1000, 909, 725, 421, 0), each mapped to the nearest noise level of LTX-2's
-# 40-step schedule (OmniForcing v2); four passes.  The paper-era list has three: 1, .7507, .5448.
+# Noise levels of few-step students: entries of a list in thousandths, each mapped to the nearest
+# level of LTX-2's 40-step schedule (OmniForcing/OmniForcing, ltx-distillation). The later release
+# lists 1000, 909, 725, 421, 0: four passes. The first listed 1000, 757, 522, 0: three passes.
 FOUR_STEPS = (1.0, 0.9062290, 0.7265238, 0.4207186, 0.0)
 THREE_STEPS = (1.0, 0.7506967, 0.5447712, 0.0)
 
 LTX2 = Config()
 
-# Both students rotate interleaved pairs, keep the grid in float32 and leave the gate's sigma
-# unscaled (OmniForcing, ltx-causal), although they start from LTX-2 weights made for the opposite.
+# Both students rotate interleaved pairs, compute the frequency grid in float32 and leave the gate's
+# sigma unscaled (OmniForcing/OmniForcing, ltx-causal), although they start from LTX-2 weights,
+# which were made for the opposite.
 # Trap: the keys and shapes are the same, so a wrong flag loads silently and gives wrong output.
 _STUDENT_FLAGS = dict(rope_layout="interleaved", rope_float64=False, gate_timestep_scale=1.0)
 FULL = replace(LTX2, name="full", num_sinks=16, sigmas=THREE_STEPS, **_STUDENT_FLAGS)
@@ -203,3 +209,14 @@ TOY = replace(
 TOY_TEACHER = replace(TOY, name="toy_teacher", num_sinks=0)
 
 CONFIGS = {c.name: c for c in (TOY, TOY_TEACHER, FULL, RELEASED, LTX2)}
+
+if __name__ == "__main__":
+    row = "{:12} {:18} {:9} {:9} {:12} {:>5} {:>7}  {}".format
+    print(row("", "layers x widths", "block 0", "block k", "its tokens", "sinks", "passes", "RoPE"))
+    for c in CONFIGS.values():
+        widths = f"{c.num_layers} x {c.video_width}, {c.audio_width}"
+        prefix = f"{c.prefix_video_frames} + {c.prefix_audio_frames}"
+        later = f"{c.video_frames_per_block} + {c.audio_frames_per_block}"
+        tokens = f"{c.video_tokens_per_block} + {c.audio_frames_per_block}"
+        passes = len(c.sigmas) - 1 if c.sigmas else "-"
+        print(row(c.name, widths, prefix, later, tokens, c.num_sinks, passes, c.rope_layout))

@@ -1,15 +1,19 @@
 """What every trainer needs once: optimisers, averaged weights, exact resumption, a progress line.
 
 All randomness of step n is drawn from a generator seeded with (seed, n), so a run that was killed
-and resumed goes on exactly as if it had never stopped: the state is weights, averages, optimiser
-moments and the number of the next step, and nothing else.
+and resumed goes on exactly as if it had never stopped. Its state is weights, averages, optimiser
+moments, the log and the number of the next step; no generator has to be saved.
 
 Muon (Jordan et al. 2024) trains the matrices inside the layers: it replaces a gradient by the
 nearest orthogonal matrix, so that all its directions are learnt at the same pace. Everything else
-(tables, biases, entrances and exits) is AdamW's. On the toy it halves the steps a teacher needs.
+(tables, biases, the first and the last projection) is AdamW's. On the toy the teacher's losses fall
+clearly faster than with AdamW alone.
+
+    python training.py    stops a small training half-way, resumes it, and compares
 """
 
 import json
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,15 +27,15 @@ import files
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train."""
+    """How long and how fast to train.  Defaults are the toy teacher's, our choice."""
 
     steps: int
     batch: int = 16  # clips
     seed: int = 0
     muon_lr: float = 0.02  # 0: AdamW for the matrices as well
     adam_lr: float = 1.5e-3
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
+    weight_decay: float = 0.01  # of Muon; AdamW has none
     warmup: int = 30  # steps
     decay: float = 0.5  # last share of the run, over which the rates fall linearly to 0
     clip: float = 1.0  # largest gradient norm
@@ -51,7 +55,9 @@ def rate(step, recipe) -> float:
 def generator(seed, step) -> torch.Generator:
     """The only source of randomness of a step.
 
-    Trap: a CPU generator uses the lowest 32 bits of its seed only. (Steps end before a million.)
+    Each (seed, step) has a number of its own: runs have less than a million steps.
+
+    # Trap: a CPU generator uses the lowest 32 bits of its number only; keep seeds below 4294.
     """
     return torch.Generator().manual_seed(seed * 10**6 + step)
 
@@ -72,7 +78,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every step is an orthogonal matrix (Jordan et al. 2024).
 
     torch.optim.Muon does the same in bfloat16, which is ten times as slow as float32 on processors
-    that must emulate it; this one computes as its weights are.
+    that must emulate it; this one computes in the dtype of its weights.
     """
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95):
@@ -91,7 +97,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def nearly_orthogonal(x, steps=5):
-    """(n, m) -> the same with all singular values near 1, without finding them.
+    """(n, m) -> the same with all singular values near 1, without computing them.
 
     Each step maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones grow
     threefold, all end between 0.7 and 1.2.
@@ -200,6 +206,7 @@ class Run:
             self._load()
 
     def _identity(self):
+        """What a saved state must match; by way of JSON, which makes lists of tuples."""
         recipes = {name: asdict(learner.recipe) for name, learner in self.learners.items()}
         return json.loads(json.dumps({"command": self.command, "recipes": recipes}))
 
@@ -275,10 +282,33 @@ class Run:
 
 
 def descent(learner, losses):
-    """The update of a training with one loss: losses(step) -> dict, of which "loss" falls."""
+    """The update of a training with one loss: losses(step) -> dict, whose "loss" is minimised."""
 
     def update(step):
         values = losses(step)
         return {**values, "norm": learner.update(values["loss"], step)}
 
     return update
+
+
+def _fit_line(folder, stops) -> torch.Tensor:
+    """Weights of a line fitted in 60 steps, by a new run after each stop."""
+    for stop in stops:
+        torch.manual_seed(0)
+        learner = Learner(torch.nn.Linear(3, 1), Recipe(60, adam_lr=0.1))
+
+        def losses(step):
+            x = torch.randn(16, 3, generator=generator(0, step))
+            return {"loss": (learner.model(x) - x.sum(1, keepdim=True)).square().mean()}
+
+        run = Run({"line": learner}, "a demonstration", folder)
+        run.steps = stop
+        run.train(descent(learner, losses), print_every=15)
+    return learner.model.weight
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        whole, resumed = _fit_line(None, [60]), _fit_line(folder, [30, 60])
+    assert torch.equal(whole, resumed)
+    print(f"stopped at 30 and resumed, or in one go: equal to the last bit, {whole.tolist()[0]}")
