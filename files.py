@@ -1,7 +1,7 @@
 """Weight files: written beside their target and renamed, checked when read, never unpickled.
 
 A `.safetensors` file holds tensors and a few strings. Ours carry the config under "config" and, in
-"made_by", what produced them (command, steps, seconds, versions), both as JSON.
+"made_by", what produced them (command, steps, minutes, versions), both as JSON.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ def write_beside(path, write):
 
 
 def write_json(path, value):
+    """Write a value as JSON, indented, with `write_beside`."""
     write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 

@@ -2,8 +2,9 @@
 
 A causal generator has to know what "earlier" means for two streams that tick at different rates:
 3 video latents a second (of 384 tokens each) against 25 audio latents (of one token each).
-OmniForcing cuts both at the same instants. Both VAEs give their first latent a single input frame,
-so V0 and A0 sit at time 0 and every later second is exactly 3 video and 25 audio latents:
+OmniForcing cuts both at the same instants. Both VAEs give their first latent, V0 and A0, a single
+input frame; so these two sit at time 0, and every later second is exactly 3 video and 25 audio
+latents:
 
     seconds       0        1        2        3
     video      V0 | V1..V3 | V4..V6 | V7..V9 |
@@ -14,10 +15,12 @@ so V0 and A0 sit at time 0 and every later second is exactly 3 video and 25 audi
 
 One rule makes all four masks: **a query may see a key if the key's block is not later than its
 own.** Inside a block everything sees everything, in both directions; across blocks time flows one
-way. Sink tokens stand in front of the audio and count as block 0, so everyone sees them and they
-see only block 0.  (Paper: asymmetric block-causal alignment, global prefix.)
+way. Sink tokens (sink_tokens.py) stand in front of the audio and count as block 0, so everyone
+sees them and they see only block 0.  (Paper: asymmetric block-causal alignment, global prefix.)
 
-A boolean mask is named for what True means: `may_attend[q, k]`, as in torch's SDPA.
+A boolean mask is named for what True means: `may_attend[q, k]`, as in torch's
+scaled_dot_product_attention. Here is every eighth token of the toy's video, 16 tokens in block 0
+and 48 in block 1:
 
 >>> print(text_picture(four_masks(config.TOY, 2, sinks=False)["video_self"][::8, ::8]))
 ##......
@@ -29,7 +32,8 @@ A boolean mask is named for what True means: `may_attend[q, k]`, as in torch's S
 ########
 ########
 
-Draw all four as the paper's figure does: `python plots.py masks`.
+    python masks.py          prints all four masks as text
+    python plots.py masks    draws them, as the paper's figure does
 """
 
 from dataclasses import dataclass
@@ -107,7 +111,9 @@ def clip_span(blocks, cfg) -> Span:
 
 
 def block_seconds(k, cfg) -> tuple[float, float]:
-    """When block k begins and ends, in seconds of pixel frames.
+    """When block k begins and ends, in seconds, counted from the first pixel frame.
+
+    (Block 0 of the paper's layout is that frame alone: it begins and ends at 0.)
 
     >>> block_seconds(0, config.TOY), block_seconds(3, config.TOY)
     ((0.0, 0.0), (2.0, 3.0))

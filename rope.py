@@ -9,17 +9,19 @@ the audio latents that sound during it.
     angle of position p on an axis, frequency j:   g_j * (2 p / max - 1),
     g_j = pi/2 * theta^(j / (K-1)),  j = 0 .. K-1                      (LTX-2; ltx-core rope)
 
-A width of D channels has D/2 slots, each a pair of channels that turns by one angle. With n axes
-there are K = D // (2n) frequencies; slots are filled frequency by frequency, the axis fastest
-(t0 y0 x0 t1 y1 x1 ...), behind (D mod 2n)/2 slots that never turn. LTX-2 deals the slots to its 32
+A width of C channels has C/2 slots, each a pair of channels that turns by one angle. With n axes
+there are K = C // (2n) frequencies; slots are filled frequency by frequency, the axis fastest
+(t0 y0 x0 t1 y1 x1 ...), behind (C mod 2n)/2 slots that never turn. LTX-2 deals the slots to its 32
 heads in bands: the first head owns the slowest frequencies. The toy's 4 heads take them in turns,
-so that each has the whole range. Which two channels of a head form a slot is the layout:
+so that each has the whole range. Which two of a head's D channels form a slot is the layout:
 
-    split         channel i with i + D_head/2          (LTX-2)
-    interleaved   channel 2i with 2i + 1               (OmniForcing's student)
+    split         channel i with i + D/2          (LTX-2)
+    interleaved   channel 2i with 2i + 1          (OmniForcing's student)
 
 Angles are computed in float64 from exact times, so an hour-long stream is as exact as its first
 second; cos and sin are cast to the model's dtype at the end.
+
+    python rope.py    q . k of two tokens 0.2 s apart, now and in an hour
 """
 
 import functools
@@ -34,15 +36,15 @@ import config
 class Rope(NamedTuple):
     """Rotation tables of some tokens."""
 
-    cos: torch.Tensor  # (T, D/2)
-    sin: torch.Tensor  # (T, D/2)
+    cos: torch.Tensor  # (T, C/2)
+    sin: torch.Tensor  # (T, C/2)
     layout: str  # "split" | "interleaved"
 
 
 def rotate(x, rope: Rope):
     """Turn every pair of channels by its token's angle.
 
-    x (B, T, H, D_head) -> same shape; a table of one row turns all tokens alike
+    x (B, T, H, D) -> same shape; a table of one row turns all tokens alike
 
     >>> quarter = Rope(torch.zeros(1, 2), torch.ones(1, 2), "split")          # 90 degrees
     >>> rotate(torch.tensor([1., 2., 3., 4.]).view(1, 1, 1, 4), quarter).flatten()
@@ -90,7 +92,7 @@ def frequencies(width, axes, cfg, device="cpu") -> torch.Tensor:
     """(K,) the g_j for `width` channels and `axes` axes, float64.
 
     LTX-2 keeps the grid in float64 until a last cast to float32, the student computes it in
-    float32: up to 4e-7 apart, which the largest frequency turns into 5e-3 rad at full size.
+    float32. They differ by up to 4e-7 of their value: 5e-3 rad at the highest frequency of LTX-2.
     """
     dtype = torch.float64 if cfg.rope_float64 else torch.float32
     exponents = torch.linspace(0, 1, width // (2 * axes), dtype=dtype, device="cpu")
@@ -99,7 +101,7 @@ def frequencies(width, axes, cfg, device="cpu") -> torch.Tensor:
 
 
 def slot_angles(turns, width, cfg) -> torch.Tensor:
-    """(T, axes) turns, as fractions that g_j multiplies -> (T, width/2) angles, float64."""
+    """(T, axes) turns 2 p / max - 1, which g_j multiplies -> (T, width/2) angles, float64."""
     axes = turns.shape[1]
     angles = (
         frequencies(width, axes, cfg, turns.device)[:, None] * turns[:, None, :]
@@ -110,7 +112,7 @@ def slot_angles(turns, width, cfg) -> torch.Tensor:
 
 
 def deal(slots, cfg):
-    """(T, D/2) slots from slow to fast -> the same slots head by head.
+    """(T, C/2) slots from slow to fast -> the same slots head by head.
 
     >>> from dataclasses import replace
     >>> two = replace(config.LTX2, num_heads=2)
@@ -142,7 +144,7 @@ def time_angles(times, cfg) -> torch.Tensor:
 
 
 def shift_angles(site, seconds, cfg) -> torch.Tensor:
-    """(1, D/2) further angle that moves a rotated key of this attention `seconds` later in time.
+    """(1, C/2) further angle that moves a rotated key of this attention `seconds` later in time.
 
     Rotations add up, so a cached key can be moved without knowing where it was.
     """
@@ -154,9 +156,10 @@ def shift_angles(site, seconds, cfg) -> torch.Tensor:
 
 
 def computed_on(device):
-    """Angles made inside this `with` are made there: the CPU would be late with a large block's.
+    """For a `with` statement: angles made inside it are made on `device`; None is the CPU.
 
-    (Apple's GPUs have no float64, so theirs come from the CPU.)
+    Otherwise a GPU would wait for the CPU to make a large block's. (Apple's GPUs have no float64,
+    so theirs come from the CPU.)
     """
     device = torch.device(device or "cpu")
     return torch.device("cpu") if device.type == "mps" else device
@@ -164,7 +167,7 @@ def computed_on(device):
 
 @torch.inference_mode(False)  # tables are remembered, and a later training may reuse them
 def tables(angles, cfg, device=None, dtype=torch.float32) -> Rope:
-    """cos and sin of (T, D/2) angles in the model's dtype."""
+    """cos and sin of (T, C/2) angles in the model's dtype."""
     to = functools.partial(torch.Tensor.to, device=device, dtype=dtype)
     return Rope(to(angles.cos()), to(angles.sin()), cfg.rope_layout)
 

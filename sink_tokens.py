@@ -1,22 +1,25 @@
 """Learnable audio sinks: tokens that carry no position, for attention to rest on.
 
 The problem.  After the causal mask is put on, the first audio token may attend to very little: in
-the paper's layout block 0 holds a single audio latent, whose softmax over one key is constant,
-whatever the key says. Video has 384 tokens there. The paper reports that stage II then diverges
-(NaN for S <= 2) and that S = 16 sinks calm it (largest gradient norm 9.2).
+the paper's layout block 0 holds a single audio latent, A0, whose softmax over one key is constant,
+whatever the key says. Video has 384 tokens there. The paper reports that training under the mask
+(its stage II, ode_regression.py) then diverges (NaN for S <= 2), and that S = 16 sinks calm it
+(largest gradient norm 9.23).
 
 The remedy.  S learnable vectors stand in front of the audio tokens, behind the input projection.
 
-  * they belong to block 0: every token sees them; they see themselves, A0 and V0 (masks.py)
+  * they belong to block 0: every token sees them; they see themselves, A0 and V0, the first video
+    latent (masks.py)
   * identity RoPE: cos = 1, sin = 0, in audio self-attention and in both cross-modal directions.
-    (A rotation by zero is the angle of the time max/2, see rope.py: no position of their own.
-    In a stream longer than the window the cache moves all pinned keys along, the sinks too.)
+    (By the formula of rope.py, angle 0 is the time max/2: all sinks stand at that one moment, so
+    there is no order among them. In a stream longer than the window the cache moves all pinned
+    keys along in time, the sinks' too.)
   * their noise level is that of A0, and every other operation treats them as audio tokens
   * they are removed before the output layer and never supervised
 
 What happened later.  The released checkpoint merges the first second into block 0, so that its
-first audio tokens see 26 keys, and has no sinks: it trains without them. That fits the reading
-that it is the one-token prefix that needs them.
+first audio tokens see 26 keys, and has no sinks: it trains without them. That fits our reading:
+it is the one-token prefix that needs them.
 
     S      paper's stage II, 3000 steps: largest gradient norm, loss at sigma = 0.5
     24     9.15   0.110
@@ -24,6 +27,8 @@ that it is the one-token prefix that needs them.
     8     21.95   0.129
     4     49.71   0.141
     <= 2   NaN
+
+    python sink_tokens.py    checks that rotation leaves the sinks as they are
 """
 
 import torch
@@ -86,6 +91,4 @@ if __name__ == "__main__":
     heads = (cfg.num_heads, cfg.audio_width // cfg.num_heads)
     x = torch.randn(1, cfg.num_sinks, *heads)
     assert torch.equal(rope.rotate(x, rope.tables(sink_angles(cfg), cfg)), x)
-    print(
-        f"{cfg.num_sinks} sinks: rotation leaves them as they are, wherever the stream has got to"
-    )
+    print(f"{cfg.num_sinks} sinks: rotation leaves them as they are")

@@ -1,6 +1,7 @@
 """How speed is counted: seconds by block and by stage, without slowing down what is measured.
 
-    TTFC        from having weights and prompt to the first second of picture and sound written
+    TTFC        time to first chunk: from having weights and prompt to the first second of picture
+                and sound written
     passes      the transformer alone, refresh included
     end to end  with decoding and writing
 

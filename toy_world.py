@@ -5,15 +5,19 @@ at a pitch that tells which wall was hit, as loud as it was hard. So the picture
 sound and the sound betrays the picture: exactly what a joint model has to learn.
 
     video   32 x 32 RGB in [0, 1], 24 frames a second, frame p at time p / 24
-    sound   level of 16 pitch bands, 100 a second, mel frame m at time m / 100
+    sound   levels of 16 pitch bands, 100 times a second; such a set of 16 is called a mel frame,
+            as the 64 of LTX-2 are, and mel frame m is at time m / 100
     N seconds are 24 N + 1 frames and 100 N + 1 mel frames: both begin with one frame at time 0
 
     caption    colour, speed, material (how long an impact rings)
     identity   hue, radius and pitch shifted a little, constant over the clip and **not** in the
                caption: a model that forgets its past cannot keep them
 
-It stands in for the data and the JavisBench of the paper. Positions are analytic, so impact times
-are exact, and everything follows from a clip's seed. Seeds from `HELD_OUT` on are never trained on.
+It stands in for the paper's data and its benchmark, JavisBench. Positions are analytic, so impact
+times are exact, and everything follows from a clip's seed. Seeds from `HELD_OUT` on are never
+trained on. All constants are our choice.
+
+    python toy_world.py    four captions, and when their balls hit a wall
 """
 
 from typing import NamedTuple
@@ -33,8 +37,8 @@ VOCABULARY = ("", *SLOTS[0], *SLOTS[1], *SLOTS[2])  # token 0 says nothing
 HELD_OUT = 10**9  # seeds from here on are for evaluation
 
 RADIUS = 4.2  # pixels, where the ball's opacity is 1/e
-BACKGROUND = 0.05
-SATURATION = 0.8
+BACKGROUND = 0.05  # brightness of the empty room, of 1
+SATURATION = 0.8  # of the ball's colour, of 1
 HUE_RANGE, RADIUS_RANGE, PITCH_RANGE = 12.0, 0.12, 0.6  # identity: +- degrees, share, bands
 
 BANDS = 16
@@ -180,7 +184,7 @@ def hue_to_rgb(hue) -> torch.Tensor:
 
 
 def render_video(clips, seconds, cfg=config.TOY) -> torch.Tensor:
-    """(B, 24 seconds + 1, 3, H, W) in [0, 1].
+    """(B, 24 seconds + 1, 3, H, W) in [0, 1]; seconds is a whole number.
 
     >>> render_video(draw_clips([0, 1]), 5).shape
     torch.Size([2, 121, 3, 32, 32])
@@ -220,6 +224,7 @@ def render_sound(clips, seconds, cfg=config.TOY) -> torch.Tensor:
     hits = impacts(clips, -1.0, seconds, cfg)  # one second before the clip may still ring
     since = frames - hits.times.float()[..., None]  # (B, E, M)
     decay = torch.tensor(list(MATERIALS.values()))[clips.words[:, 2], None, None]
+    # the softest touch sounds at .35: an impact must be heard, however flat its angle
     loudness = (0.35 + 0.65 * hits.speeds.float() / LOUDEST_SPEED)[..., None]
     level = loudness * (since / ATTACK).clamp(0, 1) * torch.exp(-since.clamp(min=0) / decay)
     energy = torch.zeros(len(since), len(WALLS), len(frames))
