@@ -24,6 +24,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+import charts
 import cli
 import config
 import evaluate
@@ -31,7 +32,6 @@ import experiments
 import kv_cache
 import model
 import ode_regression
-import plots
 import rope
 import teacher
 import toy_codec
@@ -221,7 +221,7 @@ def sinks(args):
     for name in args.only or SINKS:
         results[name] = train_variant(SINKS[name], start, data, held, args)
         print(name, results[name], flush=True)
-    return results, sinks_table(results), plots.draw_sinks(results)
+    return results, sinks_table(results), charts.draw_sinks(results)
 
 
 def sinks_table(results) -> str:
@@ -290,7 +290,7 @@ def switches(args):
         make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
         results |= experiments.by_window(name, make, seeds, windows, truth)
         print(evaluate.table(results), flush=True)
-    return results, evaluate.table(results), plots.draw_joint(results)
+    return results, evaluate.table(results), charts.draw_joint(results)
 
 
 # ---- command line ----

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import charts
 import cli
 import config
 import dmd
@@ -378,7 +379,7 @@ def main():
     result = {"about": about, "rows": rows, "by_second": by_second}
     files.write_json(f"{args.out}.json", result)
     files.write_beside(f"{args.out}.md", lambda p: p.write_text(table(rows) + "\n"))
-    plots.save(plots.draw_drift(by_second), f"{args.out}.png")
+    plots.save(charts.draw_drift(by_second), f"{args.out}.png")
     print(f"wrote {args.out}.json, .md and .png after {minutes} minutes")
 
 

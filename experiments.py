@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+import charts
 import cli
 import evaluate
 import files
@@ -59,7 +60,7 @@ def drift(args):
             judged = evaluate.judge(make, seeds, windows, f"{stage}, {name}")
             rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(judged, truth)]
             by_time[f"{stage}, {name}"] = rows
-    return by_time, drift_table(by_time), plots.draw_drift(by_time, step=5)
+    return by_time, drift_table(by_time), charts.draw_drift(by_time, step=5)
 
 
 def without_refresh(net):
@@ -132,7 +133,7 @@ def controls(args):
         make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
         results |= by_window(name, make, seeds, windows, truth)
     results |= over_seeds(results)
-    return results, evaluate.table(results), plots.draw_joint(results)
+    return results, evaluate.table(results), charts.draw_joint(results)
 
 
 def by_window(name, make, seeds, windows, truth) -> dict:
@@ -206,7 +207,7 @@ def joint(args):
         for name, make in makes.items():
             w = evaluate.judge(make, seeds, once, name)[0]
             results[name] = evaluate.with_intervals(w, truth, truth)
-    return results, evaluate.table(results), plots.draw_joint(results)
+    return results, evaluate.table(results), charts.draw_joint(results)
 
 
 # ---- something to look at ----

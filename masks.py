@@ -32,8 +32,8 @@ and 48 in block 1:
 ########
 ########
 
-    python masks.py          prints all four masks as text
-    python plots.py masks    draws them, as the paper's figure does
+    python masks.py    prints all four masks as text
+    python plots.py    draws them, as the paper's figure does
 """
 
 from dataclasses import dataclass

@@ -32,7 +32,7 @@ FULL = [
     ("experiments.py gallery", 1),
     ("ablations.py sinks", 24),
     ("ablations.py switches", 20),
-    ("plots.py losses", 1),
+    ("charts.py losses", 1),
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
 ]

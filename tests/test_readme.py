@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import plots
+import charts
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TABLE = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE))
 COMMANDS = sorted(set(re.findall(r"python ((?:benchmarks/)?\w+\.py[^#`\n]*)", README)))
-HELPERS = ["files.py", "cli.py", "movie.py", "plots.py"]
 
 
 def test_paths_exist():
@@ -47,17 +46,17 @@ def test_line_counts():
 
 
 def test_reading_order_is_import_order():
-    """A module imports only from modules above it in the table, or from the named helpers."""
+    """A module imports only from modules above it in the table; helpers have no row."""
     order = list(TABLE)
-    assert plots.reading_order(ROOT / "README.md") == [file.removesuffix(".py") for file in order]
+    assert charts.reading_order(ROOT / "README.md") == [file.removesuffix(".py") for file in order]
     for i, file in enumerate(order):
-        imported = {f"{name}.py" for name in plots.imports_of(ROOT / file)} & set(order)
+        imported = {f"{name}.py" for name in charts.imports_of(ROOT / file)} & set(order)
         assert imported <= set(order[:i]), f"{file} imports from below: {imported - set(order[:i])}"
 
 
 def test_only_plots_imports_matplotlib():
     """Modules that are read to learn do not draw."""
-    importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in plots.imports_of(p)]
+    importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in charts.imports_of(p)]
     assert importing == ["plots.py"]
 
 
