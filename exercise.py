@@ -212,6 +212,7 @@ def overview() -> str:
 
 
 def graded_file(name) -> Path:
+    """The tests that give points in an exercise."""
     return ROOT / "tests" / f"test_graded_{name}.py"
 
 

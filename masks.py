@@ -32,7 +32,7 @@ and 48 in block 1:
 ########
 ########
 
-    python masks.py    prints all four masks as text
+    python masks.py    prints all four masks as text, every sixth token of a stream
     python plots.py    draws them, as the paper's figure does
 """
 

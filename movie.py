@@ -41,7 +41,7 @@ class Movie:
         self.frames = self.samples = 0
 
     def add(self, frames, samples):
-        """(P, H, W, 3) uint8 frames and (channels, n) float32 samples, to follow what there is."""
+        """(P, H, W, 3) uint8 frames and (channels, n) float32 samples, appended."""
         if samples.size:
             sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", self.layout)
             sound.sample_rate, sound.pts = self.audio.rate, self.samples
