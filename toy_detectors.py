@@ -11,7 +11,7 @@ work on whole batches, and times are finer than a frame:
     DeSync   mean distance in time of the pairs within 250 ms; `capped` counts a miss as 300 ms
     wall     share of the pairs in which the sound's wall is the picture's wall
 
-Trap: F1 does not punish silence. A model that does less errs less, so the number of events per
+# Trap: F1 does not punish silence. A model that does less errs less, so the number of events per
 second is always shown beside it.
 
     python toy_detectors.py    on sixteen true clips: pairs found, and how far apart
