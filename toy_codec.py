@@ -15,8 +15,9 @@ all are scaled by one factor to E[z^2] = 1, as flow matching expects.
 # Simpler: LTX-2's VAEs are convolutional and see neighbouring latents; here a latent decodes alone,
 # so a block can be decoded as soon as it exists, without look-ahead.
 
-# Trap: a component has no sign of its own. A fit on another machine may turn some around, and then
-# models trained on the old latents do not understand the new ones: train them anew as well.
+# Trap: a component has no sign of its own. A fit with another number of threads, or on another
+# machine, may turn some around (the shipped one was made with two), and then models trained on the
+# old latents do not understand the new ones: train them anew as well.
 
     python toy_codec.py             fits it anew, writes weights/toy_codec.safetensors
     python toy_codec.py --out FILE  ... writes it there, and leaves the shipped one alone
