@@ -119,17 +119,39 @@ class AdaLN(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a pass's noise levels ask of every layer of one stream; T is 1 for one shared sigma."""
+    """What a pass's L noise levels ask of every layer of one stream; see `modulated` for L."""
 
-    main: torch.Tensor  # (B, T, 6, C) shift, scale, gate of self attention; the same of the MLP
-    cross: torch.Tensor  # (B, T, 4, C) scale, shift for A2V; scale, shift for V2A
-    gate: torch.Tensor  # (B, T, 1, C) gate of what this stream hears
-    final: torch.Tensor  # (B, T, C) embedded timestep, for the output layer
+    main: torch.Tensor  # (B, L, 6, C) shift, scale, gate of self attention; the same of the MLP
+    cross: torch.Tensor  # (B, L, 4, C) scale, shift for A2V; scale, shift for V2A
+    gate: torch.Tensor  # (B, L, 1, C) gate of what this stream hears
+    final: torch.Tensor  # (B, L, C) embedded timestep, for the output layer
 
 
 def norm(x, eps):
     """N(x): RMSNorm without weight."""
     return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+def modulated(x, scale, shift):
+    """x (1 + scale) + shift, by noise level.
+
+    x (B, T, C)   scale, shift (B, L, C): each level is that of T / L tokens in a row
+
+    L is 1 for a clip with one sigma, a frame has one level for all its tokens, or each token has
+    its own. Levels are never repeated for their tokens: at full size that would be as large as x,
+    eleven times a layer.
+
+    >>> scale, shift = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [5.0]]])
+    >>> modulated(torch.ones(1, 4, 1), scale, shift).flatten()
+    tensor([2., 2., 8., 8.])
+    """
+    x = x.unflatten(1, (scale.shape[1], -1))
+    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x, gate):
+    """gate * x, by noise level: x (B, T, C), gate (B, L, C)."""
+    return (gate[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
 
 
 # ---- one half of a layer ----
@@ -187,8 +209,8 @@ class HalfLayer(nn.Module):
 
     def attend_self(self, x, modulation, table, attend):
         shift, scale, gate = (self.table[:3] + modulation.main[:, :, :3]).unbind(2)
-        y = norm(x, self.eps) * (1 + scale) + shift
-        return x + gate * self.self_attn(y, y, table, table, attend)
+        y = modulated(norm(x, self.eps), scale, shift)
+        return x + gated(self.self_attn(y, y, table, table, attend), gate)
 
     def attend_text(self, x, keys_values, mask):
         return x + self.text_attn.read(norm(x, self.eps), *keys_values, mask)
@@ -205,16 +227,16 @@ class HalfLayer(nn.Module):
         # Trap: scale comes before shift here; in the main table it is the other way round.
         rows = self.cross_table[row : row + 2] + modulation.cross[:, :, row : row + 2]
         scale, shift = rows.unbind(2)
-        return normed * (1 + scale) + shift
+        return modulated(normed, scale, shift)
 
     def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
         gate = self.cross_table[4] + modulation.gate[:, :, 0]
-        return x + gate * self.cross_attn(queries, context, q_rope, k_rope, attend)
+        return x + gated(self.cross_attn(queries, context, q_rope, k_rope, attend), gate)
 
     def mlp(self, x, modulation):
         shift, scale, gate = (self.table[3:] + modulation.main[:, :, 3:]).unbind(2)
-        y = norm(x, self.eps) * (1 + scale) + shift
-        return x + gate * self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+        y = modulated(norm(x, self.eps), scale, shift)
+        return x + gated(self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh")), gate)
 
 
 # ---- one modality ----
@@ -238,16 +260,13 @@ class Stream(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, width))  # shift, scale of the exit
         self.unpatchify = nn.Linear(width, channels)
 
-    def modulate(self, sigma, tokens_per_level=1) -> Modulation:
-        """sigma (B, levels) -> rows for every token; a level serves that many tokens in a row."""
+    def modulate(self, sigma) -> Modulation:
+        """sigma (B, L) -> rows for every level."""
         tau = 1000 * sigma  # in sigma's own dtype, as LTX-2 does: bfloat16 rounds .421 to 420
         main, final = self.adaln(tau)
         cross, _ = self.adaln_cross(tau)
         gate, _ = self.adaln_gate(sigma * self.cfg.gate_timestep_scale)
-        rows = Modulation(main, cross, gate, final)
-        if tokens_per_level == 1:
-            return rows
-        return Modulation(*(r.repeat_interleave(tokens_per_level, dim=1) for r in rows))
+        return Modulation(main, cross, gate, final)
 
     def project_text(self, features):
         """Caption features (B, L, C_text) -> keys and values of every layer's text attention."""
@@ -258,7 +277,7 @@ class Stream(nn.Module):
         """(B, T, width) -> velocity (B, T, channels)."""
         shift, scale = (self.table + modulation.final[:, :, None]).unbind(2)
         y = F.layer_norm(x, x.shape[-1:], eps=self.cfg.norm_eps)
-        return self.unpatchify(y * (1 + scale) + shift)
+        return self.unpatchify(modulated(y, scale, shift))
 
 
 class Text(NamedTuple):
@@ -306,9 +325,7 @@ class OmniTransformer(nn.Module):
         sigma_video, sigma_audio = (s.view(len(s), -1) for s in (sigma_video, sigma_audio))
         if with_sinks:
             a, sigma_audio = self.sinks.prepend(a), self.sinks.prepend_sigma(sigma_audio)
-        per_frame = sigma_video.shape[1] not in (1, v.shape[1])
-        m_v = self.video.modulate(sigma_video, self.cfg.tokens_per_frame if per_frame else 1)
-        m_a = self.audio.modulate(sigma_audio)
+        m_v, m_a = self.video.modulate(sigma_video), self.audio.modulate(sigma_audio)
         ropes = ropes_of(self.cfg, span, v.device, v.dtype)
         for i, (half_v, half_a) in enumerate(zip(self.video.layers, self.audio.layers)):
 
