@@ -160,6 +160,8 @@ def gated(x, gate):
 class Attention(nn.Module):
     """Projections around an attention; what it may see is the view's business."""
 
+    joined = False  # whether `join_projections` has laid their weights side by side
+
     def __init__(self, query_width, context_width, inner_width, cfg):
         super().__init__()
         self.num_heads, self.eps = cfg.num_heads, cfg.norm_eps
@@ -175,17 +177,67 @@ class Attention(nn.Module):
 
     def forward(self, x, context, q_rope, k_rope, attend):
         """Queries from x (B, Q, C), keys and values from context (B, K, C') -> (B, Q, C)."""
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if x is context:
+            q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)
+        else:
+            q, (k, v) = self.to_q(x), self._project(context, self.to_k, self.to_v)
         return self.to_out(attend(q, k, v, self.heads(q_rope, k_rope)))
+
+    def _project(self, x, *linears):
+        """(B, T, C) -> (B, T, H*D) by each of them; by one matrix product, if they are joined."""
+        if self.joined and not torch.is_grad_enabled():  # a gradient belongs to each of them
+            weights, biases = ([getattr(lin, name) for lin in linears] for name in PARTS)
+            if (weight := as_one(weights)) is not None:
+                return F.linear(x, weight, as_one(biases)).chunk(len(linears), -1)
+        return [linear(x) for linear in linears]
 
     def keys_values(self, context):
         """Text, projected once per prompt: (B, K, C') -> two of (B, K, H, D)."""
-        heads = self.heads()
-        return heads.keys(self.to_k(context)), heads.split(self.to_v(context))
+        heads, (k, v) = self.heads(), self._project(context, self.to_k, self.to_v)
+        return heads.keys(k), heads.split(v)
 
     def read(self, x, keys, values, mask):
         """Attend to keys and values that are ready: (B, Q, C) -> (B, Q, C)."""
         return self.to_out(attention(self.heads().queries(self.to_q(x)), keys, values, mask))
+
+
+PARTS = ("weight", "bias")  # of a linear layer
+
+
+@torch.no_grad()
+def join_projections(net):
+    """Lay the weights of queries, keys and values of every attention side by side in one buffer.
+
+    Three small matrix products become a larger one, which fills a GPU better; two, where queries
+    come from the other stream. Names, keys of the state dict and numbers stay; there is no second
+    copy, since each attention's old weights go as its new ones come. For inference: whatever moves
+    the weights elsewhere (`.to`) only undoes it.
+    """
+    for site in (m for m in net.modules() if isinstance(m, Attention)):
+        q, *others = linears = (site.to_q, site.to_k, site.to_v)
+        for name in PARTS:
+            together = linears if q.in_features == others[0].in_features else others
+            old = [getattr(linear, name) for linear in together]
+            for p, rows in zip(old, torch.cat(old).split([len(p) for p in old])):
+                p.data = rows
+        site.joined = True
+
+
+def as_one(tensors):
+    """Tensors that lie one behind the other in one buffer, as one tensor; otherwise None.
+
+    >>> as_one(torch.arange(6).view(3, 2).split([1, 2]))
+    tensor([[0, 1],
+            [2, 3],
+            [4, 5]])
+    >>> as_one((torch.zeros(1), torch.zeros(1)))
+    """
+    first, end = tensors[0], tensors[0].data_ptr()
+    for t in tensors:
+        if t.data_ptr() != end or t.untyped_storage()._cdata != first.untyped_storage()._cdata:
+            return None
+        end += t.nbytes
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 class HalfLayer(nn.Module):
