@@ -191,6 +191,8 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
 class CachedView:
     """Attend to the finished blocks and to the current one: four rolling caches per layer."""
 
+    moves = {}  # rotations of pinned keys during a pass: none, they move between blocks
+
     def __init__(self, cfg, num_blocks, window=None, pinned=True):
         """Room for a stream of `num_blocks`.
 
@@ -283,7 +285,7 @@ class MergedView:
     def __init__(self, view: CachedView):
         self.finished = view.remembered()
         view.move_on()
-        self.next, self.shifts = view, view.shifts()
+        self.next, self.layers, self.moves = view, view.layers, view.shifts()
 
     @property
     def place(self) -> int | None:
@@ -294,8 +296,8 @@ class MergedView:
         """Raw projections (B, T, H*D) of both blocks -> (B, Q, H*D)."""
         first, second = self._halves(site, q, k, v, heads)
         done = self.finished.attend(layer, site, *first)
-        if self.shifts:
-            self.next.layers[layer][site].move_prefix(self.shifts[site])
+        if self.moves:
+            self.layers[layer][site].move_prefix(self.moves[site])
         return torch.cat([done, self.next.attend(layer, site, *second)], 1)
 
     def _halves(self, site, q, k, v, heads):

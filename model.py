@@ -24,6 +24,7 @@ Both n_v and n_a are taken before either stream listens. Sources: Lightricks/LTX
 transformer; Hugging Face diffusers, transformer_ltx2.py, against which it is tested.
 """
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -353,6 +354,7 @@ class OmniTransformer(nn.Module):
         self.video = Stream(v, a, cfg.video_channels, 0, cfg)
         self.audio = Stream(a, v, cfg.audio_channels, 2, cfg)
         self.sinks = SinkTokens(cfg.num_sinks, a) if cfg.num_sinks else None
+        self.fork = contextlib.nullcontext  # how audio runs beside video, see graphs.SideStream
 
     def project_text(self, video_features, audio_features=None, mask=None) -> Text:
         """Caption features (B, L, C_text), one per stream or shared, and an (B, L) 0/1 mask."""
@@ -372,24 +374,37 @@ class OmniTransformer(nn.Module):
         view   MaskedView or CachedView: what may be attended to
         ->     (B, T_v, C_v), (B, F_a, C_a) velocities
         """
+        ropes = ropes_of(self.cfg, span, video.device, video.dtype)
         with_sinks = self.sinks is not None and span.has_sinks
+        return self.velocities(
+            video, audio, sigma_video, sigma_audio, text, ropes, view, with_sinks
+        )
+
+    def velocities(
+        self, video, audio, sigma_video, sigma_audio, text, ropes, view, with_sinks=False
+    ):
+        """The same for tokens whose rotations are known; `with_sinks`: they begin the clip."""
         v, a = self.video.patchify(video), self.audio.patchify(audio)
         sigma_video, sigma_audio = (s.view(len(s), -1) for s in (sigma_video, sigma_audio))
         if with_sinks:
             a, sigma_audio = self.sinks.prepend(a), self.sinks.prepend_sigma(sigma_audio)
         m_v, m_a = self.video.modulate(sigma_video), self.audio.modulate(sigma_audio)
-        ropes = ropes_of(self.cfg, span, v.device, v.dtype)
         for i, (half_v, half_a) in enumerate(zip(self.video.layers, self.audio.layers)):
 
             def at(site, layer=i):
                 return functools.partial(view.attend, layer, site)
 
+            beside = self.fork()
             v = half_v.attend_self(v, m_v, ropes["video_self"], at("video_self"))
             v = half_v.attend_text(v, text.video[i], text.mask)
-            a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
-            a = half_a.attend_text(a, text.audio[i], text.mask)
+            with beside:
+                a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
+                a = half_a.attend_text(a, text.audio[i], text.mask)
             v, a = self._listen(half_v, half_a, v, a, m_v, m_a, ropes, at)
-            v, a = half_v.mlp(v, m_v), half_a.mlp(a, m_a)
+            beside = self.fork()
+            v = half_v.mlp(v, m_v)
+            with beside:
+                a = half_a.mlp(a, m_a)
         if with_sinks:
             a = self.sinks.remove(a)
             m_a = m_a._replace(final=m_a.final[:, -a.shape[1] :])
@@ -401,8 +416,10 @@ class OmniTransformer(nn.Module):
         q_v, c_v = half_v.listening(n_v, m_v), half_v.heard(n_v, m_v)
         q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)
         r_v, r_a = ropes["video_cross"], ropes["audio_cross"]
+        beside = self.fork()
         v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))
-        a = half_a.attend_other(a, q_a, c_v, m_a, r_a, r_v, at("v2a"))
+        with beside:
+            a = half_a.attend_other(a, q_a, c_v, m_a, r_a, r_v, at("v2a"))
         return v, a
 
     def num_parameters(self) -> int:

@@ -17,17 +17,27 @@ import importlib.util
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import PAPER, block_rows, random_clip, random_model, tiny
+from helpers import PAPER, block_rows, random_clip, random_model, random_text, tiny
+from tape import Operators
 
 import cache_append_attention as kernel
 import masks
 import rope
-from kv_cache import CachedView, Heads, RollingCache, attention, cache_append_attention
+from kv_cache import (
+    CachedView,
+    Heads,
+    MergedView,
+    RollingCache,
+    attention,
+    cache_append_attention,
+)
+from model import draw_noise, join_projections
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -273,6 +283,46 @@ def test_a_stream_of_the_model_by_kernel_and_by_pytorch(few, chosen, device, mon
     expected = stream_model(cfg, "cpu")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::repeat"}
+
+
+def copies_of_a_pass(layers, merge, joined):
+    """Tensors copied whole in one pass with a full window: by operator."""
+    cfg = tiny(PAPER, num_layers=layers, num_heads=1, video_width=40, audio_width=24)
+    net = random_model(cfg, torch.float32)
+    if joined:
+        join_projections(net)
+    view, seen = CachedView(cfg, 8, window=1), Operators()
+    with torch.no_grad():
+        text = random_text(net, cfg)
+        for k in range(5):
+            span = masks.block_span(k, cfg)
+            if merge and k == 4:
+                span = masks.block_span(3, cfg).then(span)
+            x = draw_noise(1, span, cfg, None)
+            level, on = torch.ones(1), view
+            if k == 4:
+                on = MergedView(view) if merge else view
+                seen.__enter__()
+            net(*x, level, level, text, span, on)
+            if k < (3 if merge else 4):
+                view.next_block()
+    seen.__exit__(None, None, None)
+    return Counter({name: n for name, n in seen.counts.items() if name in COPIES})
+
+
+@needs_gxx
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_layer_copies_no_tensor(merge, joined, emulated_kernel, monkeypatch):
+    """With the kernel (emulated): nothing is concatenated or cloned in a layer. A merged pass
+    puts its two answers together, once for each attention, and moves its pinned keys."""
+    monkeypatch.setattr(kernel, "emulated", emulated_kernel)
+    found = copies_of_a_pass(2, merge, joined) - copies_of_a_pass(1, merge, joined)
+    moved = 4 * merge  # rope.rotate of the pinned keys
+    assert found == Counter({"aten::cat": 4 * merge + moved} if merge else {})
 
 
 def test_under_autograd_pytorch_runs(device):

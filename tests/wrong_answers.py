@@ -268,9 +268,11 @@ WRONG = {
         "audio listens to a video that has listened": (
             "        q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)\n"
             '        r_v, r_a = ropes["video_cross"], ropes["audio_cross"]\n'
+            "        beside = self.fork()\n"
             '        v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))\n',
             "        q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)\n"
             '        r_v, r_a = ropes["video_cross"], ropes["audio_cross"]\n'
+            "        beside = self.fork()\n"
             '        v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))\n'
             "        c_v = half_v.heard(norm(v, self.cfg.norm_eps), m_v)\n",
             "audio hears video after that has listened",
