@@ -580,8 +580,8 @@ WRONG = {
             "blocks 1 and 2 get the same noise",
         ),
         "window forgotten": (
-            "blocks, sigmas, generator, batch, window)",
-            "blocks, sigmas, generator, batch)",
+            "blocks, sigmas, generator, batch, window, **how)",
+            "blocks, sigmas, generator, batch, **how)",
             "the window is not handed on",
         ),
     },
