@@ -130,8 +130,8 @@ def full_parts(order) -> Parts:
     if "channels-last" in order.speedups:
         decoders.channels_last(nets)
 
-    def make_decoder(watch):
-        return decoders.Decoder(*nets, net.cfg, watch=watch)
+    def make_decoder(watch, overlap=decoders.Overlap()):
+        return decoders.Decoder(*nets, net.cfg, overlap, watch)
 
     return Parts(net, features.__getitem__, make_decoder, seconds)
 
