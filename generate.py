@@ -231,7 +231,7 @@ def options():
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     kinds = f"of the transformer, {', '.join(DTYPES)}; default: float32 (toy), bfloat16 (full size)"
     names = ", ".join(f"{name} ({what})" for name, what in parts.SPEEDUPS.items())
-    p.add_argument("--speed-up", nargs="+", default=[], metavar="NAME", help=f"all, or {names}")
+    p.add_argument("--speed-up", nargs="+", metavar="NAME", help=f"all, or {names}")
     p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=kinds)
     return p
 
@@ -253,7 +253,7 @@ def parse(args) -> Order:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
     dtype = DTYPES[args.dtype or ("float32" if is_toy else "bfloat16")]
     device = cli.find_device(args.device)
-    speedups = parts.find_speedups(args.speed_up, cfg, device)
+    speedups = parts.find_speedups(args.speed_up or (), cfg, device)
     at = device, dtype, speedups
     return Order(cfg, cues, seconds, args.window, args.steps, args.weights, args.ltx2, *at)
 
