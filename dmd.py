@@ -96,7 +96,10 @@ def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None, pas
 
 
 def at_sigma(net, x, sigma, text, span, view, past=None):
-    """One pass with one noise level for both streams: clean estimates of x = (video, audio)."""
+    """One pass with one noise level for both streams: clean estimates of x = (video, audio).
+
+    past   as in `denoise`: two passes in one
+    """
     if past:
         return at_sigma_and_zero(net, x, sigma, view, past, span)
     level = x[0].new_full((len(x[0]),), sigma)
@@ -104,9 +107,9 @@ def at_sigma(net, x, sigma, text, span, view, past=None):
 
 
 def at_sigma_and_zero(net, x, sigma, view, past, span):
-    """A pass at 0 over the block before, and one at sigma over this one: one, of one prompt.
+    """The block before at 0, its refresh, and this one at sigma, in one pass; one prompt for both.
 
-    Weights are read once for both. -> clean estimates of x; the view has moved on to its block.
+    Weights are read once for the two. -> clean estimates of x; the view has moved on to its block
     """
     tokens = [torch.cat(pair, 1) for pair in zip(past.latents, x)]
     frames = zip((past.span.video, past.span.audio), (span.video, span.audio))
