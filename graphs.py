@@ -1,8 +1,8 @@
 """Record a pass once, replay it with other contents: CUDA graphs.
 
-A pass at full size is some 4500 launches (93 a layer), half of them of kernels that are over in a
-few microseconds: audio is 25 tokens. Launched one by one from Python, each costs about as much on the
-CPU, and the GPU waits. A CUDA graph is a recording of them all, launched as one.
+A pass at full size is some 4500 launches, 93 a layer, half of them of kernels that are over in a
+few microseconds: audio is 25 tokens. Launched one by one from Python, each takes the CPU about as
+long, and the GPU waits. A CUDA graph is a recording of them all, launched as one.
 
 What a recording fixes is memory, not contents: which kernel reads and writes where. So
 
@@ -14,7 +14,8 @@ What a recording fixes is memory, not contents: which kernel reads and writes wh
     replayed for all noise levels of a block, and again a turn of the ring later
   * while the window fills, every block attends to more memory than the one before: not recorded
 
-All recordings share one pool of memory for what is made on the way, since only one runs at a time.
+All recordings share one pool of memory for what is made on the way: only one runs at a time, and
+nobody reads its answers after the next one has begun. Making a recording waits for the GPU, once.
 Nothing may wait for the GPU during a pass (tests/test_graphs.py): a recording could not either.
 
     net = Recorded(net, cuda_recorder())        # takes the place of a model, for one stream
@@ -130,8 +131,9 @@ class SideStream:
             a = ...
         ...                     # and from here on both are done
 
-    # Trap: memory that Python lets go of is handed out again on its own stream, at once. So video
-    # is launched first: what it frees, audio still reads, and would find overwritten otherwise.
+    # Trap: memory that Python lets go of is handed out again at once by the stream that made it,
+    # without asking the other. So video is launched first: when audio lets go of what the main
+    # stream made, that stream makes nothing more before it waits.
     """
 
     def __init__(self, device=None):

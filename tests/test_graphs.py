@@ -3,7 +3,9 @@
 Instead of CUDA graphs and streams there are stand-ins (tests/tape.py) that fail where those would.
 """
 
+import contextlib
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,6 +204,67 @@ def test_memory_that_is_reused_too_early_is_noticed(is_let_go_of):
             streams.stream = "main"  # which has not waited yet
             z = torch.zeros(3) + 1
     assert bool(streams.faults) == is_let_go_of and len(y) == len(z)
+
+
+class FakeStream:
+    """Writes down, for both streams, what is asked of which."""
+
+    log, current = [], None
+
+    def __init__(self, device=None, name="side"):
+        self.device, self.name = device, name
+
+    def record_event(self):
+        self.log.append(f"{self.name} passes the fork")
+        return "the fork"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_side_stream_forks_where_it_is_called_and_joins_where_it_ends(monkeypatch):
+    """With stand-ins for torch.cuda: what is launched in between runs beside, and no longer."""
+    FakeStream.current, FakeStream.log = FakeStream(name="main"), []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(FakeStream, "current", s))
+    fork = graphs.SideStream()
+
+    def launch(what):
+        FakeStream.log.append(f"{what} on {FakeStream.current.name}")
+
+    for _ in range(2):
+        beside = fork()
+        launch("video")
+        with beside:
+            launch("audio")
+        launch("both")
+    expected = ["main passes the fork", "video on main", "side waits for the fork"]
+    expected += ["audio on side", "main waits for side", "both on main"]
+    assert FakeStream.log == 2 * expected
+
+
+def test_recordings_share_a_pool(monkeypatch):
+    """With stand-ins for torch.cuda: a graph for each function, captured in the same pool."""
+    captured = []
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        captured.append((graph, pool))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=object()))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    record = graphs.cuda_recorder()
+    for answer in (1, 2):
+        replay, outputs = record(lambda: answer)
+        assert outputs == answer and replay is captured[-1][0].replay
+    (one, pool), (other, same) = captured
+    assert one is not other and pool is same
 
 
 # ---- nothing waits ----
