@@ -66,6 +66,13 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     assert bench_generate.window_table([row]).count("FPS") == 2
 
 
+def test_the_page_has_a_row_for_every_speed_up_and_a_place_for_every_table():
+    """What generate.py offers is explained, and what is measured is filled in between its marks."""
+    page = (bench_generate.ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"\n| `{name}` | " in page for name in bench_generate.parts.SPEEDUPS)
+    assert all(page.count(f"<!-- {mark} -->") == 2 for mark in ("ladder", "windows", "decode"))
+
+
 def test_a_rung_is_set_up_and_taken_down_again():
     """Each measurement has the speed-ups that it names and no other."""
     net = random_model(tiny(PAPER))

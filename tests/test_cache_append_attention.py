@@ -38,6 +38,7 @@ from kv_cache import (
     cache_append_attention,
 )
 from model import draw_noise, join_projections
+from self_forcing import rollout, whole_clip
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -283,6 +284,31 @@ def test_a_stream_of_the_model_by_kernel_and_by_pytorch(few, chosen, device, mon
     expected = stream_model(cfg, "cpu")
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("few, chosen", [(64, "fused"), (3, "append")])
+def test_joined_and_merged_passes_hand_slices_to_the_kernel(few, chosen, device, monkeypatch):
+    """The kernel takes them as they are, two attentions of every site in a merged pass."""
+    cfg = tiny(PAPER, num_layers=1, num_heads=1, video_width=40, audio_width=24)
+    calls, operator = [], getattr(kernel, chosen)
+    monkeypatch.setattr(kernel, "FEW", few)
+    monkeypatch.setattr(kernel, chosen, lambda *x: calls.append(x[0]) or operator(*x))
+
+    @torch.no_grad()
+    def clip():
+        net = random_model(cfg, torch.float32).to(device)
+        join_projections(net)
+        text = random_text(net, cfg)
+        g = torch.Generator().manual_seed(0)
+        blocks = rollout(net, lambda k: text, 4, (1.0, 0.5, 0.0), g, window=1, merge=True)
+        return whole_clip(blocks)
+
+    actual = clip()
+    assert len(calls) == 4 * (2 + 3 * 3)  # block 0 takes two passes, then one over two and one
+    assert any(not q.is_contiguous() for q in calls)
+    monkeypatch.setattr(kernel, "supports", lambda *_: False)
+    for one, other in zip(actual, clip(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::repeat"}
