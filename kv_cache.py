@@ -23,7 +23,8 @@ filled slots are always [0, n) with n known on the host: no mask is needed, a sl
 
 A block takes several passes (one per noise level, then one at sigma = 0, the *refresh*, that leaves
 the clean keys and values for later blocks). Every pass writes the same slots; only the loop moves
-on to the next block, by `next_block()`. So a pass may be repeated without harm.
+on to the next block, by `next_block()`. So a pass may be repeated without harm. (The refresh may
+share a pass with the next block's first: `MergedView`.)
 
 Positions.  When a block is forgotten, the pinned keys move one block later in time, so that prefix
 and sinks stay at a distance the model was trained on, however long the stream. Rotations add up

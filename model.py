@@ -187,9 +187,9 @@ class Attention(nn.Module):
     def _project(self, x, *linears):
         """(B, T, C) -> (B, T, H*D) by each of them; by one matrix product, if they are joined."""
         if self.joined and not torch.is_grad_enabled():  # a gradient belongs to each of them
-            weights, biases = ([getattr(lin, name) for lin in linears] for name in PARTS)
-            if (weight := as_one(weights)) is not None:
-                return F.linear(x, weight, as_one(biases)).chunk(len(linears), -1)
+            whole = [as_one([getattr(linear, name) for linear in linears]) for name in PARTS]
+            if all(part is not None for part in whole):
+                return F.linear(x, *whole).chunk(len(linears), -1)
         return [linear(x) for linear in linears]
 
     def keys_values(self, context):
@@ -234,8 +234,9 @@ def as_one(tensors):
     >>> as_one((torch.zeros(1), torch.zeros(1)))
     """
     first, end = tensors[0], tensors[0].data_ptr()
+    buffer = first.untyped_storage()._cdata
     for t in tensors:
-        if t.data_ptr() != end or t.untyped_storage()._cdata != first.untyped_storage()._cdata:
+        if t.data_ptr() != end or t.untyped_storage()._cdata != buffer:
             return None
         end += t.nbytes
     return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
