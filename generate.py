@@ -284,6 +284,7 @@ def finish(args, order, sheet, watch, frames, text_seconds):
     if not frames:
         raise ValueError("interrupted before the first block was finished; nothing was written")
     report = {**watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
+    report["speed_up"] = order.speedups
     title = ", then ".join(cue.prompt for cue in order.cues)
     picture = Path(args.out).with_suffix(".png")
     frames_shown, levels = map(torch.cat, zip(*sheet))

@@ -93,7 +93,9 @@ def test_a_film_at_full_speed(run):
     status, out, err = run(*args, "--speed-up", "all")
     assert status == 0, err
     assert properties("out.mp4")[0] == 25
-    stages = json.loads(Path("r").read_text())["stage_seconds"]
+    report = json.loads(Path("r").read_text())
+    assert report["speed_up"] == ["qkv", "merge", "channels-last"]
+    stages = report["stage_seconds"]
     assert {"denoise", "both"} <= stages.keys() and "refresh" not in stages
 
 
