@@ -267,6 +267,27 @@ def test_recordings_share_a_pool(monkeypatch):
     assert one is not other and pool is same
 
 
+# ---- the real ones ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_cuda_graphs_and_streams_answer_as_a_plain_stream(merge, beside):
+    """On a GPU, in float32: recorded, replayed, with and without the second stream."""
+    net = random_model(tiny(PAPER, num_sinks=2), torch.float32).cuda()
+    features = torch.randn(2, 1, 3, net.cfg.caption_width)
+    with torch.no_grad():
+        texts = [net.project_text(f.cuda()) for f in features]
+    how = dict(merge=merge, switch_at=8, blocks=14)
+    plain = stream(net, texts, **how)
+    net.fork = graphs.SideStream() if beside else net.fork
+    recorded = Counting(net, graphs.cuda_recorder())
+    for x, y in zip(plain, stream(recorded, texts, **how)):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert recorded.counts["replayed"] > recorded.counts["recorded"] > 0
+
+
 # ---- nothing waits ----
 
 WAITS = {  # operators whose answer the CPU needs before it can go on
