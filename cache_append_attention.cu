@@ -42,8 +42,13 @@
 #include <cuda_runtime.h>
 #endif
 
+struct Rows {  // (B, tokens, H*D): whole rows, which may lie apart
+    const void *x;
+    long long clip, token;  // elements from one clip to the next, from one token to the next
+};
+
 struct Raw {  // queries or keys as they leave their projection
-    const void *x;          // (B, tokens, H*D)
+    Rows rows;
     const void *weight;     // (H*D) of the norm
     const void *cos, *sin;  // (turns, H*D/2)
     int tokens;
@@ -52,7 +57,7 @@ struct Raw {  // queries or keys as they leave their projection
 
 struct Args {
     Raw q, k;
-    const void *v;            // (B, T, H*D)
+    Rows v;                   // values, T as keys
     void *k_cache, *v_cache;  // (B, N, H*D)
     void *out;                // (B, Q, H*D): queries that are ready (append), attention (fused)
     int B, H, N;
@@ -61,6 +66,11 @@ struct Args {
     int split;          // a pair is channels (i, i + D/2) of a head if 1, (2i, 2i + 1) if 0
     float eps;
 };
+
+template <typename scalar>
+__device__ inline const scalar *row_of(const Rows &rows, int b, int token) {
+    return (const scalar *)rows.x + b * rows.clip + token * rows.token;
+}
 
 constexpr int WARP = 32;
 constexpr int WARPS = 8;  // warps of a block of `fused`; they share the keys
@@ -203,7 +213,7 @@ __global__ void append(const __grid_constant__ Args a) {
     const size_t width = a.H * D, row = (size_t)blockIdx.y * raw.tokens + token;
     const size_t slot = (size_t)blockIdx.y * a.N + a.start + token;
 
-    const scalar *from = (const scalar *)(which == 2 ? a.v : raw.x) + row * width + h * D;
+    const scalar *from = row_of<scalar>(which == 2 ? a.v : raw.rows, blockIdx.y, token) + h * D;
     scalar *to = which == 0   ? (scalar *)a.out + row * width
                  : which == 1 ? (scalar *)a.k_cache + slot * width
                               : (scalar *)a.v_cache + slot * width;
@@ -257,6 +267,9 @@ struct Block {
     __device__ scalar *head_of(const void *x, int tokens, int token) const {
         return (scalar *)x + ((size_t)b * tokens + token) * width + h * D;
     }
+    __device__ const scalar *head_of(const Rows &rows, int token) const {
+        return row_of<scalar>(rows, b, token) + h * D;
+    }
 
     // Key j: the old ones first, stepping over the slots of the new ones; then the new ones.
     __device__ int slot_of(int j) const {
@@ -266,13 +279,13 @@ struct Block {
         return j < num_old ? head_of(a.k_cache, a.N, slot_of(j)) : new_k + (j - num_old) * D;
     }
     __device__ const scalar *value(int j) const {
-        return j < num_old ? head_of(a.v_cache, a.N, slot_of(j)) : head_of(a.v, T, j - num_old);
+        return j < num_old ? head_of(a.v_cache, a.N, slot_of(j)) : head_of(a.v, j - num_old);
     }
 
     // One warp: this head of a token, normed (over all heads) and rotated; use(u, pairs) takes it.
     template <typename Use>
     __device__ void prepare(const Raw &raw, int token, Use use) const {
-        const scalar *head = head_of(raw.x, raw.tokens, token);
+        const scalar *head = head_of(raw.rows, token);
         const float scale = inverse_rms(head - h * D, width, a.eps);
         for (int u = lane; u < UNITS; u += WARP) {
             Pairs<V> x = load_pairs<scalar, D>(head, u, a.split);
@@ -315,7 +328,7 @@ struct Block {
             scalar *k = head_of(a.k_cache, a.N, a.start + t) + c;
             scalar *v = head_of(a.v_cache, a.N, a.start + t) + c;
             vector_at<scalar, n>(k) = vector_at<scalar, n>(new_k + i * n);
-            vector_at<scalar, n>(v) = vector_at<scalar, n>(head_of(a.v, T, t) + c);
+            vector_at<scalar, n>(v) = vector_at<scalar, n>(head_of(a.v, t) + c);
         }
     }
 

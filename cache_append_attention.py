@@ -86,11 +86,22 @@ def _compile(command):
 # ---- load ----
 
 
+class Rows(ctypes.Structure):
+    """Tokens (B, T, H*D) whose rows may lie apart; the struct of that name in the source."""
+
+    _fields_ = [("x", ctypes.c_void_p), ("clip", ctypes.c_longlong), ("token", ctypes.c_longlong)]
+
+    @classmethod
+    def of(cls, x):
+        return cls(x.data_ptr(), *x.stride()[:2])
+
+
 class Raw(ctypes.Structure):
     """Queries or keys as they leave their projection; the struct of that name in the source."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "cos", "sin")),
+        ("rows", Rows),
+        *((name, ctypes.c_void_p) for name in ("weight", "cos", "sin")),
         *((name, ctypes.c_int) for name in ("tokens", "turns")),
     ]
 
@@ -101,7 +112,8 @@ class Args(ctypes.Structure):
     _fields_ = [
         ("q", Raw),
         ("k", Raw),
-        *((name, ctypes.c_void_p) for name in ("v", "k_cache", "v_cache", "out")),
+        ("v", Rows),
+        *((name, ctypes.c_void_p) for name in ("k_cache", "v_cache", "out")),
         *((name, ctypes.c_int) for name in ("B", "H", "N", "first", "filled", "start", "split")),
         ("eps", ctypes.c_float),
     ]
@@ -179,6 +191,20 @@ TENSORS = (
 )  # fmt: skip
 
 
+RAW = ("q", "k", "v")  # may be slices of a larger tensor
+
+
+def has_whole_rows(x) -> bool:
+    """Whether channels lie side by side, and every row of x (B, T, C) begins at 16 bytes.
+
+    >>> both = torch.zeros(1, 5, 96)
+    >>> has_whole_rows(both[:, 1:, 48:]), has_whole_rows(both.mT), has_whole_rows(both[..., :90])
+    (True, False, True)
+    """
+    apart = (s * x.element_size() % 16 == 0 for s in x.stride()[:2])
+    return x.stride(2) == 1 and all(apart)
+
+
 def check(tensors, first, filled, start):
     """Raise ValueError, in one line, for anything that the kernel would misread.
 
@@ -195,8 +221,9 @@ def check(tensors, first, filled, start):
             raise ValueError(f"{name} is {tuple(t.shape)}, expected {shape}")
         if t.dtype != dtype or t.device != device:
             raise ValueError(f"{name} is {t.dtype} on {t.device}, q is {dtype} on {device}")
-        if not t.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: its strides are {t.stride()}")
+        if not (has_whole_rows(t) if name in RAW else t.is_contiguous()):
+            expected = "of whole rows" if name in RAW else "contiguous"
+            raise ValueError(f"{name} is not {expected}: its strides are {t.stride()}")
         if t.data_ptr() % 16:
             raise ValueError(f"{name} does not start at a multiple of 16 bytes")
         if grad and t.requires_grad:
@@ -247,18 +274,19 @@ def _operator(whole):
 
     def run(*arguments):
         tensors, (first, filled, start, split, eps) = arguments[:11], arguments[11:]
-        q, k, k_cache = tensors[0], tensors[4], tensors[9]
+        q, k, v, k_cache = tensors[0], tensors[4], tensors[8], tensors[9]
         kernel = kernel_or_reason(q.device)
         if isinstance(kernel, str):
             raise ValueError(f"cache_append_attention: {kernel}")
         check(tensors, first, filled, start)
-        out = torch.empty_like(q)
+        out = q.new_empty(q.shape)
         pointers = [None if t is None else t.data_ptr() for t in tensors]
         turns = [0 if t is None else len(t) for t in (tensors[2], tensors[6])]
         B, N, H, D = k_cache.shape
         args = Args(
-            Raw(*pointers[:4], q.shape[1], turns[0]), Raw(*pointers[4:8], k.shape[1], turns[1]),
-            *pointers[8:], out.data_ptr(), B, H, N, first, filled, start, split, eps,
+            Raw(Rows.of(q), *pointers[1:4], q.shape[1], turns[0]),
+            Raw(Rows.of(k), *pointers[5:8], k.shape[1], turns[1]),
+            Rows.of(v), *pointers[9:], out.data_ptr(), B, H, N, first, filled, start, split, eps,
         )  # fmt: skip
         with _current(q.device) as stream:
             kernel(q.dtype, D, whole, args, stream)
@@ -278,7 +306,7 @@ def _current(device):
 
 
 def _fake(q, *_):
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)
 
 
 def _register():
@@ -296,13 +324,18 @@ if not hasattr(torch.ops.omniforcing, "fused"):  # a graded exercise imports mod
 
 
 def supports(q, k, v, heads) -> bool:
-    """Whether the kernel may replace PyTorch for these raw projections (B, T, H*D)."""
+    """Whether the kernel may replace PyTorch for these raw projections (B, T, H*D).
+
+    They may be slices: of a product that makes all three, of a pass over two blocks.
+    """
     if isinstance(kernel_or_reason(q.device), str) or q.shape[-1] // heads.count not in HEAD_SIZES:
         return False
     tensors = (q, k, v, heads.q_weight, heads.k_weight)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return all(t.dtype == q.dtype in DTYPES and t.is_contiguous() for t in tensors)
+    return all(t.dtype == q.dtype in DTYPES for t in tensors) and all(
+        map(has_whole_rows, (q, k, v))
+    )
 
 
 def are_few(q, k) -> bool:

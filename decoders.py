@@ -221,6 +221,17 @@ def without_encoder(net):
     return net
 
 
+def channels_last(nets):
+    """Lay the video decoder's weights out with channels innermost; what it is given follows.
+
+    cuDNN's convolutions on tensor cores work in this layout, and otherwise convert into it and
+    back. The numbers stay, but for rounding. The other two networks are small.
+    """
+    for p in nets[0].parameters():
+        if p.dim() == 5:  # a kernel (C', C, frames, rows, columns)
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+
+
 def empty(dtype=torch.bfloat16) -> list:
     """The three networks at their published size on the meta device: shapes without contents."""
     with torch.device("meta"):

@@ -27,6 +27,7 @@ The critic must stay close behind, so each generator update is followed by five 
 
 import copy
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -35,7 +36,8 @@ import model
 import teacher
 import toy_world
 import training
-from kv_cache import MaskedView
+from kv_cache import MaskedView, MergedView
+from masks import Span
 
 CRITIC_UPDATES = 5  # for each update of the generator (OmniForcing, as Self-Forcing)
 LEAST_TIME, MOST_TIME = 0.02, 0.98  # of the schedule, for the scores (DMD2, OmniForcing)
@@ -62,11 +64,20 @@ def few_step_sigmas(cfg, steps=None) -> tuple[float, ...]:
     return (*(cfg.sigmas[i * trained // steps] for i in range(steps)), 0.0)
 
 
-def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None):
+class Finished(NamedTuple):
+    """A block that is clean, and that later blocks will have to remember as such."""
+
+    latents: list  # video (B, T_v, C_v) and audio (B, F_a, C_a), as data
+    text: model.Text  # its prompt
+    span: Span
+
+
+def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None, past=None):
     """Few-step generation of a block or a clip: noise -> x0, for (video, audio) pairs.
 
     Every pass predicts the whole way to clean; fresh noise takes it back to the next level.
 
+    past        the block before, if the first pass is to refresh it along the way
     exit_step   index of the pass whose x0 is the answer; default the last. Only this pass may carry
                 a gradient: the earlier ones are how its input came about.
     """
@@ -74,7 +85,7 @@ def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None):
     x, wants_gradient = noise, torch.is_grad_enabled()
     for i in range(last + 1):
         with torch.set_grad_enabled(wants_gradient and i == last):
-            x0 = at_sigma(net, x, sigmas[i], text, span, view)
+            x0 = at_sigma(net, x, sigmas[i], text, span, view, past if i == 0 else None)
         if i < last:
             fresh = model.draw_noise(
                 len(x0[0]), span, net.cfg, generator, x0[0].device, x0[0].dtype
@@ -84,10 +95,35 @@ def denoise(net, noise, sigmas, text, span, view, generator, exit_step=None):
     return x0
 
 
-def at_sigma(net, x, sigma, text, span, view):
-    """One pass with one noise level for both streams: clean estimates of x = (video, audio)."""
+def at_sigma(net, x, sigma, text, span, view, past=None):
+    """One pass with one noise level for both streams: clean estimates of x = (video, audio).
+
+    past   as in `denoise`: two passes in one
+    """
+    if past:
+        return at_sigma_and_zero(net, x, sigma, view, past, span)
     level = x[0].new_full((len(x[0]),), sigma)
     return model.predict_x0(net, *x, level, level, text, span, view)
+
+
+def at_sigma_and_zero(net, x, sigma, view, past, span):
+    """The block before at 0, its refresh, and this one at sigma, in one pass; one prompt for both.
+
+    Weights are read once for the two. -> clean estimates of x; the view has moved on to its block
+    """
+    tokens = [torch.cat(pair, 1) for pair in zip(past.latents, x)]
+    frames = zip((past.span.video, past.span.audio), (span.video, span.audio))
+    levels = [frame_levels(x[0], *map(len, pair), sigma) for pair in frames]
+    both = past.span.then(span)
+    x0 = model.predict_x0(net, *tokens, *levels, past.text, both, MergedView(view))
+    return [c[:, -own.shape[1] :] for c, own in zip(x0, x)]
+
+
+def frame_levels(like, clean, noisy, sigma):
+    """(B, F) noise levels of `clean` frames at 0 and `noisy` ones at sigma."""
+    levels = like.new_zeros(len(like), clean + noisy)
+    levels[:, clean:] = sigma
+    return levels
 
 
 def draw_exit_step(sigmas, generator) -> int:

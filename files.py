@@ -34,6 +34,21 @@ def write_json(path, value):
     write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
+def fill_in(path, name, text):
+    """Replace what stands between two marks of a Markdown file, <!-- name --> twice.
+
+    Raises ValueError for a file without these marks.
+    """
+    mark, old = f"<!-- {name} -->", Path(path).read_text()
+    if old.count(mark) != 2:
+        raise ValueError(
+            f"{path}: expected the mark {mark} twice, found it {old.count(mark)} times"
+        )
+    before, _, after = old.split(mark)
+    new = f"{before}{mark}\n{text}\n{mark}{after}"
+    write_beside(path, lambda p: p.write_text(new))
+
+
 def save_weights(path, tensors, cfg, made_by):
     """Write a dict of tensors with its config and a dict that says how it was made."""
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}

@@ -23,6 +23,9 @@ At full size, on one GPU, with published weights or with noise in their place (t
 --weights is the generator's .safetensors file, index or folder. --ltx2 is LTX-2's folder in
 diffusers' format, for text_encoder, tokenizer, connectors, vae, audio_vae and vocoder.
 
+--speed-up all: everything of benchmarks/README.md that can run here, or some of it by name. It
+changes rounding, so a film is not the same bit by bit, and nothing else.
+
 How speed is counted:  TTFC  from having weights and prompt to the first second of picture and sound
 written;  passes  the transformer alone;  end to end  with decoding and writing.
 """
@@ -43,12 +46,13 @@ import cli
 import dmd
 import files
 import page
+import parts
 import plots
 import self_forcing
 from captions import toy_features
 from masks import block_seconds, num_blocks
 from movie import Movie, check_writable
-from parts import Order, parts_for
+from parts import Order
 from stopwatch import Stopwatch
 
 STREAMED = ("toy", "full", "released")  # configs of students
@@ -95,7 +99,10 @@ def parse_cues(prompts, seconds, check=toy_features) -> list[Cue]:
 
 
 @torch.inference_mode()
-def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_features):
+def stream(
+    net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_features,
+    merge=False, view=None,
+):  # fmt: skip
     """Yield `self_forcing.Block`s of clean latents, each as soon as it exists.
 
     prompt   words, or a list of Cue
@@ -104,6 +111,7 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=t
     steps    passes a block besides the refresh, default as trained
     batch    clips side by side, different only in their noise
     read     words -> caption features (1, L, C_text), one for both streams or one for each
+    merge    refresh a block in the first pass of the next one; this and `view`: see `rollout`
     """
     cfg, blocks = net.cfg, num_blocks(seconds, net.cfg)
     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
@@ -120,7 +128,8 @@ def stream(net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=t
 
     sigmas = dmd.few_step_sigmas(cfg, steps)
     generator = torch.Generator().manual_seed(seed)
-    yield from self_forcing.rollout(net, text_at, blocks, sigmas, generator, batch, window)
+    how = dict(merge=merge, view=view)
+    yield from self_forcing.rollout(net, text_at, blocks, sigmas, generator, batch, window, **how)
 
 
 # ---- the command line ----
@@ -221,6 +230,8 @@ def options():
     p.add_argument("--ltx2", help="folder of LTX-2's text path and decoders, at full size")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     kinds = f"of the transformer, {', '.join(DTYPES)}; default: float32 (toy), bfloat16 (full size)"
+    names = ", ".join(f"{name} ({what})" for name, what in parts.SPEEDUPS.items())
+    p.add_argument("--speed-up", nargs="+", metavar="NAME", help=f"all, or {names}")
     p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=kinds)
     return p
 
@@ -242,29 +253,30 @@ def parse(args) -> Order:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
     dtype = DTYPES[args.dtype or ("float32" if is_toy else "bfloat16")]
     device = cli.find_device(args.device)
-    return Order(
-        cfg, cues, seconds, args.window, args.steps, args.weights, args.ltx2, device, dtype
-    )
+    speedups = parts.find_speedups(args.speed_up or (), cfg, device)
+    at = device, dtype, speedups
+    return Order(cfg, cues, seconds, args.window, args.steps, args.weights, args.ltx2, *at)
 
 
 def main():
     args = options().parse_args()
     order = parse(args)
     check_writable(args.out)
-    parts = parts_for(order)
+    made = parts.parts_for(order)
     watch = Stopwatch(order.device)
-    decoder, cfg = parts.make_decoder(watch.watch), parts.net.cfg
-    watch.watch_passes(parts.net, len(dmd.few_step_sigmas(cfg, order.steps)) - 1)
+    decoder, cfg = made.make_decoder(watch.watch), made.net.cfg
+    watch.watch_passes(made.net, len(dmd.few_step_sigmas(cfg, order.steps)) - 1)
     size = cfg.height, cfg.width
     movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
     try:
-        how = order.seconds, args.seed, order.window, order.steps, 1, parts.read
-        sheet = run(stream(parts.net, order.cues, *how), decoder, movie, order.seconds, watch)
+        how = order.seconds, args.seed, order.window, order.steps, 1, made.read
+        blocks = stream(made.net, order.cues, *how, "merge" in order.speedups)
+        sheet = run(blocks, decoder, movie, order.seconds, watch)
     except BaseException:
         movie.discard()
         raise
     movie.close()
-    finish(args, order, sheet, watch, movie.frames, parts.text_seconds)
+    finish(args, order, sheet, watch, movie.frames, made.text_seconds)
 
 
 def finish(args, order, sheet, watch, frames, text_seconds):
@@ -272,6 +284,7 @@ def finish(args, order, sheet, watch, frames, text_seconds):
     if not frames:
         raise ValueError("interrupted before the first block was finished; nothing was written")
     report = {**watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
+    report["speed_up"] = order.speedups
     title = ", then ".join(cue.prompt for cue in order.cues)
     picture = Path(args.out).with_suffix(".png")
     frames_shown, levels = map(torch.cat, zip(*sheet))

@@ -23,7 +23,8 @@ filled slots are always [0, n) with n known on the host: no mask is needed, a sl
 
 A block takes several passes (one per noise level, then one at sigma = 0, the *refresh*, that leaves
 the clean keys and values for later blocks). Every pass writes the same slots; only the loop moves
-on to the next block, by `next_block()`. So a pass may be repeated without harm.
+on to the next block, by `next_block()`. So a pass may be repeated without harm. (The refresh may
+share a pass with the next block's first: `MergedView`.)
 
 Positions.  When a block is forgotten, the pinned keys move one block later in time, so that prefix
 and sinks stay at a distance the model was trained on, however long the stream. Rotations add up
@@ -31,6 +32,7 @@ and sinks stay at a distance the model was trained on, however long the stream. 
 do not add up as well.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -38,7 +40,7 @@ import torch.nn.functional as F
 
 import cache_append_attention as kernel
 import rope
-from masks import SITES
+from masks import LISTENER, SITES
 
 
 class Heads(NamedTuple):
@@ -50,6 +52,10 @@ class Heads(NamedTuple):
     k_weight: torch.Tensor  # (H*D,)
     q_rope: rope.Rope | None = None  # None: text, which has no positions here
     k_rope: rope.Rope | None = None
+
+    def of(self, queries: slice, keys: slice) -> "Heads":
+        """The same for some of the queries and keys."""
+        return self._replace(q_rope=self.q_rope.of(queries), k_rope=self.k_rope.of(keys))
 
     def split(self, x):
         """(B, T, H*D) -> (B, T, H, D)."""
@@ -107,6 +113,11 @@ class RollingCache:
         return self.prefix_tokens + min(self.block, self.ring_blocks) * self.block_tokens
 
     @property
+    def num_new(self) -> int:
+        """Keys that the current block brings, all of them in every pass."""
+        return self.block_tokens if self.block else self.prefix_tokens
+
+    @property
     def slots(self) -> slice:
         """Where the current block is written."""
         if self.block == 0:
@@ -132,13 +143,12 @@ class RollingCache:
         """The slots of keys (B, T, H, D), which must fill them exactly."""
         if self.k is None:
             self._allocate(k)
-        here = self.slots
-        if k.shape[1] != here.stop - here.start:
+        if k.shape[1] != self.num_new:
             raise ValueError(
                 f"block {self.block} brings {k.shape[1]} keys, its place in the cache holds "
-                f"{here.stop - here.start}"
+                f"{self.num_new}"
             )
-        return here
+        return self.slots
 
     def visible(self):
         """Keys and values that may be read, the current block's included: views of the buffers."""
@@ -182,6 +192,8 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
 class CachedView:
     """Attend to the finished blocks and to the current one: four rolling caches per layer."""
 
+    moves = {}  # rotations of pinned keys during a pass: none, they move between blocks
+
     def __init__(self, cfg, num_blocks, window=None, pinned=True):
         """Room for a stream of `num_blocks`.
 
@@ -213,29 +225,88 @@ class CachedView:
     @torch.no_grad()  # what is remembered is data: no gradient crosses from block to block
     def next_block(self):
         """The current block is finished: keep it, make room, move the pinned keys."""
-        self.block += 1
-        for site in SITES:
-            caches = [layer[site] for layer in self.layers]
-            for cache in caches:
-                cache.next_block()
-                if not self.pinned and self.block > self.window:
-                    cache.first = cache.prefix_tokens
-            if self.num_evicted:
-                by = self._shift(site, caches[0].k)
-                for cache in caches:
-                    cache.move_prefix(by)
+        self.move_on()
+        for site, by in self.shifts().items():
+            for layer in self.layers:
+                layer[site].move_prefix(by)
 
-    def _shift(self, site, like) -> rope.Rope:
-        seconds = self.num_evicted * self.cfg.block_seconds
+    def move_on(self):
+        """Count one block further, everywhere; keys and values stay as they are."""
+        self.block += 1
+        for cache in (cache for layer in self.layers for cache in layer.values()):
+            cache.next_block()
+            if not self.pinned and self.block > self.window:
+                cache.first = cache.prefix_tokens
+
+    def shifts(self) -> dict[str, rope.Rope]:
+        """How far the pinned keys of every site are moved now; nowhere if none was forgotten."""
+        if not self.num_evicted:
+            return {}
+        seconds, first = self.num_evicted * self.cfg.block_seconds, self.layers[0]
+        return {site: self._shift(site, seconds, first[site].k) for site in SITES}
+
+    def _shift(self, site, seconds, like) -> rope.Rope:
         with rope.computed_on(like.device):
             angles = rope.shift_angles(site, seconds, self.cfg)
         return rope.tables(angles, self.cfg, like.device, like.dtype)
+
+    def remembered(self) -> "CachedView":
+        """This view as it is now, on the same memory; it stays here when the other moves on."""
+        now = copy.copy(self)
+        now.layers = [{site: copy.copy(c) for site, c in layer.items()} for layer in self.layers]
+        return now
+
+    @property
+    def place(self) -> int | None:
+        """Place of the current block in the ring, once the window is full; before that, None.
+
+        Passes at the same place touch the same memory, one turn of the ring later.
+        """
+        ring = self.layers[0]["video_self"].ring_blocks
+        return (self.block - 1) % ring if self.block > ring else None
 
     def num_bytes(self) -> int:
         """Memory held by the caches."""
         caches = [cache for layer in self.layers for cache in layer.values()]
         buffers = [b for c in caches for b in (c.k, c.v, c.original_prefix_k)]
         return sum(b.numel() * b.element_size() for b in buffers if b is not None)
+
+
+class MergedView:
+    """Two blocks in one pass: a finished one, now clean, is refreshed; the next one is begun.
+
+    Both stand one behind the other in all that is linear. Attention goes block by block: the
+    finished block writes its clean keys and values and attends as in a pass of its own; then the
+    pinned keys move, as between two passes; then the next block does the same in its place.
+
+    The view moves on to the next block at once, in `__init__`, as far as counting goes; what moves
+    in memory moves during the pass.
+    """
+
+    def __init__(self, view: CachedView):
+        self.finished = view.remembered()
+        view.move_on()
+        self.next, self.layers, self.moves = view, view.layers, view.shifts()
+
+    @property
+    def place(self) -> int | None:
+        """As in CachedView: where the finished block is written; the next one follows."""
+        return self.finished.place
+
+    def attend(self, layer, site, q, k, v, heads: Heads):
+        """Raw projections (B, T, H*D) of both blocks -> (B, Q, H*D)."""
+        first, second = self._halves(site, q, k, v, heads)
+        done = self.finished.attend(layer, site, *first)
+        if self.moves:
+            self.layers[layer][site].move_prefix(self.moves[site])
+        return torch.cat([done, self.next.attend(layer, site, *second)], 1)
+
+    def _halves(self, site, q, k, v, heads):
+        """What each block brings to an attention."""
+        caches = self.finished.layers[0]
+        queries, keys = caches[LISTENER[site]].num_new, caches[site].num_new
+        for rows, new in ((slice(queries), slice(keys)), (slice(queries, None), slice(keys, None))):
+            yield q[:, rows], k[:, new], v[:, new], heads.of(rows, new)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ and 48 in block 1:
     python plots.py    draws them, as the paper's figure does
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from fractions import Fraction
 
 import torch
@@ -45,6 +45,9 @@ import config
 
 # Where the model attends, named listener last: "a2v" is audio to video, i.e. video queries.
 SITES = ("video_self", "audio_self", "a2v", "v2a")
+# the attention of a site's listener to itself
+LISTENER = {"video_self": "video_self", "audio_self": "audio_self"}
+LISTENER |= {"a2v": "video_self", "v2a": "audio_self"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Span:
     def has_sinks(self) -> bool:
         """Sinks belong to block 0: they are part of every pass that starts at the beginning."""
         return self.audio.start == 0
+
+    def then(self, later: "Span") -> "Span":
+        """This stretch and the one right behind it.
+
+        >>> block_span(1, config.TOY).then(block_span(2, config.TOY))
+        Span(video=range(1, 7), audio=range(1, 51))
+        """
+        return Span(*(range(a.start, b.stop) for a, b in zip(astuple(self), astuple(later))))
 
 
 def num_blocks(seconds, cfg) -> int:

@@ -27,6 +27,7 @@ import captions
 import cli
 import config
 import decoders
+import dmd
 import model
 from kv_cache import CachedView
 from masks import SITES, block_span
@@ -128,23 +129,31 @@ def peak_bytes(function) -> int:
 
 
 @torch.inference_mode()
-def pass_row(net, dtype, batch=1) -> Row:
-    """One pass over a block, besides weights and caches; `net` on the meta device."""
+def pass_row(net, dtype, batch=1, merge=False) -> Row:
+    """The largest pass, besides weights and caches; `net` on the meta device.
+
+    merge   it may be over two blocks
+    """
     cfg, net = net.cfg, net.to(dtype)
     like = dict(device="meta", dtype=dtype)
     text = net.project_text(torch.empty(batch, captions.TOKENS, cfg.caption_width, **like))
     view = CachedView(cfg, 3, window=1)
 
-    def one_pass(k):
-        video, audio = _empty_block(k, cfg, batch, **like)[1:]
-        sigma = torch.empty(batch, **like)
-        net(video, audio, sigma, sigma, text, block_span(k, cfg), view)
+    def one_pass(k, view, past=None):
+        dmd.at_sigma(net, block(k), 1.0, text, block_span(k, cfg), view, past)
 
-    one_pass(0)  # allocates the caches, which have a row of their own
+    def block(k):
+        return [*_empty_block(k, cfg, batch, **like)[1:]]
+
+    def widest():
+        past = dmd.Finished(block(1), text, block_span(1, cfg)) if merge else None
+        one_pass(1 + merge, view.remembered(), past)
+
+    one_pass(0, view)  # allocates the caches, which have a row of their own
     view.next_block()
-    one_pass(1)  # makes the rotary tables, which are kept
-    tokens = cfg.video_tokens_per_block + cfg.audio_frames_per_block
-    return Row("one pass", peak_bytes(lambda: one_pass(1)), f"{tokens} tokens at the widest moment")
+    widest()  # makes the rotary tables, which are kept
+    tokens = (1 + merge) * (cfg.video_tokens_per_block + cfg.audio_frames_per_block)
+    return Row("one pass", peak_bytes(widest), f"{tokens} tokens at the widest moment")
 
 
 def _empty_block(k, cfg, batch, **like):
@@ -172,14 +181,19 @@ def decoder_rows(cfg, dtype) -> list[Row]:
 # ---- the plan ----
 
 
-def stream_rows(cfg, blocks, window, dtype, prompts=1, batch=1) -> list[Row]:
-    """What streaming needs besides the decoders."""
+def stream_rows(
+    cfg, blocks, window, dtype, prompts=1, batch=1, merge=False, graph=False
+) -> list[Row]:
+    """What streaming needs besides the decoders; `merge` and `graph` as in parts.SPEEDUPS."""
     net = model.build(cfg, device="meta")
+    one_pass = pass_row(net, dtype, batch, merge)
+    recorded = Row("recorded passes", one_pass.num_bytes, "one pool of memory, of the widest")
     return [
         weights_row(net, dtype),
         cache_row(cfg, blocks, window, dtype, batch),
-        text_row(cfg, prompts, dtype, batch),
-        pass_row(net, dtype, batch),
+        text_row(cfg, prompts + graph, dtype, batch),  # recordings read a copy of their own
+        one_pass,
+        *([recorded] if graph else []),
     ]
 
 

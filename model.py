@@ -24,6 +24,7 @@ Both n_v and n_a are taken before either stream listens. Sources: Lightricks/LTX
 transformer; Hugging Face diffusers, transformer_ltx2.py, against which it is tested.
 """
 
+import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -119,12 +120,12 @@ class AdaLN(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a pass's noise levels ask of every layer of one stream; T is 1 for one shared sigma."""
+    """What a pass's L noise levels ask of every layer of one stream; see `modulated` for L."""
 
-    main: torch.Tensor  # (B, T, 6, C) shift, scale, gate of self attention; the same of the MLP
-    cross: torch.Tensor  # (B, T, 4, C) scale, shift for A2V; scale, shift for V2A
-    gate: torch.Tensor  # (B, T, 1, C) gate of what this stream hears
-    final: torch.Tensor  # (B, T, C) embedded timestep, for the output layer
+    main: torch.Tensor  # (B, L, 6, C) shift, scale, gate of self attention; the same of the MLP
+    cross: torch.Tensor  # (B, L, 4, C) scale, shift for A2V; scale, shift for V2A
+    gate: torch.Tensor  # (B, L, 1, C) gate of what this stream hears
+    final: torch.Tensor  # (B, L, C) embedded timestep, for the output layer
 
 
 def norm(x, eps):
@@ -132,11 +133,35 @@ def norm(x, eps):
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+def modulated(x, scale, shift):
+    """x (1 + scale) + shift, by noise level.
+
+    x (B, T, C)   scale, shift (B, L, C): each level is that of T / L tokens in a row
+
+    L is 1 for a clip with one sigma, a frame has one level for all its tokens, or each token has
+    its own. Levels are never repeated for their tokens: at full size that would be as large as x,
+    eleven times a layer.
+
+    >>> scale, shift = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [5.0]]])
+    >>> modulated(torch.ones(1, 4, 1), scale, shift).flatten()
+    tensor([2., 2., 8., 8.])
+    """
+    x = x.unflatten(1, (scale.shape[1], -1))
+    return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x, gate):
+    """gate * x, by noise level: x (B, T, C), gate (B, L, C)."""
+    return (gate[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
+
+
 # ---- one half of a layer ----
 
 
 class Attention(nn.Module):
     """Projections around an attention; what it may see is the view's business."""
+
+    joined = False  # whether `join_projections` has laid their weights side by side
 
     def __init__(self, query_width, context_width, inner_width, cfg):
         super().__init__()
@@ -153,17 +178,68 @@ class Attention(nn.Module):
 
     def forward(self, x, context, q_rope, k_rope, attend):
         """Queries from x (B, Q, C), keys and values from context (B, K, C') -> (B, Q, C)."""
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        if x is context:
+            q, k, v = self._project(x, self.to_q, self.to_k, self.to_v)
+        else:
+            q, (k, v) = self.to_q(x), self._project(context, self.to_k, self.to_v)
         return self.to_out(attend(q, k, v, self.heads(q_rope, k_rope)))
+
+    def _project(self, x, *linears):
+        """(B, T, C) -> (B, T, H*D) by each of them; by one matrix product, if they are joined."""
+        if self.joined and not torch.is_grad_enabled():  # a gradient belongs to each of them
+            whole = [as_one([getattr(linear, name) for linear in linears]) for name in PARTS]
+            if all(part is not None for part in whole):
+                return F.linear(x, *whole).chunk(len(linears), -1)
+        return [linear(x) for linear in linears]
 
     def keys_values(self, context):
         """Text, projected once per prompt: (B, K, C') -> two of (B, K, H, D)."""
-        heads = self.heads()
-        return heads.keys(self.to_k(context)), heads.split(self.to_v(context))
+        heads, (k, v) = self.heads(), self._project(context, self.to_k, self.to_v)
+        return heads.keys(k), heads.split(v)
 
     def read(self, x, keys, values, mask):
         """Attend to keys and values that are ready: (B, Q, C) -> (B, Q, C)."""
         return self.to_out(attention(self.heads().queries(self.to_q(x)), keys, values, mask))
+
+
+PARTS = ("weight", "bias")  # of a linear layer
+
+
+@torch.no_grad()
+def join_projections(net):
+    """Lay the weights of queries, keys and values of every attention side by side in one buffer.
+
+    Three small matrix products become a larger one, which fills a GPU better; two, where queries
+    come from the other stream. Names, keys of the state dict and numbers stay; there is no second
+    copy, since each attention's old weights go as its new ones come. For inference: whatever moves
+    the weights elsewhere (`.to`) only undoes it.
+    """
+    for site in (m for m in net.modules() if isinstance(m, Attention)):
+        q, *others = linears = (site.to_q, site.to_k, site.to_v)
+        for name in PARTS:
+            together = linears if q.in_features == others[0].in_features else others
+            old = [getattr(linear, name) for linear in together]
+            for p, rows in zip(old, torch.cat(old).split([len(p) for p in old])):
+                p.data = rows
+        site.joined = True
+
+
+def as_one(tensors):
+    """Tensors that lie one behind the other in one buffer, as one tensor; otherwise None.
+
+    >>> as_one(torch.arange(6).view(3, 2).split([1, 2]))
+    tensor([[0, 1],
+            [2, 3],
+            [4, 5]])
+    >>> as_one((torch.zeros(1), torch.zeros(1)))
+    """
+    first, end = tensors[0], tensors[0].data_ptr()
+    buffer = first.untyped_storage()._cdata
+    for t in tensors:
+        if t.data_ptr() != end or t.untyped_storage()._cdata != buffer:
+            return None
+        end += t.nbytes
+    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 class HalfLayer(nn.Module):
@@ -187,8 +263,8 @@ class HalfLayer(nn.Module):
 
     def attend_self(self, x, modulation, table, attend):
         shift, scale, gate = (self.table[:3] + modulation.main[:, :, :3]).unbind(2)
-        y = norm(x, self.eps) * (1 + scale) + shift
-        return x + gate * self.self_attn(y, y, table, table, attend)
+        y = modulated(norm(x, self.eps), scale, shift)
+        return x + gated(self.self_attn(y, y, table, table, attend), gate)
 
     def attend_text(self, x, keys_values, mask):
         return x + self.text_attn.read(norm(x, self.eps), *keys_values, mask)
@@ -205,16 +281,16 @@ class HalfLayer(nn.Module):
         # Trap: scale comes before shift here; in the main table it is the other way round.
         rows = self.cross_table[row : row + 2] + modulation.cross[:, :, row : row + 2]
         scale, shift = rows.unbind(2)
-        return normed * (1 + scale) + shift
+        return modulated(normed, scale, shift)
 
     def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
         gate = self.cross_table[4] + modulation.gate[:, :, 0]
-        return x + gate * self.cross_attn(queries, context, q_rope, k_rope, attend)
+        return x + gated(self.cross_attn(queries, context, q_rope, k_rope, attend), gate)
 
     def mlp(self, x, modulation):
         shift, scale, gate = (self.table[3:] + modulation.main[:, :, 3:]).unbind(2)
-        y = norm(x, self.eps) * (1 + scale) + shift
-        return x + gate * self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+        y = modulated(norm(x, self.eps), scale, shift)
+        return x + gated(self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh")), gate)
 
 
 # ---- one modality ----
@@ -238,16 +314,13 @@ class Stream(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, width))  # shift, scale of the exit
         self.unpatchify = nn.Linear(width, channels)
 
-    def modulate(self, sigma, tokens_per_level=1) -> Modulation:
-        """sigma (B, levels) -> rows for every token; a level serves that many tokens in a row."""
+    def modulate(self, sigma) -> Modulation:
+        """sigma (B, L) -> rows for every level."""
         tau = 1000 * sigma  # in sigma's own dtype, as LTX-2 does: bfloat16 rounds .421 to 420
         main, final = self.adaln(tau)
         cross, _ = self.adaln_cross(tau)
         gate, _ = self.adaln_gate(sigma * self.cfg.gate_timestep_scale)
-        rows = Modulation(main, cross, gate, final)
-        if tokens_per_level == 1:
-            return rows
-        return Modulation(*(r.repeat_interleave(tokens_per_level, dim=1) for r in rows))
+        return Modulation(main, cross, gate, final)
 
     def project_text(self, features):
         """Caption features (B, L, C_text) -> keys and values of every layer's text attention."""
@@ -258,7 +331,7 @@ class Stream(nn.Module):
         """(B, T, width) -> velocity (B, T, channels)."""
         shift, scale = (self.table + modulation.final[:, :, None]).unbind(2)
         y = F.layer_norm(x, x.shape[-1:], eps=self.cfg.norm_eps)
-        return self.unpatchify(y * (1 + scale) + shift)
+        return self.unpatchify(modulated(y, scale, shift))
 
 
 class Text(NamedTuple):
@@ -282,6 +355,7 @@ class OmniTransformer(nn.Module):
         self.video = Stream(v, a, cfg.video_channels, 0, cfg)
         self.audio = Stream(a, v, cfg.audio_channels, 2, cfg)
         self.sinks = SinkTokens(cfg.num_sinks, a) if cfg.num_sinks else None
+        self.fork = contextlib.nullcontext  # how audio runs beside video, see graphs.SideStream
 
     def project_text(self, video_features, audio_features=None, mask=None) -> Text:
         """Caption features (B, L, C_text), one per stream or shared, and an (B, L) 0/1 mask."""
@@ -301,26 +375,37 @@ class OmniTransformer(nn.Module):
         view   MaskedView or CachedView: what may be attended to
         ->     (B, T_v, C_v), (B, F_a, C_a) velocities
         """
+        ropes = ropes_of(self.cfg, span, video.device, video.dtype)
         with_sinks = self.sinks is not None and span.has_sinks
+        return self.velocities(
+            video, audio, sigma_video, sigma_audio, text, ropes, view, with_sinks
+        )
+
+    def velocities(
+        self, video, audio, sigma_video, sigma_audio, text, ropes, view, with_sinks=False
+    ):
+        """The same for tokens whose rotations are known; `with_sinks`: they begin the clip."""
         v, a = self.video.patchify(video), self.audio.patchify(audio)
         sigma_video, sigma_audio = (s.view(len(s), -1) for s in (sigma_video, sigma_audio))
         if with_sinks:
             a, sigma_audio = self.sinks.prepend(a), self.sinks.prepend_sigma(sigma_audio)
-        per_frame = sigma_video.shape[1] not in (1, v.shape[1])
-        m_v = self.video.modulate(sigma_video, self.cfg.tokens_per_frame if per_frame else 1)
-        m_a = self.audio.modulate(sigma_audio)
-        ropes = ropes_of(self.cfg, span, v.device, v.dtype)
+        m_v, m_a = self.video.modulate(sigma_video), self.audio.modulate(sigma_audio)
         for i, (half_v, half_a) in enumerate(zip(self.video.layers, self.audio.layers)):
 
             def at(site, layer=i):
                 return functools.partial(view.attend, layer, site)
 
+            beside = self.fork()
             v = half_v.attend_self(v, m_v, ropes["video_self"], at("video_self"))
             v = half_v.attend_text(v, text.video[i], text.mask)
-            a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
-            a = half_a.attend_text(a, text.audio[i], text.mask)
+            with beside:
+                a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
+                a = half_a.attend_text(a, text.audio[i], text.mask)
             v, a = self._listen(half_v, half_a, v, a, m_v, m_a, ropes, at)
-            v, a = half_v.mlp(v, m_v), half_a.mlp(a, m_a)
+            beside = self.fork()
+            v = half_v.mlp(v, m_v)
+            with beside:
+                a = half_a.mlp(a, m_a)
         if with_sinks:
             a = self.sinks.remove(a)
             m_a = m_a._replace(final=m_a.final[:, -a.shape[1] :])
@@ -332,8 +417,10 @@ class OmniTransformer(nn.Module):
         q_v, c_v = half_v.listening(n_v, m_v), half_v.heard(n_v, m_v)
         q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)
         r_v, r_a = ropes["video_cross"], ropes["audio_cross"]
+        beside = self.fork()
         v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))
-        a = half_a.attend_other(a, q_a, c_v, m_a, r_a, r_v, at("v2a"))
+        with beside:
+            a = half_a.attend_other(a, q_a, c_v, m_a, r_a, r_v, at("v2a"))
         return v, a
 
     def num_parameters(self) -> int:

@@ -16,11 +16,21 @@ import torch
 import captions
 import config
 import decoders
+import graphs
 import ltx2
 import memory_plan
 import model
 import toy_codec
 from masks import num_blocks
+
+# what makes the same stream faster: benchmarks/README.md says how, and what each is worth
+SPEEDUPS = {
+    "qkv": "queries, keys and values by one matrix product",
+    "merge": "a block's refresh in the first pass of the next",
+    "graph": "passes recorded once and replayed, on a GPU",
+    "beside": "audio beside video, on a GPU",
+    "channels-last": "the video decoder's channels innermost in memory, at full size",
+}
 
 WEIGHTS = Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"  # the toy's
 
@@ -37,6 +47,7 @@ class Order(NamedTuple):
     ltx2: str | None
     device: torch.device
     dtype: torch.dtype
+    speedups: tuple = ()  # names of SPEEDUPS
 
     @property
     def num_blocks(self):
@@ -54,7 +65,37 @@ class Parts(NamedTuple):
 
 def parts_for(order) -> Parts:
     """Load them.  Raises ValueError, in one line, for what is missing, foreign or too large."""
-    return toy_parts(order) if order.cfg.name == "toy" else full_parts(order)
+    parts = toy_parts(order) if order.cfg.name == "toy" else full_parts(order)
+    return parts._replace(net=sped_up(parts.net, order.speedups, order.device))
+
+
+def find_speedups(names, cfg, device) -> tuple:
+    """The speed-ups of these names; of "all", those that can run here.
+
+    Raises ValueError for an unknown one, or one that cannot run on this device or config.
+    """
+    impossible = {} if device.type == "cuda" else dict.fromkeys(("graph", "beside"), "a GPU")
+    if cfg.name == "toy":
+        impossible["channels-last"] = "a full-size config"
+    if "all" in names:
+        return tuple(name for name in SPEEDUPS if name not in impossible)
+    for name in names:
+        if name not in SPEEDUPS:
+            raise ValueError(f"--speed-up {name}: unknown; expected all, {', '.join(SPEEDUPS)}")
+        if name in impossible:
+            raise ValueError(
+                f"--speed-up {name} needs {impossible[name]}; leave it out, or say all"
+            )
+    return tuple(names)
+
+
+def sped_up(net, speedups, device):
+    """The transformer with its share of them."""
+    if "qkv" in speedups:
+        model.join_projections(net)
+    if "beside" in speedups:
+        net.fork = graphs.SideStream(device)
+    return graphs.Recorded(net, graphs.cuda_recorder()) if "graph" in speedups else net
 
 
 def toy_parts(order) -> Parts:
@@ -86,9 +127,11 @@ def full_parts(order) -> Parts:
     seconds = time.perf_counter() - start
     net = ltx2.random_weights(order.cfg, *at) if is_random else source.load(*at)
     nets = decoders.random_weights(*at) if is_random else decoders.load(order.ltx2, *at)
+    if "channels-last" in order.speedups:
+        decoders.channels_last(nets)
 
-    def make_decoder(watch):
-        return decoders.Decoder(*nets, net.cfg, watch=watch)
+    def make_decoder(watch, overlap=decoders.Overlap()):
+        return decoders.Decoder(*nets, net.cfg, overlap, watch)
 
     return Parts(net, features.__getitem__, make_decoder, seconds)
 
@@ -96,7 +139,8 @@ def full_parts(order) -> Parts:
 def check_memory(order):
     """Print what the stream will need.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
-    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues))
+    how = dict(merge="merge" in order.speedups, graph="graph" in order.speedups)
+    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues), **how)
     rows += memory_plan.decoder_rows(cfg, dtype)
     free = memory_plan.free_bytes(order.device)
     print(memory_plan.shown(rows, free))

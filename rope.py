@@ -40,6 +40,10 @@ class Rope(NamedTuple):
     sin: torch.Tensor  # (T, C/2)
     layout: str  # "split" | "interleaved"
 
+    def of(self, tokens: slice) -> "Rope":
+        """The tables of some of the tokens."""
+        return self._replace(cos=self.cos[tokens], sin=self.sin[tokens])
+
 
 def rotate(x, rope: Rope):
     """Turn every pair of channels by its token's angle.

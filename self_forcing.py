@@ -14,6 +14,7 @@ One block, with the noise levels 1 > s1 > s2 > s3 > 0:
   * the refresh runs once more at sigma = 0: the keys and values that later blocks will attend to
     must come from the clean block, as they did in training, not from its last noisy state
   * the loop, not a layer, moves the cache on to the next block
+  * the refresh and the first pass of the next block may be one pass (`merge`, kv_cache.MergedView)
 
 `rollout` is the only such loop of the project: `generate.py` runs it without gradient; training
 runs it with one. A training step is then
@@ -61,7 +62,7 @@ class Block(NamedTuple):
 
 def rollout(
     net, text_at, num_blocks, sigmas, generator, batch=1, window=None, pinned=True,
-    exit_step=None, history=None,
+    exit_step=None, history=None, merge=False, view=None,
 ):  # fmt: skip
     """Yield the blocks of B streams, each as soon as it exists.
 
@@ -74,21 +75,26 @@ def rollout(
                 equally good clip (Self-Forcing; OmniForcing's same_step_across_blocks)
     history     clean (video, audio) of the whole clip, to be remembered instead of what is
                 generated: teacher forcing, the control
+    merge       refresh a block in the first pass of the next one, where both have the same prompt:
+                the same numbers but for rounding, one pass less. Never under autograd
+    view        what remembers the past, instead of a CachedView
 
     The refresh happens when the next block is asked for: a finished block is not kept waiting.
     """
-    view = CachedView(net.cfg, num_blocks, window, pinned)
-    like = next(net.parameters())
+    view = view or CachedView(net.cfg, num_blocks, window, pinned)
+    like, past = next(net.parameters()), None
     for k in range(num_blocks):
         span, text = block_span(k, net.cfg), text_at(k)
-        noise = model.draw_noise(batch, span, net.cfg, generator, like.device, like.dtype)
-        x0 = dmd.denoise(net, noise, sigmas, text, span, view, generator, exit_step)
-        yield Block(k, *x0)
-        if k + 1 < num_blocks:
-            past = block_of(history, k, net.cfg) if history else x0
+        if past and not (merge and past.text is text and not torch.is_grad_enabled()):
             with torch.no_grad():  # the cache holds data; a gradient would reach across blocks
-                dmd.at_sigma(net, [x.detach() for x in past], 0.0, text, span, view)
+                dmd.at_sigma(net, past.latents, 0.0, past.text, past.span, view)
             view.next_block()
+            past = None
+        noise = model.draw_noise(batch, span, net.cfg, generator, like.device, like.dtype)
+        x0 = dmd.denoise(net, noise, sigmas, text, span, view, generator, exit_step, past)
+        yield Block(k, *x0)
+        clean = block_of(history, k, net.cfg) if history else x0
+        past = dmd.Finished([x.detach() for x in clean], text, span)
 
 
 def whole_clip(blocks):

@@ -17,9 +17,11 @@ import resource
 import statistics
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import torch
+
+from kv_cache import MergedView
 
 
 class Stopwatch:
@@ -51,13 +53,18 @@ class Stopwatch:
         return watched
 
     def watch_passes(self, net, steps):
-        """Mark every pass of a model; the last of a block's steps + 1 is the refresh."""
-        calls, forward = [0], net.forward
-        denoise, refresh = self.watch("denoise", forward), self.watch("refresh", forward)
+        """Mark every pass of a model: the first `steps` of a block denoise it, one refreshes it.
 
-        def watched(*args, **kwargs):
-            calls[0] += 1
-            return (denoise if calls[0] % (steps + 1) else refresh)(*args, **kwargs)
+        The first pass may also refresh the block before: that is a stage of its own, "both".
+        """
+        stages = {name: self.watch(name, net.forward) for name in ("denoise", "refresh", "both")}
+        passes = Counter()  # of each block, by its last latent frame
+
+        def watched(*inputs):
+            *_, span, view = inputs
+            passes[span.video.stop] += 1
+            stage = "denoise" if passes[span.video.stop] <= steps else "refresh"
+            return stages["both" if isinstance(view, MergedView) else stage](*inputs)
 
         net.forward = watched
 

@@ -3,8 +3,10 @@
     python benchmarks/bench_generate.py                        windows of 5, 15 and 25 seconds
     python benchmarks/bench_generate.py --windows 5 --blocks 120    is it flat, is memory?
 
-Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh a block. For each window it
-prints, side by side from one run,
+Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh a block. First, with the
+first window, a ladder: each speed-up of generate.py on top of those before it, before and after in
+turns; what does not win is left out of the next rungs. Then, with what won, for each window, side
+by side from one run,
 
     floor      multiply-adds of a block's passes, counted by running them without contents, at the
                rate that this GPU reaches on a large matrix product, measured just before
@@ -13,11 +15,13 @@ prints, side by side from one run,
                positions asked of the GPU in every attention
     end to end with LTX-2's decoders and the mp4, and the stages of a block
 
-and peak memory beside the plan of memory_plan.py. Writes results/bench_generate.json.
+and peak memory beside the plan of memory_plan.py. Writes results/bench_generate.json, and unless
+--tiny the tables of benchmarks/README.md.
 
 Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test the script.
 """
 
+import contextlib
 import json
 import platform
 import sys
@@ -43,11 +47,14 @@ import generate  # noqa: E402
 import ltx2  # noqa: E402
 import memory_plan  # noqa: E402
 import model  # noqa: E402
+import parts  # noqa: E402
 from kv_cache import CachedView, attention  # noqa: E402
 from masks import block_span  # noqa: E402
 from movie import Movie  # noqa: E402
+from self_forcing import Block  # noqa: E402
 from stopwatch import Stopwatch, settled_median  # noqa: E402
 
+RUNGS = ("qkv", "graph", "beside", "merge")  # of the ladder, in this order
 TINY = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)
 
 
@@ -98,7 +105,9 @@ class TextbookView:
     The same numbers as `CachedView` without a window (OmniForcing v2, ltx-causal).
     """
 
-    def __init__(self, cfg, num_blocks, window=None, pinned=True):
+    block = 0  # counted for whoever asks
+
+    def __init__(self):
         self.past, self.current = {}, {}  # (layer, site) -> keys and values of finished blocks
 
     def attend(self, layer, site, q, k, v, heads):
@@ -110,23 +119,18 @@ class TextbookView:
         return attention(heads.queries(q), *both)
 
     def next_block(self):
-        self.past, self.current = self.current, {}
+        self.past, self.current, self.block = self.current, {}, self.block + 1
 
 
 # ---- measuring ----
 
 
-def time_passes(net, blocks, window, features, device, view=None) -> list[float]:
+def time_passes(net, blocks, window, features, device, merge=False, view=None) -> list[float]:
     """Seconds of every block's passes, the refresh of the block before included."""
-    watch, view_of = Stopwatch(device), generate.self_forcing.CachedView
-    if view:
-        generate.self_forcing.CachedView = view
-    try:
-        seconds = blocks * net.cfg.block_seconds
-        for _ in generate.stream(net, "x", seconds, window=window, read=lambda _: features):
-            watch.passes.append(watch.lap())
-    finally:
-        generate.self_forcing.CachedView = view_of
+    watch, how = Stopwatch(device), dict(window=window, merge=merge, view=view)
+    seconds = blocks * net.cfg.block_seconds
+    for _ in generate.stream(net, "x", seconds, read=lambda _: features, **how):
+        watch.passes.append(watch.lap())
     return watch.passes
 
 
@@ -135,20 +139,78 @@ def frames_per_second(seconds, cfg):
 
 
 def full_blocks(passes, window):
-    """Times of the blocks whose window was full, two to settle left out."""
-    return passes[window + 3 :] or passes[-1:]
+    """Times of the blocks whose window was full and whose passes had been recorded before."""
+    return passes[settled_after(window) :] or passes[-1:]
 
 
-def bench_window(net, nets, features, window, blocks, rate, device) -> dict:
+def settled_after(window) -> int:
+    """Blocks until the window is full, a turn of the ring in which passes are recorded, and two."""
+    return 2 * (window + 1) + 4
+
+
+def set_up(net, speedups, device):
+    """The transformer with exactly these speed-ups."""
+    net.fork = contextlib.nullcontext
+    for site in (m for m in net.modules() if isinstance(m, model.Attention)):
+        site.joined = False
+    return parts.sped_up(net, speedups, device)
+
+
+def ladder(net, nets, features, window, blocks, device, rounds) -> tuple[list[dict], tuple]:
+    """Every speed-up on top of those that won so far: -> rows, and the names of those that won."""
+    possible, found, won = parts.find_speedups(["all"], net.cfg, device), [], ()
+
+    def median_of(speedups):
+        faster, merge = set_up(net, speedups, device), "merge" in speedups
+        return median_high(
+            full_blocks(time_passes(faster, blocks, window, features, device, merge), window)
+        )
+
+    for name in (name for name in RUNGS if name in possible):
+        pairs = [(median_of(won), median_of((*won, name))) for _ in range(rounds)]
+        found.append(rung(name, "passes", pairs))
+        won = (*won, name) if found[-1]["before_over_after"] > 1 else won
+    if nets:
+        before = [time_decoding(nets, net.cfg, device) for _ in range(rounds)]
+        decoders.channels_last(nets)
+        after = [time_decoding(nets, net.cfg, device) for _ in range(rounds)]
+        found.append(rung("channels-last", "decoding", list(zip(before, after))))
+    return found, won
+
+
+def rung(name, of_what, pairs) -> dict:
+    """Medians over rounds of (before, after) in seconds; the ratio is taken within a round."""
+    before, after = (median_high(column) for column in zip(*pairs))
+    ratio = median_high([b / a for b, a in pairs])
+    times = {"before_seconds": before, "after_seconds": after, "before_over_after": ratio}
+    return {"speed_up": name, "of": of_what, **times}
+
+
+def time_decoding(nets, cfg, device, blocks=6) -> float:
+    """Seconds to decode a block of noise, median from the third on."""
+    decoder, watch = decoders.Decoder(*nets, cfg), Stopwatch(device)
+    like = dict(device=device, dtype=next(nets[0].parameters()).dtype)
+    seconds = []
+    for k in range(blocks):
+        block = Block(k, *model.draw_noise(1, block_span(k, cfg), cfg, None, **like))
+        watch.lap()
+        decoder.decode(block)
+        seconds.append(watch.lap())
+    return settled_median(seconds)
+
+
+def bench_window(net, nets, features, window, blocks, rate, device, speedups=()) -> dict:
     """One line of the table."""
-    cfg = net.cfg
+    cfg, merge = net.cfg, "merge" in speedups
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    passes = full_blocks(time_passes(net, blocks, window, features, device), window)
+    fast = set_up(net, speedups, device)
+    passes = full_blocks(time_passes(fast, blocks, window, features, device, merge), window)
     median = median_high(passes)
+    plain = set_up(net, (), device)
     short = window + 2  # the textbook's cache never forgets: compare where both hold the same
-    book = time_passes(net, short, None, features, device, TextbookView)[-1]
-    ours = time_passes(net, short, None, features, device)[-1]
+    book = time_passes(plain, short, None, features, device, view=TextbookView())[-1]
+    ours = time_passes(plain, short, None, features, device)[-1]
     floor = flops_of_block(cfg, window) / rate
     row = {
         "window_seconds": window,
@@ -161,9 +223,10 @@ def bench_window(net, nets, features, window, blocks, rate, device) -> dict:
         "textbook_over_ours": book / ours,
     }
     if nets:
-        row["end_to_end"] = bench_film(net, nets, features, window, blocks, device)
-    dtype = next(net.parameters()).dtype
-    rows = memory_plan.stream_rows(cfg, blocks + 1, window, dtype)
+        fast = set_up(net, speedups, device)
+        row["end_to_end"] = bench_film(fast, nets, features, window, blocks, device, merge)
+    dtype, graph = next(net.parameters()).dtype, "graph" in speedups
+    rows = memory_plan.stream_rows(cfg, blocks + 1, window, dtype, merge=merge, graph=graph)
     row["plan_gb"] = memory_plan.total(rows + decoder_rows(nets, cfg, dtype)) / 1e9
     if device.type == "cuda":
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -174,7 +237,7 @@ def decoder_rows(nets, cfg, dtype):
     return memory_plan.decoder_rows(cfg, dtype) if nets else []
 
 
-def bench_film(net, nets, features, window, blocks, device) -> dict:
+def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict:
     """The report of a whole film, as generate.py writes it."""
     cfg, watch, forward = net.cfg, Stopwatch(device), net.forward
     decoder = decoders.Decoder(*nets, cfg, watch=watch.watch)
@@ -183,12 +246,39 @@ def bench_film(net, nets, features, window, blocks, device) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         size = cfg.height, cfg.width
         movie = Movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
-        stream = generate.stream(net, "x", seconds, window=window, read=lambda _: features)
+        how = dict(window=window, merge=merge, read=lambda _: features)
+        stream = generate.stream(net, "x", seconds, **how)
         generate.run(stream, decoder, movie, seconds, watch)
         movie.close()
     net.forward = forward
     report = watch.report(movie.frames, cfg.fps)
     return {k: v for k, v in report.items() if not k.endswith("put_seconds")}
+
+
+def ladder_table(rungs) -> str:
+    """The ladder as Markdown."""
+    lines = ["| speed-up | of | before | after | before ÷ after |", "|---|---|---|---|---|"]
+    for r in rungs:
+        before, after = 1000 * r["before_seconds"], 1000 * r["after_seconds"]
+        times = f"{before:.1f} ms a block | {after:.1f} ms a block"
+        lines.append(f"| `{r['speed_up']}` | {r['of']} | {times} | {r['before_over_after']:.3f} |")
+    return "\n".join(lines)
+
+
+def window_table(rows) -> str:
+    """Speed and memory by window as Markdown."""
+    lines = [
+        "| window | floor | passes | share of floor | textbook ÷ ours | end to end | peak memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        film = r.get("end_to_end", {}).get("end_to_end_fps")
+        cells = [f"{r['window_seconds']} s", f"{r['floor_fps']:.0f} FPS"]
+        cells += [f"{r['passes_fps']:.0f} FPS", f"{r['share_of_floor']:.0%}"]
+        cells += [f"{r['textbook_over_ours']:.2f}", f"{film:.0f} FPS" if film else "–"]
+        cells += [f"{r['peak_gb']:.1f} GB" if "peak_gb" in r else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def find_decoders(device, dtype):
@@ -203,7 +293,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--config", default="full", choices=["full", "released"])
     p.add_argument("--windows", type=int, nargs="+", default=[5, 15, 25], help="seconds")
-    p.add_argument("--blocks", type=int, default=40, help="of a stream; more than the window + 3")
+    p.add_argument("--blocks", type=int, default=70, help="of a stream; over two windows and 6")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tiny", action="store_true", help="a tiny model: tests this script, no more")
     p.add_argument("--out", default=str(ROOT / "results" / "bench_generate.json"))
@@ -211,21 +301,32 @@ def main():
     device, cfg = cli.find_device(args.device), cli.find_config(args.config)
     cfg = replace(cfg, sigmas=config.FOUR_STEPS, **(TINY if args.tiny else {}))
     dtype = torch.float32 if args.tiny else torch.bfloat16
-    if args.blocks < max(args.windows) + 4:
-        raise ValueError(f"--blocks {args.blocks}: expected at least {max(args.windows) + 4}")
+    if args.blocks < (least := settled_after(max(args.windows)) + 1):
+        raise ValueError(f"--blocks {args.blocks}: expected at least {least}")
     rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
     net = ltx2.random_weights(cfg, device, dtype)
     features = captions.random_features(["x"], cfg, device, dtype)["x"]
     nets = None if args.tiny else find_decoders(device, dtype)
+    blocks = min(args.blocks, settled_after(args.windows[0]) + 20)
+    rounds = 1 if args.tiny else 3
+    rungs, won = ladder(net, nets, features, args.windows[0], blocks, device, rounds)
+    print(ladder_table(rungs))
     rows = []
     for window in args.windows:
-        rows.append(bench_window(net, nets, features, window, args.blocks, rate, device))
+        rows.append(bench_window(net, nets, features, window, args.blocks, rate, device, won))
         print(json.dumps(rows[-1], indent=1))
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     about = {"device": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     about |= {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype), "matmul_flops": rate}
-    files.write_json(args.out, {"about": about, "rows": rows})
+    about |= {"won": won}
+    files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
     print(f"wrote {args.out}")
+    if not args.tiny:
+        how = f"{gpu}, torch {about['torch']}, {about['date']}, {cfg.name}, {args.blocks} blocks"
+        page = ROOT / "benchmarks" / "README.md"
+        first = f"{how}, window {args.windows[0]} s\n\n{ladder_table(rungs)}"
+        files.fill_in(page, "ladder", first)
+        files.fill_in(page, "windows", f"{how}, with {', '.join(won)}\n\n{window_table(rows)}")
 
 
 if __name__ == "__main__":

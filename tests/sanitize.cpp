@@ -30,13 +30,14 @@ struct Buffer {
 template <typename scalar>
 int run(int dtype, int D, int B, int H, int Q, int prefix, int T, int split) {
     const int N = prefix + 3 * T, width = H * D;
-    Buffer<scalar> q(B * Q * width), k(B * T * width), v(B * T * width), weight(width);
+    const int apart = 2 * width;  // every other row belongs to somebody else
+    Buffer<scalar> q(B * Q * apart), k(B * T * apart), v(B * T * apart), weight(width);
     Buffer<scalar> q_turn(Q * width / 2), k_turn(T * width / 2);
     Buffer<scalar> k_cache(B * N * width), v_cache(B * N * width), out(B * Q * width);
     const Args args = {
-        {q.at(), weight.at(), q_turn.at(), q_turn.at(), Q, Q},
-        {k.at(), weight.at(), k_turn.at(), k_turn.at(), T, T},
-        v.at(), k_cache.at(), v_cache.at(), out.at(),
+        {{q.at(), Q * apart, apart}, weight.at(), q_turn.at(), q_turn.at(), Q, Q},
+        {{k.at(), T * apart, apart}, weight.at(), k_turn.at(), k_turn.at(), T, T},
+        {v.at(), T * apart, apart}, k_cache.at(), v_cache.at(), out.at(),
         B, H, N, 0, N, prefix + T, split, 1e-6f,
     };
     int error = 0;

@@ -1,5 +1,6 @@
 """Piecewise decoding equals decoding everything at once, as far as context and look-ahead reach."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -146,3 +147,16 @@ def test_a_folder_that_lacks_a_part_is_refused(tmp_path):
     pytest.importorskip("diffusers")
     with pytest.raises(ValueError, match="no decoders in diffusers' format"):
         decoders.load(tmp_path)
+
+
+def test_channels_last_changes_the_layout_only(networks):
+    """Weights and films are the same but for rounding; the kernels of the VAE lie otherwise."""
+    plain = decoded(networks, Overlap())
+    faster = copy.deepcopy(networks)
+    decoders.channels_last(faster)
+    for old, new in zip(networks[0].parameters(), faster[0].parameters()):
+        assert torch.equal(old, new)
+    kernels = [p for p in faster[0].parameters() if p.dim() == 5]
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
+    for one, other in zip(plain[:2], decoded(faster, Overlap())):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

@@ -87,6 +87,18 @@ def test_random_weights_make_a_film_and_its_timings(run):
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_film_at_full_speed(run):
+    """All that needs no GPU: as many frames and samples; passes over two blocks are a stage."""
+    args = "--config", "full", "--weights", "random", "--seconds", 1, "--report", "r"
+    status, out, err = run(*args, "--speed-up", "all")
+    assert status == 0, err
+    assert properties("out.mp4")[0] == 25
+    report = json.loads(Path("r").read_text())
+    assert report["speed_up"] == ["qkv", "merge", "channels-last"]
+    stages = report["stage_seconds"]
+    assert {"denoise", "both"} <= stages.keys() and "refresh" not in stages
+
+
 def test_a_prompt_becomes_a_film(run, folder):
     """Text, transformer file and decoders' folder; a switch of prompts; twice the same bytes."""
     args = ["--config", "released", "--weights", folder / "generator.safetensors"]

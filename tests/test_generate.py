@@ -318,6 +318,9 @@ BAD = {
     "window 0": (["--window", "0"], "--window 0: a block must remember at least 1 second"),
     "unknown flag": (["--fast"], "unrecognized arguments: --fast; see --help"),
     "seed": (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    "speed-up": (["--speed-up", "x"], "--speed-up x: unknown; expected all, qkv, merge, graph, "),
+    "graph": (["--speed-up", "qkv", "graph"], "--speed-up graph needs a GPU; leave it out"),
+    "channels": (["--speed-up", "channels-last"], "needs a full-size config"),
     "dtype": (["--dtype", "int8"], "invalid choice: 'int8'"),
 }
 
@@ -479,6 +482,18 @@ def test_generate_runs_from_any_folder(toy_weights, tmp_path):
     assert len(play(tmp_path / "x.mp4")[0]) == 25
 
 
+def test_a_faster_stream_is_the_same_but_for_rounding(weights):
+    """What can be had on a CPU, all at once: latents of order 1 within 1e-4 in float32."""
+    net = parts.load_student(weights / "good", SMALL)
+    plain = list(generate.stream(net, "red", 3, window=1))
+    speedups = parts.find_speedups(["all"], config.TOY, torch.device("cpu"))
+    assert speedups == ("qkv", "merge")
+    net = parts.sped_up(net, speedups, torch.device("cpu"))
+    for one, other in zip(plain, generate.stream(net, "red", 3, window=1, merge=True), strict=True):
+        for x, y in zip(one[1:], other[1:]):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+
+
 # ---- help and loading ----
 
 
@@ -489,7 +504,7 @@ def test_help_documents_every_option(run, monkeypatch):
     status, out, _ = run("--help")
     assert status == 0 and generate.__doc__.splitlines()[0] in out
     options = [a for a in parsers[0]._actions if a.option_strings]
-    assert len(options) == 14
+    assert len(options) == 15
     for action in options:
         assert action.help and action.option_strings[-1] in out, action.option_strings
 

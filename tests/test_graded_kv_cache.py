@@ -208,7 +208,7 @@ def test_a_block_attends_to_history_and_itself_in_one_call():
     )
 
 
-def filled_view(blocks, **options):
+def filled_view(blocks, move=CachedView.next_block, **options):
     """A view of random keys that has moved on so often; and layer 0's pinned keys before that."""
     torch.manual_seed(0)
     view = CachedView(CFG, 20, **options)
@@ -219,14 +219,14 @@ def filled_view(blocks, **options):
             cache.k, cache.v = torch.randn(2, 1, slots, 2, width // 2, dtype=torch.float64)
     first = {site: c.k[:, : c.prefix_tokens].clone() for site, c in view.layers[0].items()}
     for _ in range(blocks):
-        view.next_block()
+        move(view)
     return view, first
 
 
-@pytest.mark.points(1, "CachedView.next_block")
+@pytest.mark.points(1, "CachedView.move_on")
 def test_every_cache_moves_on_by_one_block():
     """All sites of all layers, and the view itself."""
-    view, _ = filled_view(2)
+    view, _ = filled_view(2, CachedView.move_on)
     assert view.block == 2, f"after two blocks the view is at block {view.block}"
     for i, layer in enumerate(view.layers):
         for site in SITES:
@@ -254,11 +254,11 @@ def test_pinned_keys_follow_the_window():
         )
 
 
-@pytest.mark.points(1, "CachedView.next_block")
+@pytest.mark.points(1, "CachedView.move_on")
 def test_unpinned_the_prefix_is_forgotten_with_its_window():
     """The control: block 0 is hidden from the first block that does not remember it."""
     for blocks, hidden in ((2, False), (3, True)):
-        view, _ = filled_view(blocks, window=2, pinned=False)
+        view, _ = filled_view(blocks, CachedView.move_on, window=2, pinned=False)
         for site, cache in view.layers[1].items():
             assert (cache.first == cache.prefix_tokens) == hidden, (
                 f"{site}: with a window of 2 and no pin, block {blocks} "

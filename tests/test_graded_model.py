@@ -1,5 +1,6 @@
 """Graded: which end is noise, what a layer does with its modulation, and who listens to whom."""
 
+import contextlib
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -151,7 +152,7 @@ def listen():
     halves = [Half(name) for name in before]
     modulations = [f"modulation of {name}" for name in before]
     ropes = {name: name for name in ("video_cross", "audio_cross")}
-    net, at = SimpleNamespace(cfg=CFG), str  # a site is its own name
+    net, at = SimpleNamespace(cfg=CFG, fork=contextlib.nullcontext), str  # a site is its own name
     exchange = model.OmniTransformer._listen
     after = exchange(net, *halves, *before.values(), *modulations, ropes, at)
     normed = {

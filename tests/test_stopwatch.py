@@ -4,20 +4,29 @@ import time
 
 import pytest
 import torch
+from helpers import PAPER, random_model, random_text, tiny
 
+from self_forcing import rollout
 from stopwatch import Stopwatch, settled_median
 
 
-def test_the_refresh_is_the_last_pass_of_a_block():
-    """Two passes and a refresh: four calls denoise, two refresh."""
-    net, watch = torch.nn.Linear(2, 2), Stopwatch()
+@pytest.mark.parametrize(
+    "merge, expected",
+    [
+        (False, {"denoise": 6, "refresh": 2}),
+        (True, {"denoise": 5, "both": 1, "refresh": 1}),
+    ],
+)
+def test_passes_are_told_apart(merge, expected):
+    """Three blocks of two passes; the last needs no refresh, the second has another prompt, so
+    that only the third one's first pass refreshes the block before as well."""
+    cfg = tiny(PAPER, num_layers=1)
+    net, watch = random_model(cfg), Stopwatch()
+    texts, g = [random_text(net, cfg) for _ in range(2)], torch.Generator().manual_seed(0)
     watch.watch_passes(net, steps=2)
-    for _ in range(6):
-        net(torch.zeros(1, 2))
-    assert {stage: len(calls) for stage, calls in watch.marks.items()} == {
-        "denoise": 4,
-        "refresh": 2,
-    }
+    with torch.no_grad():
+        list(rollout(net, lambda k: texts[k > 0], 3, (1.0, 0.5, 0.0), g, merge=merge))
+    assert {stage: len(calls) for stage, calls in watch.marks.items()} == expected
 
 
 def test_a_watched_function_answers_as_before():

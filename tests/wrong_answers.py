@@ -198,19 +198,19 @@ WRONG = {
             "queries see their own block only",
         ),
         "advances twice": (
-            "                cache.next_block()",
-            "                cache.next_block(), cache.next_block()",
+            "            cache.next_block()",
+            "            cache.next_block(), cache.next_block()",
             "is at block 4",
         ),
         "positions restart after eviction": (
-            "                    cache.move_prefix(by)",
-            "                    pass",
+            "                layer[site].move_prefix(by)",
+            "                pass",
             "they stand 0 s later",
         ),
         "shift of the block before": (
-            "            if self.num_evicted:\n                by = self._shift(site, caches[0].k)",
-            "            if self.num_evicted:\n                self.block -= 1\n"
-            "                by = self._shift(site, caches[0].k)\n                self.block += 1",
+            "        self.move_on()\n        for site, by in self.shifts().items():",
+            "        shifts = self.shifts()\n        self.move_on()\n"
+            "        for site, by in shifts.items():",
             "they stand 2 s later",
         ),
         "unpinned is forgotten too early": (
@@ -255,18 +255,24 @@ WRONG = {
             "scale, shift, gate = (self.table[:3]",
             "shift and scale are swapped",
         ),
-        "no gate": ("x + gate * self.self_attn", "x + self.self_attn", "the gate is missing"),
+        "no gate": (
+            "x + gated(self.self_attn(y, y, table, table, attend), gate)",
+            "x + self.self_attn(y, y, table, table, attend)",
+            "the gate is missing",
+        ),
         "no residual": (
-            "x + gate * self.self_attn",
-            "gate * self.self_attn",
+            "x + gated(self.self_attn",
+            "gated(self.self_attn",
             "the residual is missing",
         ),
         "audio listens to a video that has listened": (
             "        q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)\n"
             '        r_v, r_a = ropes["video_cross"], ropes["audio_cross"]\n'
+            "        beside = self.fork()\n"
             '        v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))\n',
             "        q_a, c_a = half_a.listening(n_a, m_a), half_a.heard(n_a, m_a)\n"
             '        r_v, r_a = ropes["video_cross"], ropes["audio_cross"]\n'
+            "        beside = self.fork()\n"
             '        v = half_v.attend_other(v, q_v, c_a, m_v, r_v, r_a, at("a2v"))\n'
             "        c_v = half_v.heard(norm(v, self.cfg.norm_eps), m_v)\n",
             "audio hears video after that has listened",
@@ -431,18 +437,19 @@ WRONG = {
             "a frame is 4 tokens",
         ),
         "cache filled from the noisy block": (
-            "for x in past], 0.0, text",
-            "for x in noise], 0.0, text",
+            "for x in clean]",
+            "for x in noise]",
             "the cache is filled from something else than finished block 0",
         ),
         "refresh at the last level": (
-            "for x in past], 0.0, text",
-            "for x in past], sigmas[-2], text",
+            "past.latents, 0.0",
+            "past.latents, sigmas[-2]",
             "the cache holds the keys of a noisy block",
         ),
         "the last block is refreshed": (
-            "if k + 1 < num_blocks:",
-            "if True:",
+            "text, span)\n\n\ndef whole_clip",
+            "text, span)\n    dmd.at_sigma(net, past.latents, 0.0, text, span, view)\n\n\n"
+            "def whole_clip",
             "the last block needs no refresh",
         ),
         "history ignored": (
@@ -456,9 +463,9 @@ WRONG = {
             "the cache stands at block 2",
         ),
         "cache moves on before the refresh": (
-            "        yield Block(k, *x0)\n        if k + 1 < num_blocks:\n",
+            "        yield Block(k, *x0)\n",
             "        yield Block(k, *x0)\n        view.next_block()\n"
-            "        view.next_block = lambda: None\n        if k + 1 < num_blocks:\n",
+            "        view.next_block = lambda: None\n",
             "during pass 4 of block 0 the cache stands at block 1",
         ),
         "gradient through the refresh": (
@@ -467,15 +474,14 @@ WRONG = {
             "which would reach across blocks",
         ),
         "exit step drawn per block": (
-            "span, view, generator, exit_step)",
-            "span, view, generator, dmd.draw_exit_step(sigmas, generator))",
+            "span, view, generator, exit_step, past)",
+            "span, view, generator, dmd.draw_exit_step(sigmas, generator), past)",
             "one exit step for all blocks",
         ),
         "blocks are kept back": (
-            "        yield Block(k, *x0)\n        if k + 1 < num_blocks:",
+            "        yield Block(k, *x0)\n",
             "        if k:\n            yield Block(k - 1, *last)\n        last = x0\n"
-            "        if k + 1 == num_blocks:\n            yield Block(k, *x0)\n"
-            "        if k + 1 < num_blocks:",
+            "        if k + 1 == num_blocks:\n            yield Block(k, *x0)\n",
             "block 0 is handed over after 9 passes",
         ),
         "never an early exit": (
@@ -574,8 +580,8 @@ WRONG = {
             "blocks 1 and 2 get the same noise",
         ),
         "window forgotten": (
-            "blocks, sigmas, generator, batch, window)",
-            "blocks, sigmas, generator, batch)",
+            "blocks, sigmas, generator, batch, window, **how)",
+            "blocks, sigmas, generator, batch, **how)",
             "the window is not handed on",
         ),
     },

@@ -1,0 +1,154 @@
+"""Stand-ins for CUDA graphs and streams, on a CPU: they find what the real ones do not forgive."""
+
+import weakref
+from collections import Counter
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def tensors(tree):
+    return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
+
+
+def written(function, args, kwargs):
+    """The tensors that an operator writes into, by its schema."""
+    named = zip((a.name for a in function._schema.arguments), args)
+    arguments = dict(named) | kwargs
+    into = [a.name for a in function._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return tensors([arguments.get(name) for name in into])
+
+
+class Tape(TorchDispatchMode):
+    """Every operator of a function, with its tensors: run again, it writes where it wrote before.
+
+    As a CUDA graph it knows memory and no contents, and recording leaves no trace: what was written
+    is put back, and what was made on the way is spoilt, until it is replayed. As with a graph, a
+    number that Python has read, a slot that it has computed, or a table that it has made
+    elsewhere, is the recording's for ever.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.originals, self.made = [], {}, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for t in written(function, args, kwargs):
+            storage = t.untyped_storage()
+            if storage._cdata not in self.made:
+                self.originals.setdefault(storage._cdata, (storage, storage.clone()))
+        out = function(*args, **kwargs)
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        made = [t for t in tensors(out) if t.untyped_storage()._cdata not in given]
+        self.made |= {t.untyped_storage()._cdata for t in made}
+        self.calls.append((function, args, kwargs, made))
+        return out
+
+    @classmethod
+    def record(cls, function):
+        """-> (replay, outputs), as `graphs.cuda_recorder` records."""
+        with cls() as tape:
+            outputs = function()
+        for storage, original in tape.originals.values():
+            storage.copy_(original)
+        for t in (t for *_, made in tape.calls for t in made):
+            t.fill_(torch.nan if t.is_floating_point() else 0)
+        return tape.replay, outputs
+
+    def replay(self):
+        for function, args, kwargs, made in self.calls:
+            given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+            again = tensors(function(*args, **kwargs))
+            again = [t for t in again if t.untyped_storage()._cdata not in given]
+            for old, new in zip(made, again, strict=True):
+                old.copy_(new)
+
+
+class TwoStreams(TorchDispatchMode):
+    """A main and a side stream, each in order, together in none: finds what only luck would order.
+
+    A stream knows up to where it has waited for the other. An
+    operator may read only what it has waited for; and memory that is let go of is handed out again
+    by the stream that made it, so by its next operator the other one must be done with it.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stream, self.clock = "main", {"main": 0, "side": 0}
+        self.waited = {"main": 0, "side": 0}  # up to which operator of the other one
+        self.owner, self.wrote, self.read, self.faults = {}, {}, {}, []  # by storage
+        self.freed = {"main": [], "side": []}  # for the owner to reuse: by whom it was read, when
+
+    def begin_side(self):
+        self.stream, self.waited["side"] = "side", self.start
+
+    def end_side(self):
+        self.stream, self.waited["main"] = "main", self.clock["side"]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.clock[self.stream] += 1
+        self._check_reuse()
+        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        into = {t.untyped_storage()._cdata for t in written(function, args, kwargs or {})}
+        for key in given & self.owner.keys():  # others are older than all this: weights, inputs
+            self._touch(function, key, key in into)
+        for storage in (t.untyped_storage() for t in tensors(out)):
+            if storage._cdata not in given | self.owner.keys():
+                self._made(storage)
+        return out
+
+    def _made(self, storage):
+        key, me = storage._cdata, self.stream
+        self.owner[key], self.wrote[key] = me, (me, self.clock[me])
+        self.read[key] = {me: self.clock[me]}
+        weakref.finalize(storage, self._free, key)
+
+    def _touch(self, function, key, is_written):
+        me, (who, when) = self.stream, self.wrote[key]
+        if who != me and when > self.waited[me]:
+            self.faults.append(f"{function} on {me} reads what {who} may not have written yet")
+        if is_written:
+            self.wrote[key] = me, self.clock[me]
+        self.read[key][me] = self.clock[me]
+
+    def _free(self, key):
+        del self.wrote[key]
+        self.freed[self.owner.pop(key)].append(self.read.pop(key))
+
+    def _check_reuse(self):
+        me, other = self.stream, {"main": "side", "side": "main"}[self.stream]
+        if any(read.get(other, 0) > self.waited[me] for read in self.freed[me]):
+            self.faults.append(f"memory of {me} is used again while {other} may still read it")
+        self.freed[me].clear()
+
+
+class Fork:
+    """`OmniTransformer.fork` for TwoStreams."""
+
+    def __init__(self, streams):
+        self.streams = streams
+
+    def __call__(self):
+        self.streams.start = self.streams.clock["main"]
+        return self
+
+    def __enter__(self):
+        self.streams.begin_side()
+
+    def __exit__(self, *error):
+        self.streams.end_side()
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))

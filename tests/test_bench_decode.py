@@ -1,0 +1,72 @@
+"""The benchmark of decoding by pieces measures what it says."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import run_here
+
+import files
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_decode  # noqa: E402
+
+
+def test_errors_are_told_apart_by_place():
+    """A difference of a tenth in the frames beside a border, of a hundredth elsewhere."""
+    whole = torch.ones(12, 3, 2, 2)
+    near = bench_decode.near_borders(12, [0.5], 12, 2 / 12)
+    assert near.tolist() == [False] * 4 + [True] * 4 + [False] * 4
+    pieces = whole + torch.where(near, 0.1, -0.01)[:, None, None, None]
+    errors = bench_decode.relative_errors(pieces, whole, near)
+    assert errors == {"border": pytest.approx(0.1), "elsewhere": pytest.approx(0.01)}
+
+
+def test_a_click_is_a_step_of_the_difference_at_a_seam():
+    """Not a step of the sound itself, not one elsewhere, and not a slow drift."""
+    whole = torch.linspace(-1, 1, 100)[:, None].repeat(1, 2)
+    whole[50:] += 0.5  # the sound's own
+    seams, typical = [0, 30, 60, 100], float(whole.diff(dim=0).square().mean().sqrt())
+    drift = whole + torch.linspace(0, 0.01, 100)[:, None]
+    assert bench_decode.largest_step(drift, whole, seams) < 0.01
+    clicking = whole.clone()
+    clicking[60:, 1] += 0.2
+    assert bench_decode.largest_step(clicking, whole, seams) == pytest.approx(0.2 / typical)
+    assert bench_decode.largest_step(clicking, whole, [30]) < 1e-6
+
+
+def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
+    """`--device cpu --tiny`, two overlaps: a look-ahead latent waits for one more block and lowers
+    the error at the borders; nothing else is written."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(bench_decode, "LATENTS", [(4, 0), (4, 1)])
+    monkeypatch.setattr(bench_decode, "MEL_FRAMES", [(16, 4)])
+    monkeypatch.setattr(files, "fill_in", None)
+    args = "--device", "cpu", "--tiny", "--seconds", 3, "--out", tmp_path / "x.json"
+    status, out, err = run_here(bench_decode, args, monkeypatch, capsys)
+    assert status == 0, err
+    plain, ahead, sound = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert (plain["blocks_before_first_second"], ahead["blocks_before_first_second"]) == (2, 3)
+    assert plain["border"] > 1.1 * ahead["border"] and plain["seconds_later"] == 0
+    assert sound["seam"] < 0.1 and plain["seam"] is None
+    assert "random weights: the errors say nothing" in out and out.count("| video |") == 2
+
+
+def test_bad_input_is_refused(monkeypatch, capsys):
+    """One line, exit status 2."""
+    args = "--device", "cpu", "--tiny", "--seconds", 2
+    status, _, err = run_here(bench_decode, args, monkeypatch, capsys)
+    assert status == 2 and "--seconds 2: expected at least 3" in err
+
+
+def test_a_table_is_filled_in_between_its_marks(tmp_path):
+    """Everything else of the file stays; without marks it is refused."""
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- x -->\nnot measured\n<!-- x -->\nafter\n")
+    files.fill_in(page, "x", "| 1 |")
+    files.fill_in(page, "x", "| 2 |")
+    assert page.read_text() == "before\n<!-- x -->\n| 2 |\n<!-- x -->\nafter\n"
+    with pytest.raises(ValueError, match="expected the mark <!-- y --> twice, found it 0 times"):
+        files.fill_in(page, "y", "")

@@ -1,0 +1,306 @@
+"""Recorded passes answer as passes do, and nothing in a pass waits, on a CPU as on a GPU.
+
+Instead of CUDA graphs and streams there are stand-ins (tests/tape.py) that fail where those would.
+"""
+
+import contextlib
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import LAYOUTS, PAPER, layout_name, random_model, random_text, tiny
+from tape import Fork, Operators, Tape, TwoStreams
+
+import graphs
+import model
+import self_forcing
+from masks import block_span
+
+SIGMAS, WINDOW, BLOCKS = (1.0, 0.6, 0.0), 1, 8  # a ring of 2: full from block 3 on
+CFG = tiny(PAPER, num_sinks=2, num_layers=1)
+
+
+class Counting(graphs.Recorded):
+    """Counts what becomes of passes."""
+
+    def __init__(self, net, record=Tape.record):
+        self.counts = Counter()
+        super().__init__(net, lambda function: self._counted(record(function)))
+
+    def _counted(self, recording):
+        self.counts["recorded"] += 1
+        replay, outputs = recording
+        return lambda: self.counts.update(["replayed"]) or replay(), outputs
+
+
+@torch.no_grad()  # not inference mode, in which composite operators hide what they are made of
+def stream(net, texts, merge=False, switch_at=99, blocks=BLOCKS, seed=0):
+    """Video and audio of a whole stream, with another prompt from a block on."""
+    g = torch.Generator().manual_seed(seed)
+    how = dict(window=WINDOW, merge=merge)
+    return self_forcing.whole_clip(
+        self_forcing.rollout(net, lambda k: texts[k >= switch_at], blocks, SIGMAS, g, **how)
+    )
+
+
+def with_texts(cfg):
+    net = random_model(cfg)
+    with torch.no_grad():
+        return net, [random_text(net, cfg) for _ in range(2)]
+
+
+def assert_bitwise(one, other):
+    assert all(map(torch.equal, one, other))
+
+
+# ---- recordings ----
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("cfg", LAYOUTS[1:3], ids=layout_name)
+def test_a_recorded_stream_is_the_same_bit_by_bit(cfg, merge):
+    """Every block, while the window fills, at each place for the first time, and replayed there
+    with another past, other noise, levels and positions; the prompt changes along the way."""
+    net, texts = with_texts(tiny(cfg, num_layers=1))
+    recorded = Counting(net)
+    how = dict(merge=merge, switch_at=6, blocks=10)
+    assert_bitwise(stream(net, texts, **how), stream(recorded, texts, **how))
+    assert recorded.counts["recorded"] == (4 if merge else 2)  # places; one or two blocks
+    assert recorded.counts["replayed"] > recorded.counts["recorded"]
+
+
+def test_a_second_stream_is_recorded_anew():
+    """Its caches are others; the first one's recordings would write elsewhere."""
+    net, texts = with_texts(CFG)
+    recorded = Counting(net)
+    for seed in (1, 2):
+        assert_bitwise(stream(net, texts, seed=seed), stream(recorded, texts, seed=seed))
+    assert recorded.counts["recorded"] == 4
+
+
+def test_what_is_recorded_twice_as_long_is_not_recorded_more_often():
+    """A recording for each place in the ring, however long the stream."""
+    net, texts = with_texts(CFG)
+    recorded = Counting(net)
+    stream(recorded, texts, blocks=16)
+    assert recorded.counts["recorded"] == 2
+
+
+def test_without_a_full_window_nothing_is_recorded():
+    """A short stream forgets nothing, and its passes all differ in what they read."""
+    net, texts = with_texts(CFG)
+    recorded = Counting(net)
+    assert_bitwise(stream(net, texts, blocks=3), stream(recorded, texts, blocks=3))
+    assert not recorded.counts
+
+
+def test_a_pass_that_carries_a_gradient_is_not_recorded():
+    """The others of a rollout may be; blocks and gradient are the same bit by bit."""
+    net, _ = with_texts(CFG)
+    net.requires_grad_(True)
+    found = []
+    for model_ in (net, Counting(net)):
+        g = torch.Generator().manual_seed(0)
+        torch.manual_seed(1)
+        text = random_text(net, CFG)
+        blocks = list(self_forcing.rollout(model_, lambda k: text, 5, SIGMAS, g, window=1))
+        weight = net.video.layers[0].self_attn.to_k.weight
+        found.append((blocks[-1].video, *torch.autograd.grad(blocks[-1].video.sum(), weight)))
+    assert_bitwise(*found)
+
+
+def frozen_tables(self, kind, view):
+    """A recording that reads the rotation tables it was made with."""
+    fixed, now = self.inputs[kind], model.ropes_of(self.cfg, SPAN[0], torch.device("cpu"), DOUBLE)
+    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.text, now, view)
+
+
+def frozen_moves(self, kind, view):
+    """A recording whose pinned keys move as far as they did when it was made."""
+    fixed = self.inputs[kind]
+    view.moves = dict(view.moves)
+    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.text, fixed.ropes, view)
+
+
+def frozen_prompt(self, kind, view):
+    """A recording that reads the prompt it was made with."""
+    fixed = self.inputs[kind]
+    view.moves = fixed.moves
+    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.prompt, fixed.ropes, view)
+
+
+def frozen_level(self, kind, view):
+    """A recording for one noise level."""
+    fixed = self.inputs[kind]
+    view.moves = fixed.moves
+    sigmas = [torch.full_like(s, float(s.max())) for s in fixed.sigmas]
+    return self.net.velocities(*fixed.latents, *sigmas, self.text, fixed.ropes, view)
+
+
+SPAN, DOUBLE = [block_span(3, CFG)], torch.float64
+FROZEN = [frozen_tables, frozen_moves, frozen_prompt, frozen_level]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=lambda f: f.__name__)
+def test_contents_that_a_recording_keeps_are_noticed(frozen, monkeypatch):
+    """What the tests above would say if one of the inputs were baked in."""
+    net, texts = with_texts(CFG)
+    merge = frozen is frozen_moves
+    monkeypatch.setattr(graphs.Recorded, "_run", frozen)
+    one, other = stream(net, texts, merge, 6), stream(Counting(net), texts, merge, 6)
+    assert not all(map(torch.equal, one, other))
+
+
+def test_recording_leaves_no_trace():
+    """As with a CUDA graph: nothing is written until it is replayed, and then in the same place."""
+    x, y = torch.ones(3), torch.zeros(2, 3)
+    replay, (out,) = Tape.record(lambda: [y[1].add_(x) * 2])
+    assert y.sum() == 0 and out.isnan().all()
+    x.fill_(5)
+    replay()
+    assert y.tolist() == [[0] * 3, [5] * 3] and out.tolist() == [10] * 3
+
+
+# ---- two streams ----
+
+
+def test_audio_beside_video_reads_nothing_too_early_and_frees_nothing_too_early():
+    """Plain and merged passes with a side stream: every order between the streams is a wait."""
+    net, texts = with_texts(CFG)
+    alone = stream(net, texts, merge=True, blocks=5)
+    with TwoStreams() as streams:
+        net.fork = Fork(streams)
+        assert_bitwise(alone, stream(net, texts, merge=True, blocks=5))
+    assert not streams.faults and streams.clock["side"] > 100
+
+
+def test_a_missing_wait_is_noticed(monkeypatch):
+    """Audio that starts before what it hears of video is there."""
+    net, texts = with_texts(CFG)
+
+    def early(self, half_v, half_a, v, a, m_v, m_a, ropes, at):
+        beside = self.fork()
+        c_v = half_v.heard(model.norm(v, self.cfg.norm_eps), m_v)
+        with beside:
+            return v, a + c_v.sum()
+
+    monkeypatch.setattr(model.OmniTransformer, "_listen", early)
+    with TwoStreams() as streams:
+        net.fork = Fork(streams)
+        stream(net, texts, blocks=1)
+    assert any("may not have written yet" in fault for fault in streams.faults)
+
+
+@pytest.mark.parametrize("is_let_go_of", [False, True])
+def test_memory_that_is_reused_too_early_is_noticed(is_let_go_of):
+    """What audio reads is let go of before video, launched second, makes its tensors."""
+    with TwoStreams() as streams:
+        x = torch.zeros(3) + 1
+        with Fork(streams)():
+            y = 2 * x
+            if is_let_go_of:
+                del x
+            streams.stream = "main"  # which has not waited yet
+            z = torch.zeros(3) + 1
+    assert bool(streams.faults) == is_let_go_of and len(y) == len(z)
+
+
+class FakeStream:
+    """Writes down, for both streams, what is asked of which."""
+
+    log, current = [], None
+
+    def __init__(self, device=None, name="side"):
+        self.device, self.name = device, name
+
+    def record_event(self):
+        self.log.append(f"{self.name} passes the fork")
+        return "the fork"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_side_stream_forks_where_it_is_called_and_joins_where_it_ends(monkeypatch):
+    """With stand-ins for torch.cuda: what is launched in between runs beside, and no longer."""
+    FakeStream.current, FakeStream.log = FakeStream(name="main"), []
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(FakeStream, "current", s))
+    fork = graphs.SideStream()
+
+    def launch(what):
+        FakeStream.log.append(f"{what} on {FakeStream.current.name}")
+
+    for _ in range(2):
+        beside = fork()
+        launch("video")
+        with beside:
+            launch("audio")
+        launch("both")
+    expected = ["main passes the fork", "video on main", "side waits for the fork"]
+    expected += ["audio on side", "main waits for side", "both on main"]
+    assert FakeStream.log == 2 * expected
+
+
+def test_recordings_share_a_pool(monkeypatch):
+    """With stand-ins for torch.cuda: a graph for each function, captured in the same pool."""
+    captured = []
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        captured.append((graph, pool))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=object()))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    record = graphs.cuda_recorder()
+    for answer in (1, 2):
+        replay, outputs = record(lambda: answer)
+        assert outputs == answer and replay is captured[-1][0].replay
+    (one, pool), (other, same) = captured
+    assert one is not other and pool is same
+
+
+# ---- the real ones ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+def test_cuda_graphs_and_streams_answer_as_a_plain_stream(merge, beside):
+    """On a GPU, in float32: recorded, replayed, with and without the second stream."""
+    net = random_model(tiny(PAPER, num_sinks=2), torch.float32).cuda()
+    features = torch.randn(2, 1, 3, net.cfg.caption_width)
+    with torch.no_grad():
+        texts = [net.project_text(f.cuda()) for f in features]
+    how = dict(merge=merge, switch_at=8, blocks=14)
+    plain = stream(net, texts, **how)
+    net.fork = graphs.SideStream() if beside else net.fork
+    recorded = Counting(net, graphs.cuda_recorder())
+    for x, y in zip(plain, stream(recorded, texts, **how)):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    assert recorded.counts["replayed"] > recorded.counts["recorded"] > 0
+
+
+# ---- nothing waits ----
+
+WAITS = {  # operators whose answer the CPU needs before it can go on
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero",
+    "aten::_unique2", "aten::equal", "aten::repeat_interleave",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_stream_never_waits_for_the_gpu(merge):
+    """Passes, noise in between, positions, the cache moving on: not one number is read back."""
+    net, texts = with_texts(CFG)
+    stream(net, texts, merge)  # tables that are computed once
+    with Operators() as seen:
+        stream(net, texts, merge, seed=1)
+    assert not WAITS & seen.counts.keys()
