@@ -49,28 +49,37 @@ def draw_losses(folder="results"):
 
 DRIFT = {  # metric: label and range
     "f1": ("F1", (0, 1.02)),
-    "capped_ms": ("DeSync, capped (ms)", (0, 310)),
-    "impacts_rate": ("impacts / truth", (0, 1.5)),
-    "onsets_rate": ("onsets / truth", (0, 1.5)),
+    "impacts_rate": ("impacts / truth", (0, 1.25)),
+    "onsets_rate": ("onsets / truth", (0, 1.25)),
     "caption": ("caption shown", (0, 1.02)),
     "whole": ("one whole ball", (0, 1.02)),
+    "kept": ("identity kept", (-0.1, 1.02)),
 }
 
 
 def draw_drift(by_time, step=1):
-    """Metrics along the stream: {name: [metrics of the first `step` seconds, the next, ...]}."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5), layout="constrained", sharex=True)
+    """Metrics along the stream: {name: [metrics of the first `step` seconds, the next, ...]}.
+
+    name   "student", or "student, condition": a line style each student, a colour each condition
+    """
+    students, conditions = (
+        list(dict.fromkeys(x)) for x in zip(*(n.partition(", ")[::2] for n in by_time))
+    )
+    figure, axes = plt.subplots(2, 3, figsize=(12.5, 5), layout="constrained", sharex=True)
     for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
-        for i, (name, windows) in enumerate(by_time.items()):
-            middle = (np.arange(len(windows)) + 0.5) * step
-            line, colour = ("o-", "s--")[i // len(CURVES) % 2], CURVES[i % len(CURVES)]
-            values = [w[metric] for w in windows]
-            ax.plot(middle, values, line, ms=3, label=name, color=colour)
+        for name, windows in by_time.items():
+            student, _, condition = name.partition(", ")
+            line, colour = students.index(student), conditions.index(condition)
+            colour = line if len(conditions) == 1 else colour
+            ax.plot(
+                (np.arange(len(windows)) + 0.5) * step, [w[metric] for w in windows],
+                ("--", "-", ":")[line % 3], color=CURVES[colour % len(CURVES)], label=name, lw=1.3,
+            )  # fmt: skip
         ax.set(title=label, ylim=limits)
         ax.grid(alpha=0.3)
     for ax in axes[1]:
         ax.set_xlabel("second of the stream")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -31,7 +31,15 @@ import toy_world
 
 VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
 WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # of impacts and onsets
-CURVES = ("#1b9e77", "#7570b3", "#e7298a", "#555555", "#a6761d", "#66a61e")  # whatever else
+CURVES = (
+    "#1b9e77",
+    "#7570b3",
+    "#e7298a",
+    "#555555",
+    "#a6761d",
+    "#66a61e",
+    "#1f9bcf",
+)  # whatever else
 TITLES = {
     "video_self": "video self-attention",
     "audio_self": "audio self-attention",
