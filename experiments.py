@@ -40,6 +40,7 @@ import teacher
 import toy_codec
 import toy_world
 import training
+from captions import toy_captions
 from masks import four_masks, num_blocks
 
 # ---- drift ----
@@ -190,7 +191,8 @@ class A0Probe(kv_cache.MaskedView):
 def block_0_loss(net, data, view, step):
     """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
     rows = torch.arange(8) + 8 * step
-    chosen = [x[rows % len(x)] for x in data]
+    tokens, *walks = (x[rows % len(x)] for x in data)
+    chosen = toy_captions(tokens), *walks
     levels = torch.full((8, num_blocks(teacher.SECONDS, net.cfg)), len(net.cfg.sigmas) - 1)
     levels[:, 0] = torch.arange(8) % (len(net.cfg.sigmas) - 1)
     return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
@@ -214,7 +216,8 @@ def after_training(net, held, masks) -> dict:
     pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
     levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
     probe = A0Probe(masks, net.cfg.num_sinks)
-    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), probe)
+    captions = toy_captions(tokens)
+    losses = ode_regression.regression_losses(net, (captions, *pairs), levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 

@@ -17,6 +17,7 @@ import captions
 import config
 import decoders
 import ltx2
+import memory
 import memory_plan
 import model
 import toy_codec
@@ -98,8 +99,8 @@ def check_memory(order):
     cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
     rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues))
     rows += memory_plan.decoder_rows(cfg, dtype)
-    free = memory_plan.free_bytes(order.device)
-    print(memory_plan.shown(rows, free))
+    free = memory.free_bytes(order.device)
+    print(memory.shown(rows, free))
     memory_plan.check(rows, free, cfg, blocks, dtype)
     if order.ltx2:
         memory_plan.check_text(order.ltx2, free)

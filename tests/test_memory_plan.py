@@ -9,6 +9,7 @@ from helpers import LAYOUTS, layout_name, random_model, random_text, tiny
 
 import captions
 import config
+import memory
 import memory_plan
 import model
 import self_forcing
@@ -101,7 +102,7 @@ def test_what_does_not_fit_is_refused_with_the_window_that_does():
 
 def test_free_memory_is_a_sensible_number():
     """Some megabytes at least, and less than a petabyte."""
-    assert 1e7 < memory_plan.free_bytes(torch.device("cpu")) < 1e15
+    assert 1e7 < memory.free_bytes(torch.device("cpu")) < 1e15
 
 
 def test_the_readme_quotes_the_plan():
