@@ -268,7 +268,7 @@ def distil(p, args, start, toy_cfg, make):
         if not parts.is_toy:
             generator, critic = recipes_of(*how)
             nets = [(judge.cfg, None), (student.cfg, generator), (judge.cfg, critic)]
-            trial = functools.partial(one_update, args.guidance, make)
+            trial = functools.partial(generator_loss, args.guidance, make)
             training_plan.check(nets, trial, sharding.share_of(generator.batch))
         real, critic = judge.load(learns=False), judge.load(learns=True)
         learners = learners_of(student.load(learns=True), critic, *how)
@@ -279,10 +279,10 @@ def distil(p, args, start, toy_cfg, make):
         run.ship(args.out, parts.write, parts.dtype)
 
 
-def one_update(guidance, make, real, net, critic, captions, generator):
-    """The generator's gradient and nothing more, to see what it takes (training_plan.py)."""
+def generator_loss(guidance, make, real, net, critic, captions, generator):
+    """What an update of the generator computes, to see what it takes (training_plan.py)."""
     made = make(net, None, captions, generator)
-    sum(matching_losses(made, captions, real, critic, guidance, generator)).backward()
+    return sum(matching_losses(made, captions, real, critic, guidance, generator))
 
 
 def main():

@@ -12,10 +12,10 @@ import os
 import weakref
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -67,7 +67,10 @@ class _Living(TorchDispatchMode):
 
 
 class _Fused(torch.autograd.Function):
-    """What a fused attention keeps for its backward pass, and what it writes."""
+    """A fused attention: what it writes, and what it keeps for its backward pass.
+
+    On a GPU no (Q, K) matrix of scores is ever written; on meta tensors it would be counted.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -80,13 +83,8 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-class _FusedAttention(TorchFunctionMode):
-    """On a GPU no (Q, K) matrix of scores is ever written; on meta tensors it would be counted."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return _Fused.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
+def _fused_attention(q, k, v, *_, **__):
+    return _Fused.apply(q, k, v)
 
 
 def peak_bytes(function) -> int:
@@ -95,8 +93,9 @@ def peak_bytes(function) -> int:
     >>> peak_bytes(lambda: (torch.empty(10, device="meta") + 1).sum())       # 40 + 40, then 40 + 4
     80
     """
-    with _FusedAttention(), _Living() as living:
-        function()
+    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
+        with _Living() as living:
+            function()
     return living.peak
 
 

@@ -190,15 +190,15 @@ def recipe_of(steps, seed, batch=8, is_toy=True):
     return training.Recipe(steps, batch, seed, **full)
 
 
-def one_update(net, captions, generator):
-    """A gradient of made-up walks, to see what it takes (training_plan.py)."""
+def trial_loss(net, captions, generator):
+    """The loss of made-up walks, to see what it takes (training_plan.py)."""
     cfg, batch = net.cfg, len(captions)
     blocks, levels = num_blocks(teacher.SECONDS, cfg), len(cfg.sigmas)
     ends = model.draw_noise(batch, clip_span(blocks, cfg), cfg, generator)
     walks = [x[:, None].expand(-1, levels, -1, -1) for x in ends]
     drawn = draw_levels(batch, blocks, levels, generator)
     view = MaskedView(four_masks(cfg, blocks))
-    sum(regression_losses(net, (captions, *walks), drawn, cfg.sigmas, view)).backward()
+    return sum(regression_losses(net, (captions, *walks), drawn, cfg.sigmas, view))
 
 
 def options():
@@ -228,7 +228,7 @@ def regress(p, args):
     recipe = recipe_of(args.steps, args.seed, args.batch or 8, parts.is_toy)
     if not parts.is_toy:
         share = sharding.share_of(recipe.batch)
-        training_plan.check([(student.cfg, recipe)], one_update, share)
+        training_plan.check([(student.cfg, recipe)], trial_loss, share)
     how = args.clips, args.guidance, args.between
     data = load_trajectories(
         f"{args.run}/trajectories.safetensors", walker.load(learns=False), *how,

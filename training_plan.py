@@ -71,26 +71,28 @@ def _parameters(cfg, layers):
     return model.build(replace(cfg, num_layers=layers), device="meta").num_parameters()
 
 
-def activation_bytes(nets, update, batch) -> int:
+def activation_bytes(nets, loss, batch) -> int:
     """The most that is alive in an update of `batch` clips, besides the nets.
 
-    update(*nets, captions, generator)   makes a gradient
+    loss   function of all nets, captions and a generator of random numbers
     """
-    two, three = (_peak(nets, update, batch, layers) for layers in (2, 3))
+    two, three = (_peak(nets, loss, batch, layers) for layers in (2, 3))
     return two + (nets[0][0].num_layers - 2) * (three - two)
 
 
-def _peak(nets, update, batch, layers):
+def _peak(nets, loss, batch, layers):
     on_meta = [_net(replace(cfg, num_layers=layers), recipe is not None) for cfg, recipe in nets]
-    given = _captions(batch, nets[0][0])
+    given = *on_meta, _captions(batch, nets[0][0]), torch.Generator()
     with sharding.SharedDraws("meta"):
-        return memory.peak_bytes(lambda: update(*on_meta, given, torch.Generator()))
+        return memory.peak_bytes(lambda: loss(*given).backward())
 
 
 def _net(cfg, learns):
-    """A net without contents whose inputs are cast, as FSDP casts them."""
+    """A net without contents; inputs are cast and gradients leave at once, as FSDP does it."""
     net = model.build(cfg, device="meta").to(torch.bfloat16).requires_grad_(learns)
     net.register_forward_pre_hook(lambda net, inputs: tree_map(_cast, inputs))
+    for p in net.parameters() if learns else ():
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return sharding.checkpoint_layers(net) if learns else net
 
 
@@ -104,12 +106,12 @@ def _captions(batch, cfg):
     return captions.Captions(tuple(features[:2]), tuple(features[2:]))
 
 
-def check(nets, update, batch):
+def check(nets, loss, batch):
     """Print what every process will need.
 
     Raises ValueError if it does not fit, saying how many processes would do.
     """
-    processes, activations = sharding.count(), activation_bytes(nets, update, batch)
+    processes, activations = sharding.count(), activation_bytes(nets, loss, batch)
     free = memory.free_bytes(sharding.device())
     if sharding.device().type == "cpu":  # which all processes share
         free //= processes

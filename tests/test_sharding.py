@@ -1,0 +1,211 @@
+"""Two processes are one: losses of the three stages, resumption, and weights at the end.
+
+Two processes with gloo between them are started once and do everything; tests look at what they
+left. Sizes are tiny and weights random, so that no agreement is trivial.
+"""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import PAPER, random_clip, random_model, tiny
+
+import captions
+import config
+import dmd
+import ltx2
+import model
+import ode_regression
+import self_forcing
+import sharding
+import training
+import training_plan
+from captions import toy_captions
+from masks import num_blocks
+
+TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0)
+STUDENT = tiny(PAPER, num_sinks=4)
+BLOCKS, STEPS = num_blocks(5, TEACHER), 2
+ROUNDING = dict(rel=2e-4, abs=1e-6)  # float32, added up in another order, and AdamW steps of it
+
+# the same for the full size's way: LTX-2's names, prompts by number, bfloat16
+LTX2 = replace(TEACHER, name="tiny_ltx2", sigmas=(1.0, 0.5, 0.0))
+FULL = replace(STUDENT, name="tiny_full", sigmas=(1.0, 0.5, 0.0))
+SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run", "--out"]
+
+
+# ---- what runs in every process ----
+
+
+def trained(cfg, seed):
+    """A net that learns, cut among the processes; layers run twice where there are several."""
+    net = random_model(cfg, torch.float32, seed).requires_grad_(True)
+    if sharding.is_sharded():
+        sharding.checkpoint_layers(net)
+    return sharding.shard(net, torch.float32)
+
+
+def matching(cfg, make):
+    """An update of stage I or III, and who learns."""
+    real = sharding.shard(random_model(TEACHER, torch.float32, 1), torch.float32)
+    learners = dmd.learners_of(trained(cfg, 2), trained(TEACHER, 3), 10, seed=3, batch=2)
+    return dmd.updates_of(*learners.values(), real, (2.0, 3.0), make), learners
+
+
+def regression():
+    """The update of stage II on made-up walks, by AdamW, and who learns."""
+    torch.manual_seed(0)
+    states = [random_clip(STUDENT, BLOCKS, clips=4, dtype=torch.float32) for _ in STUDENT.sigmas]
+    video, audio = (torch.stack(x, 1) for x in zip(*states))
+    data = {"tokens": torch.tensor([[1, 5, 7]] * 4), "video": video, "audio": audio}
+    recipe = training.Recipe(steps=4, batch=2, seed=5, muon_lr=0, warmup=1)
+    learner = training.Learner(trained(STUDENT, 2), recipe)
+    losses = ode_regression.losses_of(learner.model, data, recipe)
+    return training.descent(learner, losses), {"student": learner}
+
+
+STAGES = {
+    "dmd": partial(matching, TEACHER, dmd.backward_simulation),
+    "ode_regression": regression,
+    "self_forcing": partial(matching, STUDENT, partial(self_forcing.rolled_out, window=4)),
+}
+
+
+def rows(stage):
+    """What the first steps of a stage log."""
+    update, learners = STAGES[stage]()
+    run = training.Run(learners, "python x.py")
+    run.steps = STEPS
+    run.train(update, print_every=1)
+    return run.log
+
+
+def new_run(folder, die_at=None):
+    """Stage II, killed at a step or not."""
+    update, learners = regression()
+    run = training.Run(learners, "python x.py", folder)
+
+    def or_die(step):
+        if step == die_at:
+            raise KeyboardInterrupt
+        return update(step)
+
+    return run, or_die
+
+
+def whole_state(run):
+    return {name: sharding.whole(x).clone() for name, x in run.shipped.tensors().items()}
+
+
+def killed_and_resumed():
+    """Whether a run that was killed at step 2 ends as one that was not, and what it left."""
+    run, update = new_run(None)
+    run.train(update, print_every=1)
+    whole = whole_state(run)
+    first, update = new_run("killed", die_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(update, print_every=1, save_every=1)
+    second, update = new_run("killed")
+    resumed_at = second.step
+    second.train(update, print_every=1, save_every=1)
+    parts = whole_state(second)
+    differing = [n for n in whole if not torch.equal(whole[n], parts[n])]
+    return {"at": resumed_at, "differing": differing, "same_log": run.log == second.log,
+            "keys": whole.keys() == parts.keys(), "left": sorted(os.listdir("killed"))}  # fmt: skip
+
+
+def distilled():
+    """All three stages by their command lines, as at full size."""
+    config.CONFIGS.update({cfg.name: cfg for cfg in (LTX2, FULL)})
+    config.LTX2, training_plan.check = LTX2, lambda *args: print("planned")
+    stages = (
+        (dmd, "tiny_ltx2", "--teacher", "teacher.safetensors"),
+        (ode_regression, "tiny_full", "--teacher", "dmd.safetensors", "--clips", "4"),
+        (self_forcing, "tiny_full", "--teacher", "teacher.safetensors",
+         "--student", "ode_regression.safetensors"),
+    )  # fmt: skip
+    for script, name, *options in stages:
+        out = f"{script.__name__}.safetensors"
+        sys.argv = [f"{script.__name__}.py", "--config", name, *options, *SHORT, out]
+        sys.argv[sys.argv.index("run")] = f"run_{script.__name__}"
+        yield script.main
+
+
+def work(rank, folder, ports):
+    """One of two processes; the first writes down what came of it."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(ports[0])
+    with sharding.processes("cpu"):
+        found = {"rows": {stage: rows(stage) for stage in STAGES}, "resumed": killed_and_resumed()}
+        if sharding.is_first():
+            with open("found.json", "w") as f:
+                json.dump(found, f)
+    for main, port in zip(distilled(), ports[1:]):
+        os.environ["MASTER_PORT"] = str(port)
+        main()
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes worked."""
+    folder = tmp_path_factory.mktemp("two")
+    net = random_model(LTX2, torch.float32, 1)
+    ltx2.save(folder / "teacher.safetensors", net.state_dict(), LTX2, {})
+    features = captions.random_features(["a dog", "rain", ""], LTX2, dtype=torch.float32)
+    short = {p: captions.Features(*(x[:, :5] for x in pair)) for p, pair in features.items()}
+    captions.encode_to_folder(short.get, ["a dog", "rain"], "", folder / "features")
+    mp.spawn(work, (folder, free_ports(4)), nprocs=2)
+    return folder
+
+
+# ---- what is claimed ----
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_log_what_one_logs(two, stage, capsys):
+    """Losses and gradient norms of all stages: each process has half of the batch and of the net,
+    and computes its layers twice."""
+    found = json.loads((two / "found.json").read_text())["rows"][stage]
+    for ours, one in zip(found, rows(stage), strict=True):
+        assert ours == pytest.approx(one, **ROUNDING)
+        assert ours["norm"] > 0
+
+
+def test_a_killed_run_of_two_processes_goes_on_as_if_uninterrupted(two):
+    """Resumed at the last sharded state; weights, average, moments and log end bitwise the same."""
+    found = json.loads((two / "found.json").read_text())["resumed"]
+    assert found["at"] == 2 and found["keys"] and found["same_log"]
+    assert found["differing"] == []
+    assert found["left"] == ["state-000004"]
+
+
+def test_consolidated_weights_are_read_as_ltx2_files(two):
+    """All three stages by their command lines; flags are stated, sinks are there, weights moved."""
+    before = random_model(LTX2, torch.float32, 1).state_dict()
+    for name, cfg in (("dmd", LTX2), ("ode_regression", FULL), ("self_forcing", FULL)):
+        said = []
+        net = ltx2.load(two / f"{name}.safetensors", cfg, say=said.append)
+        assert len(said) == 1 and "stated by the file" in said[0]  # and no word of fresh sinks
+        weights = net.state_dict()
+        assert ("sinks.tokens" in weights) == (cfg is FULL)
+        for n, w in before.items():
+            torch.testing.assert_close(weights[n].float(), w, atol=0.02, rtol=0.01)
+        assert json.loads((two / "results" / f"{name}_curve.json").read_text())[-1]["step"] == 1
