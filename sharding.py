@@ -30,6 +30,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -229,6 +230,8 @@ def shard(net, dtype):
             half.text_attn.keys_values = functools.partial(half.run, half.text_attn.keys_values)
     fully_shard(net, mp_policy=once, **options)
     register_fsdp_forward_method(net, "project_text")
+    # keys and values of captions are views, and nobody writes into them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     layer = net.layer
     net.layer = lambda i, *args: pairs[i][0].run(layer, i, *args)
     return net.to_empty(device=device()) if next(net.parameters()).is_meta else net

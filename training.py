@@ -177,6 +177,8 @@ class Run:
         self.file = Path(folder) / "state.safetensors" if folder else None
         if self.file and sharding.is_sharded():
             self._load_shards()
+        elif self.file and sharding.states(self.file.parent):
+            raise ValueError(f"{self.file.parent}: holds the state of a run under torchrun")
         elif self.file and self.file.exists():
             self._load()
 
@@ -211,6 +213,8 @@ class Run:
         self._go_on(about, tensors, self.file)
 
     def _load_shards(self):
+        if self.file.exists():
+            raise ValueError(f"{self.file}: of a run without torchrun; go on without, or remove it")
         if not (found := sharding.states(self.file.parent)):
             return
         state, about = found[-1], sharding.about(found[-1])

@@ -14,13 +14,12 @@ from functools import partial
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import PAPER, random_clip, random_model, tiny
+from helpers import PAPER, random_clip, random_model, run_here, tiny
 
 import captions
 import config
 import dmd
 import ltx2
-import model
 import ode_regression
 import self_forcing
 import sharding
@@ -78,7 +77,8 @@ STAGES = {
 
 
 def rows(stage):
-    """What the first steps of a stage log."""
+    """What the first steps of a stage log, with one update of the critic instead of five."""
+    dmd.CRITIC_UPDATES = 1
     update, learners = STAGES[stage]()
     run = training.Run(learners, "python x.py")
     run.steps = STEPS
@@ -180,10 +180,11 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_log_what_one_logs(two, stage, capsys):
+def test_two_processes_log_what_one_logs(two, stage, capsys, monkeypatch):
     """Losses and gradient norms of all stages: each process has half of the batch and of the net,
     and computes its layers twice."""
     found = json.loads((two / "found.json").read_text())["rows"][stage]
+    monkeypatch.setattr(dmd, "CRITIC_UPDATES", 1)
     for ours, one in zip(found, rows(stage), strict=True):
         assert ours == pytest.approx(one, **ROUNDING)
         assert ours["norm"] > 0
@@ -209,3 +210,74 @@ def test_consolidated_weights_are_read_as_ltx2_files(two):
         for n, w in before.items():
             torch.testing.assert_close(weights[n].float(), w, atol=0.02, rtol=0.01)
         assert json.loads((two / "results" / f"{name}_curve.json").read_text())[-1]["step"] == 1
+
+
+# ---- alone ----
+
+
+def rolled_gradients(net):
+    """Gradients of a rollout of five seconds by every weight, and of what its captions say."""
+    words = torch.eye(9)[None, [1, 5, 7]].double().requires_grad_()
+    text, g = net.project_text(words), torch.Generator().manual_seed(1)
+    blocks = self_forcing.rollout(net, lambda k: text, BLOCKS, STUDENT.sigmas, g, exit_step=1)
+    video, audio = self_forcing.whole_clip(blocks)
+    loss = video.pow(2).mean() + audio.pow(2).mean()
+    return torch.autograd.grad(loss, [words, *net.parameters()])
+
+
+def test_layers_that_run_twice_have_the_same_gradient():
+    """Stage III's rollout, to the last bit: a layer computed again, after the cache has moved on
+    by up to five blocks, reads the history that it read at first."""
+    kept, twice = (random_model(STUDENT).requires_grad_(True) for _ in range(2))
+    runs, run = [], twice.layer
+    twice.layer = lambda i, *args: runs.append(i) or run(i, *args)
+    sharding.checkpoint_layers(twice)
+    for a, b in zip(rolled_gradients(kept), rolled_gradients(twice), strict=True):
+        assert torch.equal(a, b)
+    passes = 2 * BLOCKS + BLOCKS - 1  # one before the exit, the exit, the refresh
+    assert len(runs) == STUDENT.num_layers * (passes + BLOCKS)
+
+
+def test_a_window_that_forgets_is_refused_where_layers_run_twice():
+    """One line that names the window and the shortest that will do."""
+    net = sharding.checkpoint_layers(random_model(STUDENT, torch.float32).requires_grad_(True))
+    given = net, None, toy_captions(torch.tensor([[1, 5, 7]])), torch.Generator()
+    with pytest.raises(ValueError, match="^window=3: .* expected a window of 4 or more$"):
+        self_forcing.rolled_out(*given, window=3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_draws_its_rows_of_the_whole_batch(monkeypatch, rank):
+    """Uniform, normal and whole numbers in one stream; what has no rows is the same for all."""
+    monkeypatch.setattr(sharding, "count", lambda: 3)
+    monkeypatch.setattr(sharding, "rank", lambda: rank)
+
+    def drawn(n):
+        g = torch.Generator().manual_seed(0)
+        return (
+            torch.rand(n, generator=g), torch.randint(9, (), generator=g),
+            torch.randn((n, 2), generator=g), torch.randint(9, (n,), generator=g),
+            torch.rand(n, 1, generator=g),
+        )  # fmt: skip
+
+    with sharding.SharedDraws("cpu"):
+        ours = drawn(2)
+    for mine, whole in zip(ours, drawn(6)):
+        assert torch.equal(mine, whole[2 * rank : 2 * rank + 2] if whole.dim() else whole)
+    with pytest.raises(ValueError, match="a batch of 8 clips among 3 processes: choose a multiple"):
+        sharding.share_of(8)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--config", "full"], "--config full: start it by torchrun, even on a single GPU"),
+        (["--prompts", "x"], "--prompts x: the toy draws its own; expected --config full"),
+        (["--device", "cuda"], "--device cuda: start it by torchrun"),
+        (["--config", "huge"], "--config huge: unknown; expected one of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message, monkeypatch, capsys):
+    """One line and exit status 2, before anything is read."""
+    status, _, err = run_here(dmd, options, monkeypatch, capsys)
+    assert status == 2 and message in err and len(err.splitlines()) == 1

@@ -1,1 +1,0 @@
-"""What training at full size needs of one process: draws, checkpointing, the plan, prompts."""
