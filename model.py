@@ -73,7 +73,7 @@ def noise_like(x, generator):
 
 def send(x, device, dtype):
     """A tensor of the CPU, elsewhere.  A GPU copies from pinned memory, and nobody waits for it."""
-    if device is not None and torch.device(device).type == "cuda":
+    if device is not None and torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory().to(device, non_blocking=True)
     return x.to(device, dtype)
 

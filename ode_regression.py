@@ -101,7 +101,8 @@ def load_trajectories(
             )
         return tensors
     parts = []
-    with tqdm(total=count, unit="clip", mininterval=5, disable=not sharding.is_first()) as bar:
+    shown = dict(desc="trajectories", mininterval=5, disable=not sharding.is_first())
+    with tqdm(total=count, unit="clip", **shown) as bar:
         for first in range(FIRST_SEED, FIRST_SEED + count, batch):
             seeds = range(first, min(first + batch, FIRST_SEED + count))
             parts.append(draw_trajectories(net, sigmas, seeds, guidance, between, prompts))

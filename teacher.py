@@ -80,7 +80,7 @@ def hide_words(tokens, generator):
     B, words = tokens.shape
     hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
     hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
-    return tokens.masked_fill(hide, 0)
+    return tokens.masked_fill(hide.to(tokens.device), 0)
 
 
 def velocity_losses(net, latents, captions, sigma, generator):

@@ -49,7 +49,7 @@ def add_options(p):
     """What the stages' command lines need at full size."""
     p.add_argument("--config", help="of the student: toy (default), or ltx2, full, released")
     p.add_argument("--prompts", help="at full size: a folder made by captions.py")
-    p.add_argument("--device", help="cpu (default) or cuda, then start it by torchrun")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
     p.add_argument("--batch", type=int, help="clips, of all processes together; default 8")
 
 

@@ -34,8 +34,8 @@ BLOCKS, STEPS = num_blocks(5, TEACHER), 2
 ROUNDING = dict(rel=2e-4, abs=1e-6)  # float32, added up in another order, and AdamW steps of it
 
 # the same for the full size's way: LTX-2's names, prompts by number, bfloat16
-LTX2 = replace(TEACHER, name="tiny_ltx2", sigmas=(1.0, 0.5, 0.0))
-FULL = replace(STUDENT, name="tiny_full", sigmas=(1.0, 0.5, 0.0))
+LTX2 = replace(TEACHER, name="tiny_ltx2", num_layers=1, sigmas=(1.0, 0.5, 0.0))
+FULL = replace(STUDENT, name="tiny_full", num_layers=1, sigmas=(1.0, 0.5, 0.0))
 SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run", "--out"]
 
 
