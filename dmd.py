@@ -267,7 +267,11 @@ def distil(p, args, start, toy_cfg, make):
         how = args.steps, args.seed, args.batch or 8, parts.is_toy
         if not parts.is_toy:
             generator, critic = recipes_of(*how)
-            nets = [(judge.cfg, None), (student.cfg, generator), (judge.cfg, critic)]
+            nets = [
+                ("teacher", judge.cfg, None),
+                ("generator", student.cfg, generator),
+                ("critic", judge.cfg, critic),
+            ]
             trial = functools.partial(generator_loss, args.guidance, make)
             training_plan.check(nets, trial, sharding.share_of(generator.batch))
         real, critic = judge.load(learns=False), judge.load(learns=True)

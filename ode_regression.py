@@ -229,7 +229,7 @@ def regress(p, args):
     recipe = recipe_of(args.steps, args.seed, args.batch or 8, parts.is_toy)
     if not parts.is_toy:
         share = sharding.share_of(recipe.batch)
-        training_plan.check([(student.cfg, recipe)], trial_loss, share)
+        training_plan.check([("student", student.cfg, recipe)], trial_loss, share)
     how = args.clips, args.guidance, args.between
     data = load_trajectories(
         f"{args.run}/trajectories.safetensors", walker.load(learns=False), *how,

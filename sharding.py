@@ -276,7 +276,8 @@ def save(folder, tensors, about):
     folder = Path(folder)
     done, making = folder / f"state-{about['step']:06}", folder / f".state-{about['step']:06}"
     if is_first():
-        shutil.rmtree(making, ignore_errors=True)
+        for half in folder.glob(".state-*"):  # of a run that was killed while it wrote
+            shutil.rmtree(half)
         making.mkdir(parents=True)
     dist.barrier()
     dcp.save(

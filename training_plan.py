@@ -15,7 +15,7 @@ Most of stage III's activations are gradients. Six passes, one a block, go throu
 autograd hands on a weight's gradient when all six have added to it: until then the gradients of all
 layers are whole, in bfloat16 38 GB.
 
-    python training_plan.py            stage II's student alone on 8 GPUs
+    python training_plan.py            a student on 8 GPUs, without activations
 """
 
 import functools
@@ -29,6 +29,7 @@ import config
 import memory
 import model
 import sharding
+import training
 from memory import GB, Row
 
 LAYERS_AT_WORK = 2  # the one that runs, and the next, which is being gathered meanwhile
@@ -38,17 +39,17 @@ MOST_PROCESSES = 1024
 def rows(nets, activations, processes) -> list[Row]:
     """What every process needs.
 
-    nets          (config, recipe) of each; no recipe: it is frozen
+    nets          (name, config, recipe) of each; no recipe: it is frozen
     activations   bytes of an update, from `activation_bytes`
     """
     found = []
-    for cfg, recipe in nets:
+    for name, cfg, recipe in nets:
         n = _parameters(cfg, cfg.num_layers)
         for what, size in kept(recipe).items():
             how = f"{n:,} parameters x {size} bytes / {processes} processes"
-            found.append(Row(f"{cfg.name}, {what}", -(-n * size // processes), how))
+            found.append(Row(f"{name}, {what}", -(-n * size // processes), how))
     how = "one update on tensors without contents, layers computed twice"
-    return [*found, layers_row(nets[-1][0]), Row("activations", activations, how)]
+    return [*found, layers_row(nets[-1][1]), Row("activations", activations, how)]
 
 
 def kept(recipe) -> dict:
@@ -82,12 +83,12 @@ def activation_bytes(nets, loss, batch) -> int:
     loss   function of all nets, captions and a generator of random numbers
     """
     two, three = (_peak(nets, loss, batch, layers) for layers in (2, 3))
-    return two + (nets[0][0].num_layers - 2) * (three - two)
+    return two + (nets[0][1].num_layers - 2) * (three - two)
 
 
 def _peak(nets, loss, batch, layers):
-    on_meta = [_net(replace(cfg, num_layers=layers), recipe is not None) for cfg, recipe in nets]
-    given = *on_meta, _captions(batch, nets[0][0]), torch.Generator()
+    on_meta = [_net(replace(cfg, num_layers=layers), recipe is not None) for _, cfg, recipe in nets]
+    given = *on_meta, _captions(batch, nets[0][1]), torch.Generator()
     with sharding.SharedDraws("meta"):
         return memory.peak_bytes(lambda: loss(*given).backward())
 
@@ -143,5 +144,6 @@ def refusal(nets, activations, processes, free) -> str:
 
 
 if __name__ == "__main__":
-    found = rows([(config.FULL, None)], 0, 8)
+    recipe = training.Recipe(steps=1)
+    found = rows([("student", config.FULL, recipe)], 0, 8)
     print(memory.shown(found, 80 * GB))

@@ -33,7 +33,7 @@ def one_pass(net, captions, generator):
 
 def test_what_is_kept_is_multiplied_out():
     """Weights, gradient, two moments and average in float32; frozen weights in bfloat16."""
-    nets = [(config.LTX2, None), (config.FULL, GENERATOR), (config.LTX2, CRITIC)]
+    nets = [("t", config.LTX2, None), ("g", config.FULL, GENERATOR), ("c", config.LTX2, CRITIC)]
     found = training_plan.rows(nets, 10**9, 8)
     teacher, student = 18_876_174_592, 18_876_207_360
     sizes = [row.num_bytes * 8 for row in found[:8]]
@@ -44,7 +44,7 @@ def test_what_is_kept_is_multiplied_out():
 
 def test_a_layer_more_takes_what_the_third_takes():
     """Five layers counted are five layers extrapolated; weights' gradients leave at once."""
-    nets = [(replace(CFG, num_layers=5), GENERATOR)]
+    nets = [("g", replace(CFG, num_layers=5), GENERATOR)]
     counted = training_plan._peak(nets, one_pass, 2, 5)
     assert training_plan.activation_bytes(nets, one_pass, 2) == pytest.approx(counted, rel=0.02)
 
@@ -52,7 +52,7 @@ def test_a_layer_more_takes_what_the_third_takes():
 def test_layers_that_run_twice_keep_their_inputs_only(monkeypatch):
     """A layer more takes a small part of what it takes where activations are kept."""
     monkeypatch.setattr(captions, "TOKENS", 4)  # whose keys and values are kept in any case
-    nets = [(CFG, GENERATOR)]
+    nets = [("g", CFG, GENERATOR)]
 
     def more():
         two, three = (training_plan._peak(nets, one_pass, 4, layers) for layers in (2, 3))
@@ -65,7 +65,7 @@ def test_layers_that_run_twice_keep_their_inputs_only(monkeypatch):
 
 def test_what_does_not_fit_is_refused_with_the_number_that_does(monkeypatch):
     """One process is too few by one byte: two would do, and do; without room for one layer none."""
-    nets = [(CFG, GENERATOR)]
+    nets = [("g", CFG, GENERATOR)]
     needed = memory.total(training_plan.rows(nets, 5000, 1))
     assert training_plan.refusal(nets, 5000, 1, needed - 1).endswith("free: 2 would do")
     assert memory.total(training_plan.rows(nets, 5000, 2)) < needed
