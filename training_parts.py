@@ -12,6 +12,7 @@ The three stages are the same code at both sizes. What differs is here:
 Either runs in one process or, under torchrun, in several.
 """
 
+import copy
 import functools
 from typing import Callable, NamedTuple
 
@@ -73,9 +74,9 @@ def toy_parts(cfg) -> Parts:
         if cfg:
             net = student_from(net.state_dict(), cfg, seed)
 
-        def load(learns):
-            net.requires_grad_(learns)
-            return sharding.shard(net, torch.float32)
+        def load(learns):  # another net every time: the teacher's file makes the critic as well
+            own = copy.deepcopy(net).requires_grad_(learns)
+            return sharding.shard(own, torch.float32)
 
         return Found(net.cfg, load, files.fingerprint(net.state_dict()))
 

@@ -10,6 +10,7 @@ import socket
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ import ode_regression
 import self_forcing
 import sharding
 import training
+import training_parts
 import training_plan
 from captions import toy_captions
 from masks import num_blocks
@@ -281,3 +283,13 @@ def test_what_does_not_go_together_is_refused(options, message, monkeypatch, cap
     """One line and exit status 2, before anything is read."""
     status, _, err = run_here(dmd, options, monkeypatch, capsys)
     assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_teachers_file_makes_two_nets():
+    """The frozen teacher and the critic that starts as it: training one leaves the other."""
+    path = Path(__file__).parent.parent / "weights" / "toy_teacher.safetensors"
+    found = training_parts.toy_parts(None).find(path)
+    real, critic = found.load(learns=False), found.load(learns=True)
+    assert not any(p.requires_grad for p in real.parameters())
+    for a, b in zip(real.parameters(), critic.parameters(), strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and b.requires_grad
