@@ -36,6 +36,7 @@ import rope
 import teacher
 import toy_codec
 import training
+from captions import toy_captions
 from masks import clip_span, four_masks, num_blocks
 
 
@@ -160,7 +161,8 @@ class A0Probe(kv_cache.MaskedView):
 def block_0_loss(net, data, view, step):
     """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
     rows, clean = torch.arange(BATCH) + BATCH * step, len(net.cfg.sigmas) - 1
-    chosen = [x[rows % len(x)] for x in data]
+    tokens, *walks = (x[rows % len(x)] for x in data)
+    chosen = toy_captions(tokens), *walks
     levels = torch.full((BATCH, num_blocks(teacher.SECONDS, net.cfg)), clean)
     levels[:, 0] = torch.arange(BATCH) % clean
     return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
@@ -184,7 +186,8 @@ def after_training(net, held, masks) -> dict:
     pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
     levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
     probe = A0Probe(masks, net.cfg.num_sinks)
-    losses = ode_regression.regression_losses(net, (tokens, *pairs), levels, (0.5, 0.0), probe)
+    captions = toy_captions(tokens)
+    losses = ode_regression.regression_losses(net, (captions, *pairs), levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 
@@ -262,7 +265,7 @@ def train_switch(switch, args):
     net = ode_regression.student_from(start, switch.cfg)
     learner = training.Learner(net, ode_regression.recipe_of(args.steps))
     rows = dict(zip(("tokens", "video", "audio"), first_seconds(walks, switch)))
-    losses = ode_regression.losses_of(net, rows, learner.recipe, switch.seconds)
+    losses = ode_regression.losses_of(net, rows, learner.recipe, seconds=switch.seconds)
     training.Run({"student": learner}, "").train(training.descent(learner, losses))
     net.load_state_dict(learner.average.tensors)
     return net.eval()

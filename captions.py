@@ -6,22 +6,52 @@ transformers ("connectors"), one for video and one for audio, that put learned r
 prompt has no tokens. So a prompt has 1024 tokens whatever its length, and no text mask is needed.
 
 The encoder is two thirds the size of the video model, and no block of the stream needs it again:
-every prompt of a stream is encoded before it starts, and the encoder is freed.
+every prompt of a stream is encoded before it starts, and the encoder is freed. A training reads
+thousands of prompts, so they are encoded once, to a folder with one file for each (15.7 MB):
+
+    python captions.py prompts.txt --ltx2 LTX-2 --out features --device cuda
+
+prompts.txt has one prompt a line. Killed and started again, it goes on where it was.
 
 All of it is the published pipeline of Hugging Face diffusers; what is ours is the order.
 """
 
 import gc
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
+import cli
+import files
 import toy_world
 
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
 TOKENS = 1024  # of the features of every prompt
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What the captions of a batch say, and what saying nothing is, which guidance steers from."""
+
+    features: tuple  # of (B, L, C_text): one for both streams, or video's and audio's
+    nothing: tuple  # the same of B empty captions
+
+    def __len__(self):
+        return len(self.features[0])
+
+    def with_nothing(self) -> tuple:
+        """Features of twice the batch: the captions, then as many that say nothing."""
+        return tuple(torch.cat(pair) for pair in zip(self.features, self.nothing))
+
+
+# ---- the toy's ----
 
 
 def toy_features(prompt) -> tuple:
@@ -30,6 +60,34 @@ def toy_features(prompt) -> tuple:
     Raises ValueError for words that it does not know, listing those that it knows.
     """
     return (toy_world.caption_features(toy_world.parse_prompt(prompt)),)
+
+
+def toy_captions(tokens) -> Captions:
+    """(B, 3) words of the toy; a word 0 says nothing.
+
+    >>> captions = toy_captions(torch.tensor([[1, 5, 7], [2, 0, 8]]))
+    >>> len(captions), captions.with_nothing()[0].shape
+    (2, torch.Size([4, 3, 9]))
+    """
+    empty = torch.zeros_like(tokens)
+    return Captions(*((toy_world.caption_features(words),) for words in (tokens, empty)))
+
+
+class ToyPrompts:
+    """Words of the toy's clips, of which there are as many as there are seeds."""
+
+    def numbers(self, seeds) -> torch.Tensor:
+        """(B, 3) words of the clips of these seeds."""
+        return toy_world.caption_tokens(toy_world.draw_clips(seeds))
+
+    def captions(self, numbers) -> Captions:
+        """What such words say."""
+        return toy_captions(numbers)
+
+
+TOY_PROMPTS = ToyPrompts()
+
+# ---- the full size's ----
 
 
 class Features(NamedTuple):
@@ -76,8 +134,8 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
     return found
 
 
-def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
-    """Load the text path of a folder in diffusers' format, encode, and give its memory back.
+def load_text_path(folder, dtype=torch.bfloat16):
+    """diffusers' LTX2Pipeline with the text path of a folder, and nothing else.
 
     Raises ValueError if a package is missing or the folder has no text path.
     """
@@ -87,14 +145,126 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict
         raise ValueError(REQUIRED) from None
     absent = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder", "scheduler"))
     try:
-        pipeline = LTX2Pipeline.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **absent
-        )
+        return LTX2Pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
     except OSError as error:
         raise ValueError(f"{folder}: no text encoder in diffusers' format ({error})") from None
+
+
+def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
+    """Load the text path, encode, and give its memory back; see `load_text_path`."""
+    pipeline = load_text_path(folder, dtype)
     features = encode(pipeline.to(device), prompts, device)
     del pipeline
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
     return features
+
+
+# ---- a folder of features, to train on ----
+
+
+def read_lines(path) -> list[str]:
+    """The prompts of a text file, one a line.  Raises ValueError for an empty line, or for none."""
+    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    if not lines:
+        raise ValueError(f"{path}: no prompts; expected one a line")
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1} is empty; expected one prompt a line")
+    return lines
+
+
+def encode_to_folder(read, prompts, negative, folder):
+    """Write features of every prompt, and of the negative one, that are not there yet.
+
+    read       function from a prompt to its Features
+    negative   the prompt that guidance steers away from; may be empty
+
+    Raises ValueError for a folder of other prompts.
+    """
+    index, contents = Path(folder, "prompts.json"), {"prompts": prompts, "negative": negative}
+    if index.exists() and json.loads(index.read_text()) != contents:
+        raise ValueError(f"{folder}: holds features of other prompts; remove it or name another")
+    files.write_json(index, contents)
+    missing = [(p, path) for p, path in _places(folder, contents) if not path.exists()]
+    for prompt, path in tqdm(missing, unit="prompt", mininterval=5):
+        made = {name: x[0].cpu().contiguous() for name, x in read(prompt)._asdict().items()}
+        files.write_beside(path, lambda p: save_file(made, p, {"prompt": prompt}))
+
+
+def _places(folder, contents):
+    """Every prompt and the file of its features, the negative one first."""
+    yield contents["negative"], Path(folder, "negative.safetensors")
+    for number, prompt in enumerate(contents["prompts"]):
+        yield prompt, Path(folder, f"{number:06}.safetensors")
+
+
+class EncodedPrompts:
+    """A folder that `encode_to_folder` wrote: prompts by number, read when they are asked for."""
+
+    def __init__(self, folder, cfg):
+        """Raises ValueError for a folder that is not one, or in which features are missing."""
+        index = Path(folder, "prompts.json")
+        if not index.is_file():
+            raise ValueError(f"{folder}: no prompts.json; captions.py makes such a folder")
+        self.cfg, places = cfg, list(_places(folder, json.loads(index.read_text())))
+        if missing := [path.name for _, path in places if not path.is_file()]:
+            raise ValueError(
+                f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "
+                f"captions.py again, it goes on where it was"
+            )
+        (_, negative), *self.places = places
+        self.negative = self._read(negative)
+
+    def __len__(self):
+        return len(self.places)
+
+    def numbers(self, seeds) -> torch.Tensor:
+        """(B,) numbers of prompts for so many seeds, round and round."""
+        return torch.tensor([seed % len(self) for seed in seeds])
+
+    def captions(self, numbers) -> Captions:
+        """(B,) numbers of prompts -> what they say."""
+        rows = [self._read(self.places[n][1]) for n in numbers.tolist()]
+        empty = [self.negative] * len(rows)
+        return Captions(*(tuple(map(torch.stack, zip(*x))) for x in (rows, empty)))
+
+    def draw(self, n, generator):
+        """n prompts at random, as `dmd.draw_prompts` draws the toy's; no clips belong to them."""
+        return None, self.captions(torch.randint(len(self), (n,), generator=generator))
+
+    def _read(self, path):
+        try:
+            with safe_open(path, "pt") as f:
+                pair = [f.get_tensor(name).float() for name in Features._fields]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a whole file of features ({error})") from None
+        if pair[0].shape[-1] != self.cfg.caption_width:
+            raise ValueError(
+                f"{path}: features of width {pair[0].shape[-1]}; config {self.cfg.name} reads "
+                f"{self.cfg.caption_width}"
+            )
+        return pair
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("prompts", help="text file, one prompt a line")
+    p.add_argument("--ltx2", required=True, help="LTX-2's folder in diffusers' format")
+    p.add_argument("--negative", default="", help="what guidance steers away from")
+    p.add_argument("--out", default="features", help="folder to write, or to go on with")
+    p.add_argument("--device", default="cpu", help="cpu, cuda, ...")
+    args = p.parse_args()
+    prompts, device = read_lines(args.prompts), cli.find_device(args.device)
+    check_folder(args.ltx2)
+    pipeline = load_text_path(args.ltx2).to(device)
+
+    def read(prompt):
+        return encode(pipeline, [prompt], device)[prompt]
+
+    encode_to_folder(read, prompts, args.negative, args.out)
+    print(f"{len(prompts)} prompts in {args.out}; next: torchrun dmd.py --prompts {args.out} ...")
+
+
+if __name__ == "__main__":
+    cli.run(main)

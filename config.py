@@ -145,6 +145,11 @@ class Config:
                 f"sink_positions={self.sink_positions!r}: expected 'identity' or 'incremental'"
             )
 
+    @property
+    def is_toy(self) -> bool:
+        """Whether its clips, captions and weight files are the toy's; else they are LTX-2's."""
+        return self.name.startswith("toy")
+
     def to_dict(self) -> dict:
         """Plain values, as they are written into the metadata of a weight file."""
         return asdict(self)
@@ -167,7 +172,7 @@ class Config:
 FOUR_STEPS = (1.0, 0.9062290, 0.7265238, 0.4207186, 0.0)
 THREE_STEPS = (1.0, 0.7506967, 0.5447712, 0.0)
 
-LTX2 = Config()
+LTX2 = Config(sigmas=THREE_STEPS)  # levels of its few-step student (stage I), which has its shape
 
 # Both students rotate interleaved pairs, compute the frequency grid in float32 and leave the gate's
 # sigma unscaled (OmniForcing/OmniForcing, ltx-causal), although they start from LTX-2 weights,

@@ -25,7 +25,6 @@ The critic must stay close behind, so each generator update is followed by five 
     python dmd.py            distil the shipped teacher, see --help
 """
 
-import copy
 import functools
 from typing import NamedTuple
 
@@ -33,9 +32,13 @@ import torch
 
 import cli
 import model
+import sharding
 import teacher
 import toy_world
 import training
+import training_parts
+import training_plan
+from captions import toy_captions
 from kv_cache import MaskedView, MergedView
 from masks import Span
 
@@ -134,22 +137,22 @@ def draw_exit_step(sigmas, generator) -> int:
     return int(torch.randint(len(sigmas) - 1, (), generator=generator))
 
 
-def few_step_clips(net, tokens, generator, sigmas=None, exit_step=None):
+def few_step_clips(net, captions, generator, sigmas=None, exit_step=None):
     """Whole clips by a bidirectional few-step student, video (B, T_v, C_v) and audio (B, F_a, C_a).
 
-    tokens   (B, 3) captions
+    captions   `Captions` of B clips
     """
     span = teacher.whole_span(net.cfg)
-    text = net.project_text(toy_world.caption_features(tokens))
-    noise = model.draw_noise(len(tokens), span, net.cfg, generator)
+    text = net.project_text(*captions.features)
+    noise = model.draw_noise(len(captions), span, net.cfg, generator)
     sigmas = sigmas or net.cfg.sigmas
     return denoise(net, noise, sigmas, text, span, MaskedView(), generator, exit_step)
 
 
-def backward_simulation(net, clips, tokens, generator):
+def backward_simulation(net, clips, captions, generator):
     """Clips to train stage I on, as they are after a random pass."""
     exit_step = draw_exit_step(net.cfg.sigmas, generator)
-    return few_step_clips(net, tokens, generator, exit_step=exit_step)
+    return few_step_clips(net, captions, generator, exit_step=exit_step)
 
 
 # ---- the two losses, shared with stage III ----
@@ -190,7 +193,7 @@ def surrogate(x, gradient):
     return 0.5 * (x - (x - gradient).detach()).square().mean()
 
 
-def matching_losses(clips, tokens, real, fake, guidance, generator):
+def matching_losses(clips, captions, real, fake, guidance, generator):
     """How far the generator's clips are from real ones: a loss for video and one for audio.
 
     clips      video (B, T_v, C_v) and audio (B, F_a, C_a) that depend on the generator's weights
@@ -198,18 +201,18 @@ def matching_losses(clips, tokens, real, fake, guidance, generator):
     """
     span = teacher.whole_span(real.cfg)
     with torch.no_grad():
-        sigma = draw_sigmas(len(tokens), generator)
-        noise = [torch.randn(x.shape, generator=generator) for x in clips]
+        sigma = draw_sigmas(len(captions), generator)
+        noise = [model.noise_like(x, generator) for x in clips]
         noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(clips, noise)]
-        r = teacher.Guided(real, tokens, guidance).x0(*noisy, sigma, span, MaskedView())
-        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())
+        r = teacher.Guided(real, captions, guidance).x0(*noisy, sigma, span, MaskedView())
+        f = teacher.Guided(fake, captions).x0(*noisy, sigma, span, MaskedView())
     return [surrogate(x, towards_fake(x, *rf)) for x, *rf in zip(clips, r, f)]
 
 
-def critic_losses(fake, clips, tokens, generator):
+def critic_losses(fake, clips, captions, generator):
     """Flow matching on the generator's clips, exactly as the teacher learnt from real ones."""
-    sigma = draw_sigmas(len(tokens), generator)
-    video, audio = teacher.velocity_losses(fake, clips, tokens, sigma, generator)
+    sigma = draw_sigmas(len(captions), generator)
+    video, audio = teacher.velocity_losses(fake, clips, captions, sigma, generator)
     return video.mean(), audio.mean()
 
 
@@ -217,32 +220,33 @@ def critic_losses(fake, clips, tokens, generator):
 
 
 def draw_prompts(n, generator):
-    """n clips, of which only stage III's control looks at more than the captions (n, 3)."""
+    """n clips of the toy, of which only stage III's control looks at more than the captions."""
     seeds = torch.randint(toy_world.HELD_OUT, (n,), generator=generator).tolist()
     clips = toy_world.draw_clips(seeds)
-    return clips, teacher.hide_words(toy_world.caption_tokens(clips), generator)
+    return clips, toy_captions(teacher.hide_words(toy_world.caption_tokens(clips), generator))
 
 
-def updates_of(generator, critic, real, guidance, make):
+def updates_of(generator, critic, real, guidance, make, draw=draw_prompts):
     """The update that `training.Run.train` repeats: one of the generator, five of its critic.
 
-    generator, critic           training.Learner, each with an optimiser of its own
-    real                        the frozen teacher
-    make(net, clips, tokens, g) clips (video, audio) by the generator, for these prompts
+    generator, critic               training.Learner, each with an optimiser of its own
+    real                            the frozen teacher
+    make(net, clips, captions, g)   clips (video, audio) by the generator, for these prompts
+    draw(n, g)                      n prompts: clips, and their captions
     """
-    batch, seed = generator.recipe.batch, generator.recipe.seed
+    batch, seed = sharding.share_of(generator.recipe.batch), generator.recipe.seed
 
     def update(step):
         g = training.generator(seed, step)
-        clips, tokens = draw_prompts(batch, g)
-        made = make(generator.model, clips, tokens, g)
-        video, audio = matching_losses(made, tokens, real, critic.model, guidance, g)
+        clips, captions = draw(batch, g)
+        made = make(generator.model, clips, captions, g)
+        video, audio = matching_losses(made, captions, real, critic.model, guidance, g)
         norm = generator.update(video + audio, step)
         for _ in range(CRITIC_UPDATES):
-            clips, tokens = draw_prompts(batch, g)
+            clips, captions = draw(batch, g)
             with torch.no_grad():  # clips of the moved generator, as data
-                made = make(generator.model, clips, tokens, g)
-            critic_video, critic_audio = critic_losses(critic.model, made, tokens, g)
+                made = make(generator.model, clips, captions, g)
+            critic_video, critic_audio = critic_losses(critic.model, made, captions, g)
             critic.update(critic_video + critic_audio, step)
         losses = {"video": video, "audio": audio}
         return {**losses, "critic v": critic_video, "critic a": critic_audio, "norm": norm}
@@ -250,15 +254,28 @@ def updates_of(generator, critic, real, guidance, make):
     return update
 
 
-def learners_of(net, real, steps, seed, batch=8) -> dict:
+# what generator and critic share, then what is each one's own
+TOY = dict(muon_lr=0, betas=(0.0, 0.95), ema=0.95)
+TOY_EACH = dict(adam_lr=2e-4, warmup=10), dict(adam_lr=5e-4, warmup=1)
+# Paper: both at 2e-5, constant; betas, clip and averaging of the later release's stage III. Its
+# weight decay, 0.01, shrinks weights by 4e-4 in 2000 steps, and is left out.
+FULL = dict(muon_lr=0, adam_lr=2e-5, betas=(0.0, 0.999), warmup=1, decay=0.0)
+FULL_EACH = dict(ema=0.99), dict(ema=0.0)  # nobody looks at a critic's average, and it is 75 GB
+
+
+def recipes_of(steps, seed, batch=8, is_toy=True):
+    """How the generator learns, and how its critic."""
+    both, each = (TOY, TOY_EACH) if is_toy else (FULL, FULL_EACH)
+    return [training.Recipe(steps, batch, seed, **both, **own) for own in each]
+
+
+def learners_of(net, critic, steps, seed, batch=8, is_toy=True) -> dict:
     """The generator, which starts as `net`, and its critic, which starts as the teacher."""
-    recipe = functools.partial(
-        training.Recipe, steps, batch, seed, muon_lr=0, betas=(0.0, 0.95), ema=0.95
-    )
-    generator = training.Learner(net, recipe(adam_lr=2e-4, warmup=10))
-    critic = copy.deepcopy(real).requires_grad_(True)
-    critic = training.Learner(critic, recipe(adam_lr=5e-4, warmup=1))
-    return {"generator": generator, "critic": critic}
+    recipes = recipes_of(steps, seed, batch, is_toy)
+    return {
+        name: training.Learner(learning, recipe)
+        for name, learning, recipe in zip(("generator", "critic"), (net, critic), recipes)
+    }
 
 
 def options(doc, steps, run, out):
@@ -270,23 +287,48 @@ def options(doc, steps, run, out):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default=run, help="folder for the state; resumed if there")
     p.add_argument("--out", default=out, help="weights to write")
+    training_parts.add_options(p)
     return p
 
 
-def distil(p, args, net, make):
-    """Train `net` by distribution matching on the clips that `make` has it make; ship it."""
-    real = model.load(args.teacher).requires_grad_(False)
-    learners = learners_of(net, real, args.steps, args.seed)
-    run = training.Run(learners, cli.command(p, args), args.run)
-    update = updates_of(*learners.values(), real, args.guidance, make)
-    run.train(update, print_every=5, save_every=20)
-    run.ship(args.out)
+def distil(p, args, start, toy_cfg, make):
+    """Train by distribution matching on the clips that `make` has the student make; ship it.
+
+    start     the student's weights at first
+    toy_cfg   the toy student's config; None: that of the file
+    """
+    with sharding.processes(args.device or "cpu"):
+        parts = training_parts.parts_for(args, toy_cfg)
+        judge, student = parts.find(args.teacher), parts.find(start, parts.cfg, args.seed)
+        how = args.steps, args.seed, args.batch or 8, parts.is_toy
+        if not parts.is_toy:
+            generator, critic = recipes_of(*how)
+            nets = [
+                ("teacher", judge.cfg, None),
+                ("generator", student.cfg, generator),
+                ("critic", judge.cfg, critic),
+            ]
+            trial = functools.partial(generator_loss, args.guidance, make)
+            training_plan.check(nets, trial, sharding.share_of(generator.batch))
+        real, critic = judge.load(learns=False), judge.load(learns=True)
+        learners = learners_of(student.load(learns=True), critic, *how)
+        run = training.Run(learners, cli.command(p, args), args.run)
+        draw = draw_prompts if parts.is_toy else parts.prompts.draw
+        update = updates_of(*learners.values(), real, args.guidance, make, draw)
+        run.train(update, print_every=5, save_every=20)
+        run.ship(args.out, parts.write, parts.dtype)
+
+
+def generator_loss(guidance, make, real, net, critic, captions, generator):
+    """What an update of the generator computes, to see what it takes (training_plan.py)."""
+    made = make(net, None, captions, generator)
+    return sum(matching_losses(made, captions, real, critic, guidance, generator))
 
 
 def main():
     p = options(__doc__, 150, "runs/dmd", "weights/toy_dmd.safetensors")
     args = p.parse_args()
-    distil(p, args, model.load(args.teacher), backward_simulation)
+    distil(p, args, args.teacher, None, backward_simulation)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ import teacher
 import toy_codec
 import toy_detectors as detectors
 import toy_world
+from captions import toy_captions
 from masks import num_blocks
 from ode_regression import student_from
 
@@ -240,15 +241,15 @@ def through_codec(codec, seconds, clips, seed):
 
 def from_teacher(net, codec, sigmas, clips, seed, guidance=teacher.GUIDANCE):
     """The teacher's clips of five seconds, along these noise levels."""
-    tokens = toy_world.caption_tokens(clips)
-    return decode(codec, teacher.sample(net, tokens, sigmas, guidance=guidance, seed=seed))
+    captions = toy_captions(toy_world.caption_tokens(clips))
+    return decode(codec, teacher.sample(net, captions, sigmas, guidance=guidance, seed=seed))
 
 
 @torch.inference_mode()
 def from_few_steps(net, codec, clips, seed):
     """A bidirectional few-step student's clips of five seconds."""
-    tokens, g = toy_world.caption_tokens(clips), torch.Generator().manual_seed(seed)
-    return decode(codec, dmd.few_step_clips(net, tokens, g))
+    captions, g = toy_captions(toy_world.caption_tokens(clips)), torch.Generator().manual_seed(seed)
+    return decode(codec, dmd.few_step_clips(net, captions, g))
 
 
 @torch.inference_mode()

@@ -89,6 +89,10 @@ class MaskedView:
     def __init__(self, masks=None):
         self.masks = masks or {}  # site -> (Q, K) booleans, see masks.four_masks
 
+    def frozen(self, layer):
+        """For a layer that is run twice (`CachedView.frozen`): nothing here ever changes."""
+        return self
+
     def attend(self, layer, site, q, k, v, heads: Heads):
         """Raw projections (B, T, H*D) of one pass -> (B, Q, H*D)."""
         mask = self.masks.get(site)
@@ -159,6 +163,8 @@ class RollingCache:
         self.k, self.v = (k.new_empty(k.shape[0], slots, *k.shape[2:]) for _ in range(2))
 
     def _history_and(self, new, buffer):
+        if buffer is None:  # nothing was written yet
+            return new
         here = self.slots
         before, after = slice(self.first, here.start), slice(here.stop, self.num_filled)
         return torch.cat([buffer[:, before], buffer[:, after], new], 1)
@@ -202,7 +208,7 @@ class CachedView:
         """
         if window is not None and window < 1:
             raise ValueError(f"window={window}: a block must remember at least the one before it")
-        self.cfg, self.pinned = cfg, pinned
+        self.cfg, self.num_blocks, self.pinned = cfg, num_blocks, pinned
         self.window = num_blocks if window is None else window
         ring = max(1, min(self.window + 1, num_blocks - 1))
         video = cfg.prefix_video_frames * cfg.tokens_per_frame, cfg.video_tokens_per_block, ring
@@ -221,6 +227,23 @@ class CachedView:
     def attend(self, layer, site, q, k, v, heads: Heads):
         """Raw projections (B, T, H*D) of the current block -> (B, Q, H*D)."""
         return cache_append_attention(q, k, v, heads, self.layers[layer][site])
+
+    def frozen(self, layer):
+        """This block's view for a layer whose activations are computed again by its backward pass.
+
+        By then the stream has moved on. So the layer writes nothing (what a pass with a gradient
+        writes is noisy, and the refresh overwrites it before it is read), and the history must
+        still be where it was: the ring must not have come round, nor the prefix have moved.
+
+        Raises ValueError for a window that forgets.
+        """
+        if self.window < self.num_blocks - 2:
+            raise ValueError(
+                f"window={self.window}: of {self.num_blocks} blocks some would be forgotten, and "
+                f"checkpointed activations are computed from them once more; expected a window of "
+                f"{self.num_blocks - 2} or more"
+            )
+        return FrozenView({site: copy.copy(c) for site, c in self.layers[layer].items()})
 
     @torch.no_grad()  # what is remembered is data: no gradient crosses from block to block
     def next_block(self):
@@ -307,6 +330,21 @@ class MergedView:
         queries, keys = caches[LISTENER[site]].num_new, caches[site].num_new
         for rows, new in ((slice(queries), slice(keys)), (slice(queries, None), slice(keys, None))):
             yield q[:, rows], k[:, new], v[:, new], heads.of(rows, new)
+
+
+class FrozenView:
+    """One layer's caches during one block: what was finished before it, whenever it is asked."""
+
+    def __init__(self, caches):
+        """Copies that share the buffers, by site; see `CachedView.frozen`."""
+        self.caches = caches
+
+    def attend(self, layer, site, q, k, v, heads: Heads):
+        """Raw projections (B, T, H*D) of the block -> (B, Q, H*D)."""
+        cache = self.caches[site]
+        keys = cache._history_and(heads.keys(k), cache.k)
+        values = cache._history_and(heads.split(v), cache.v)
+        return attention(heads.queries(q), keys, values)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 import config
 import files
@@ -253,21 +254,46 @@ class Source:
     def _empty(self):
         return build(self.cfg, device="meta")
 
+    def fingerprint(self) -> str:
+        """A short hash of the exits, which every training moves."""
+        exits, found = [n for n, ours in self.table.items() if "unpatchify" in ours], {}
+        for name in exits:
+            file, key = self.checkpoint.where[name]
+            with safe_open(file, "pt") as f:
+                found[name] = f.get_tensor(key).float()
+        return files.fingerprint(found)
+
+    def tensors(self, device="cpu", dtype=torch.bfloat16):
+        """Yield (our name, tensor) of every parameter, fresh sinks among them if it has none."""
+        for name, tensor in self.checkpoint.read(device, dtype):
+            yield self.table[name], tensor
+        if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
+            self.say(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
+            yield "sinks.tokens", fresh_sinks(self.cfg, device, dtype)
+
     def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
         """Read once, tensor by tensor to where it belongs: there is no second copy in memory."""
-        net, cfg = self._empty(), self.cfg
-        read = self.checkpoint.read(device, dtype)
-        tensors = {self.table[name]: tensor for name, tensor in read}
-        if cfg.num_sinks and "sinks.tokens" not in tensors:
-            self.say(f"{self.path}: no sinks; {cfg.num_sinks} fresh ones take their place")
-            tensors["sinks.tokens"] = fresh_sinks(cfg, device, dtype)
-        files.load_into(net, tensors, self.path, assign=True)
+        net = self._empty()
+        files.load_into(net, dict(self.tensors(device, dtype)), self.path, assign=True)
         return net.requires_grad_(False).eval()
 
 
 def load(path, cfg, device="cpu", dtype=torch.bfloat16, say=print) -> OmniTransformer:
     """The transformer of a published file; see `Source`."""
     return Source(path, cfg, say).load(device, dtype)
+
+
+def save(path, tensors, cfg, made_by):
+    """Write weights under LTX-2's names and with their flags, as `Source` reads them."""
+    table = {ours: f"{PREFIXES[0]}{ltx2_name(ours)}" for ours in tensors if ours != "sinks.tokens"}
+    named = {table.get(ours, SINKS): x.contiguous() for ours, x in tensors.items()}
+    flags = {  # in the words of LTX-2's metadata
+        "rope_type": cfg.rope_layout,
+        "frequencies_precision": "float64" if cfg.rope_float64 else "float32",
+        "av_ca_timestep_scale_multiplier": cfg.gate_timestep_scale,
+    }
+    metadata = {"config": json.dumps({"transformer": flags}), "made_by": json.dumps(made_by)}
+    files.write_beside(path, lambda p: save_file(named, p, metadata))
 
 
 def fresh_sinks(cfg, device, dtype):

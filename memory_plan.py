@@ -4,24 +4,15 @@ Nineteen billion parameters, a cache that grows with the window, decoders, and f
 encoder two thirds the size of it all: what does not fit should be refused in the first second, with
 the arithmetic, and not by the allocator after ten minutes.
 
-Sizes that follow from constants are multiplied out. What an activation takes at its widest moment
-is not guessed either: the same code runs once on `meta` tensors, which have shapes but no contents,
-while `peak_bytes` counts what is alive.
+How bytes are counted, and the tools for it, are in `memory.py`.
 
     python memory_plan.py              the full size at windows of 5, 15 and 25 seconds
 """
 
-import os
-import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import captions
 import cli
@@ -31,26 +22,10 @@ import dmd
 import model
 from kv_cache import CachedView
 from masks import SITES, block_span
+from memory import GB, Row, peak_bytes, shown, total, weights_row
 from self_forcing import Block
 
-GB = 1e9
-
-
-class Row(NamedTuple):
-    """One thing that takes memory while the stream runs."""
-
-    what: str
-    num_bytes: int
-    how: str  # the arithmetic
-
-
 # ---- sizes that follow from constants ----
-
-
-def weights_row(net, dtype) -> Row:
-    """Parameters times bytes each; `net` may be on the meta device."""
-    n, size = net.num_parameters(), dtype.itemsize
-    return Row("transformer", n * size, f"{n:,} parameters x {size} bytes")
 
 
 def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
@@ -75,57 +50,6 @@ def text_row(cfg, prompts, dtype, batch=1) -> Row:
     values = 2 * prompts * batch * cfg.num_layers * captions.TOKENS * width
     how = f"{prompts} x {captions.TOKENS} tokens x {cfg.num_layers} layers x 2 x {width} channels"
     return Row("keys and values of prompts", values * dtype.itemsize, how)
-
-
-# ---- sizes of activations: run on tensors without contents ----
-
-
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it that are still alive; views are no tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._meet((args, kwargs), are_new=False)
-        out = function(*args, **(kwargs or {}))
-        self._meet(out, are_new=True)
-        return out
-
-    def _meet(self, tree, are_new):
-        storages = [t.untyped_storage() for t in tree_iter(tree) if torch.is_tensor(t)]
-        for storage in storages:
-            if storage._cdata in self.sizes:
-                continue
-            self.sizes[storage._cdata] = storage.nbytes() if are_new else 0
-            self.now += self.sizes[storage._cdata]
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._dead, storage._cdata)
-
-    def _dead(self, name):
-        self.now -= self.sizes.pop(name)
-
-
-class _FusedAttention(TorchFunctionMode):
-    """On a GPU no (Q, K) matrix of scores is ever written; on meta tensors it would be counted."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.scaled_dot_product_attention:
-            return torch.empty_like(args[0])
-        return function(*args, **(kwargs or {}))
-
-
-@torch.inference_mode()
-def peak_bytes(function) -> int:
-    """The most memory alive at once of what `function` makes, when called on meta tensors.
-
-    >>> peak_bytes(lambda: (torch.empty(10, device="meta") + 1).sum())       # 40 + 40, then 40 + 4
-    80
-    """
-    with _FusedAttention(), _Living() as living:
-        function()
-    return living.peak
 
 
 @torch.inference_mode()
@@ -195,32 +119,6 @@ def stream_rows(
         one_pass,
         *([recorded] if graph else []),
     ]
-
-
-def free_bytes(device) -> int:
-    """Memory that can still be had there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # free, and what the system would give up of its file cache
-        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def total(rows) -> int:
-    return sum(row.num_bytes for row in rows)
-
-
-def shown(rows, free) -> str:
-    """The arithmetic, one line each.
-
-    >>> print(shown([Row("transformer", 37_750_000_000, "18.9e9 x 2 bytes")], 80_000_000_000))
-       37.75 GB  transformer: 18.9e9 x 2 bytes
-       37.75 GB  in all, of 80.00 GB free
-    """
-    lines = [f"{row.num_bytes / GB:8.2f} GB  {row.what}: {row.how}" for row in rows]
-    return "\n".join([*lines, f"{total(rows) / GB:8.2f} GB  in all, of {free / GB:.2f} GB free"])
 
 
 def check(rows, free, cfg, blocks, dtype, batch=1):

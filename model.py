@@ -67,9 +67,14 @@ def draw_noise(n, span, cfg, generator, device=None, dtype=None):
     return [send(torch.randn(shape, generator=generator), device, dtype) for shape in shapes]
 
 
+def noise_like(x, generator):
+    """Pure noise of x's shape, where x is; drawn on the CPU as well."""
+    return send(torch.randn(x.shape, generator=generator), x.device, x.dtype)
+
+
 def send(x, device, dtype):
     """A tensor of the CPU, elsewhere.  A GPU copies from pinned memory, and nobody waits for it."""
-    if device is not None and torch.device(device).type == "cuda":
+    if device is not None and torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory().to(device, non_blocking=True)
     return x.to(device, dtype)
 
@@ -390,26 +395,33 @@ class OmniTransformer(nn.Module):
         if with_sinks:
             a, sigma_audio = self.sinks.prepend(a), self.sinks.prepend_sigma(sigma_audio)
         m_v, m_a = self.video.modulate(sigma_video), self.audio.modulate(sigma_audio)
-        for i, (half_v, half_a) in enumerate(zip(self.video.layers, self.audio.layers)):
-
-            def at(site, layer=i):
-                return functools.partial(view.attend, layer, site)
-
-            beside = self.fork()
-            v = half_v.attend_self(v, m_v, ropes["video_self"], at("video_self"))
-            v = half_v.attend_text(v, text.video[i], text.mask)
-            with beside:
-                a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
-                a = half_a.attend_text(a, text.audio[i], text.mask)
-            v, a = self._listen(half_v, half_a, v, a, m_v, m_a, ropes, at)
-            beside = self.fork()
-            v = half_v.mlp(v, m_v)
-            with beside:
-                a = half_a.mlp(a, m_a)
+        for i in range(self.cfg.num_layers):
+            texts = text.video[i], text.audio[i], text.mask
+            v, a = self.layer(i, v, a, m_v, m_a, *texts, ropes, view)
         if with_sinks:
             a = self.sinks.remove(a)
             m_a = m_a._replace(final=m_a.final[:, -a.shape[1] :])
         return self.video.exit(v, m_v), self.audio.exit(a, m_a)
+
+    def layer(self, i, v, a, m_v, m_a, text_v, text_a, mask, ropes, view):
+        """Layer i of both streams: each by itself, then both listen, then both MLPs."""
+        half_v, half_a = self.video.layers[i], self.audio.layers[i]
+
+        def at(site):
+            return functools.partial(view.attend, i, site)
+
+        beside = self.fork()
+        v = half_v.attend_self(v, m_v, ropes["video_self"], at("video_self"))
+        v = half_v.attend_text(v, text_v, mask)
+        with beside:
+            a = half_a.attend_self(a, m_a, ropes["audio_self"], at("audio_self"))
+            a = half_a.attend_text(a, text_a, mask)
+        v, a = self._listen(half_v, half_a, v, a, m_v, m_a, ropes, at)
+        beside = self.fork()
+        v = half_v.mlp(v, m_v)
+        with beside:
+            a = half_a.mlp(a, m_a)
+        return v, a
 
     def _listen(self, half_v, half_a, v, a, m_v, m_a, ropes, at):
         """Both streams hear each other as they were before either listened."""

@@ -37,11 +37,15 @@ import cli
 import config
 import files
 import model
+import sharding
 import teacher
-import toy_world
 import training
+import training_parts
+import training_plan
+from captions import TOY_PROMPTS
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
+from training_parts import student_from  # noqa: F401  a student starts as its teacher
 
 CLEAN_SHARE = 0.25  # share of blocks shown clean
 FIRST_SEED = 10**8  # trajectories begin from captions the teacher was not trained on
@@ -62,25 +66,33 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
     return fine
 
 
-def draw_trajectories(net, sigmas, seeds, guidance=(1, 1), between=1):
+def draw_trajectories(net, sigmas, seeds, guidance=(1, 1), between=1, prompts=TOY_PROMPTS):
     """Teacher states at exactly the levels `sigmas`, for the captions of these seeds.
 
     between   Euler steps from one kept level to the next
-    ->        tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a)
+    ->        tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a);
+              at full size the tokens are numbers of prompts, (B,)
     """
-    tokens = toy_world.caption_tokens(toy_world.draw_clips(seeds))
+    tokens = prompts.numbers(seeds)
+    captions = prompts.captions(sharding.rows(tokens))
     fine = fine_sigmas(sigmas, between)
     keep = range(0, len(fine), between)
-    _, (video, audio) = teacher.sample(
-        net, tokens, fine, guidance=guidance, seed=seeds[0], keep=keep
-    )
-    return tokens, video, audio
+    with sharding.shared_draws():
+        _, states = teacher.sample(net, captions, fine, guidance=guidance, seed=seeds[0], keep=keep)
+    return tokens, *(sharding.gathered(x).cpu() for x in states)
 
 
-def load_trajectories(path, net, count, guidance, between, batch=16) -> dict:
-    """Trajectories from a file, or drawn and written there: "tokens", "video", "audio"."""
+def load_trajectories(
+    path, net, count, guidance, between, batch=16, sigmas=config.TOY.sigmas, prompts=TOY_PROMPTS,
+    mark=None,
+) -> dict:  # fmt: skip
+    """Trajectories from a file, or drawn and written there: "tokens", "video", "audio".
+
+    mark   tells the walker from others; by default a hash of its weights
+    """
     about = {"count": count, "guidance": list(guidance), "between": between}
-    about["teacher"] = files.fingerprint(net.state_dict())  # another teacher, other trajectories
+    # another teacher, other trajectories
+    about["teacher"] = mark or files.fingerprint(net.state_dict())
     if Path(path).exists():
         tensors, _, made_by = files.read_weights(path)
         if made_by != about:
@@ -89,13 +101,15 @@ def load_trajectories(path, net, count, guidance, between, batch=16) -> dict:
             )
         return tensors
     parts = []
-    with tqdm(total=count, unit="clip", desc="trajectories", mininterval=5) as bar:
+    shown = dict(desc="trajectories", mininterval=5, disable=not sharding.is_first())
+    with tqdm(total=count, unit="clip", **shown) as bar:
         for first in range(FIRST_SEED, FIRST_SEED + count, batch):
             seeds = range(first, min(first + batch, FIRST_SEED + count))
-            parts.append(draw_trajectories(net, config.TOY.sigmas, seeds, guidance, between))
+            parts.append(draw_trajectories(net, sigmas, seeds, guidance, between, prompts))
             bar.update(len(seeds))
     tensors = dict(zip(("tokens", "video", "audio"), map(torch.cat, zip(*parts))))
-    files.save_weights(path, tensors, net.cfg, about)
+    if sharding.is_first():
+        files.save_weights(path, tensors, net.cfg, about)
     return tensors
 
 
@@ -123,17 +137,18 @@ def states_at(trajectory, levels):
 def regression_losses(net, trajectories, levels, sigmas, view):
     """Mean squared error of x0 over the noisy elements of video and of audio.
 
-    trajectories   tokens (B, 3), video (B, L, T_v, C_v), audio (B, L, F_a, C_a)
+    trajectories   `Captions`, video (B, L, T_v, C_v), audio (B, L, F_a, C_a)
     levels         (B, N) index into sigmas, one per block
     view           what may be attended to: a MaskedView of the block-causal masks
     """
-    tokens, video, audio = trajectories
+    captions, video, audio = trajectories
     span = clip_span(levels.shape[1], net.cfg)
     level_v, level_a = (levels[:, blocks] for blocks in frame_blocks(levels.shape[1], net.cfg))
-    sigma_v, sigma_a = (torch.tensor(sigmas)[level] for level in (level_v, level_a))
+    table = torch.tensor(sigmas, device=levels.device)
+    sigma_v, sigma_a = table[level_v], table[level_a]
     video = video.unflatten(2, (len(span.video), -1))  # (B, L, F_v, rows * columns, C_v)
     noisy = states_at(video, level_v).flatten(1, 2), states_at(audio, level_a)
-    text = net.project_text(toy_world.caption_features(tokens))
+    text = net.project_text(*captions.features)
     x0 = model.predict_x0(net, *noisy, sigma_v, sigma_a, text, span, view)
     ends = video[:, -1].flatten(1, 2), audio[:, -1]
     return [
@@ -143,43 +158,52 @@ def regression_losses(net, trajectories, levels, sigmas, view):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask; 0 where there is nothing."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """Mean of x where mask; 0 where there is nothing.
+
+    Several processes divide by what they have on average: the mean of theirs is then the batch's.
+    """
+    return (x * mask).sum() / sharding.averaged(mask.sum()).clamp(min=1)
 
 
-def recipe_of(steps, seed=0):
-    """How stage II is trained."""
-    return training.Recipe(steps, batch=8, seed=seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
-
-
-def losses_of(net, data, recipe, seconds=teacher.SECONDS):
+def losses_of(net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS):
     """The function that `training.Run.train` minimises."""
-    blocks = num_blocks(seconds, net.cfg)
-    view = MaskedView(four_masks(net.cfg, blocks))
+    blocks, device = num_blocks(seconds, net.cfg), sharding.device()
+    view = MaskedView({site: m.to(device) for site, m in four_masks(net.cfg, blocks).items()})
+    batch = sharding.share_of(recipe.batch)
 
     def losses(step):
         g = training.generator(recipe.seed, step)
-        rows = torch.randint(len(data["tokens"]), (recipe.batch,), generator=g)
-        levels = draw_levels(recipe.batch, blocks, len(net.cfg.sigmas), g)
-        chosen = [data[name][rows] for name in ("tokens", "video", "audio")]
+        rows = torch.randint(len(data["tokens"]), (batch,), generator=g).cpu()
+        levels = draw_levels(batch, blocks, len(net.cfg.sigmas), g)
+        states = [data[name][rows].to(device) for name in ("video", "audio")]
+        chosen = prompts.captions(data["tokens"][rows]), *states
         video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, view)
         return {"loss": video + audio, "video": video, "audio": audio}
 
     return losses
 
 
-def student_from(tensors, cfg, seed=0):
-    """A student that starts as the teacher; its sinks are new and keep their initial values."""
-    net = model.build(cfg, seed)
-    files.load_into(net, {**_own_sinks(net), **tensors}, "teacher")
-    return net
+def recipe_of(steps, seed=0, batch=8, is_toy=True):
+    """How the student learns.  # Paper: AdamW at 2e-5, constant after a warm-up of 100 steps."""
+    if is_toy:
+        return training.Recipe(steps, batch, seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
+    full = dict(muon_lr=0, adam_lr=2e-5, betas=(0.9, 0.999), warmup=100, decay=0.0, ema=0.99)
+    return training.Recipe(steps, batch, seed, **full)
 
 
-def _own_sinks(net):
-    return {n: p for n, p in net.state_dict().items() if n.startswith("sinks.")}
+def trial_loss(net, captions, generator):
+    """The loss of made-up walks, to see what it takes (training_plan.py)."""
+    cfg, batch = net.cfg, len(captions)
+    blocks, levels = num_blocks(teacher.SECONDS, cfg), len(cfg.sigmas)
+    ends = model.draw_noise(batch, clip_span(blocks, cfg), cfg, generator)
+    walks = [x[:, None].expand(-1, levels, -1, -1) for x in ends]
+    drawn = draw_levels(batch, blocks, levels, generator)
+    view = MaskedView(four_masks(cfg, blocks))
+    return sum(regression_losses(net, (captions, *walks), drawn, cfg.sigmas, view))
 
 
-def main():
+def options():
+    """The command line."""
     p = cli.parser(__doc__)
     p.add_argument(
         "--teacher",
@@ -193,16 +217,36 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
     p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")
-    args = p.parse_args()
-    bidirectional, start = model.load(args.teacher), time.perf_counter()
-    walks = f"{args.run}/trajectories.safetensors"
-    data = load_trajectories(walks, bidirectional, args.clips, args.guidance, args.between)
+    training_parts.add_options(p)
+    return p
+
+
+def regress(p, args):
+    """Draw the walks, train on them, ship the student."""
+    parts, start = training_parts.parts_for(args, config.TOY), time.perf_counter()
+    walker = parts.find(args.teacher)
+    student = parts.find(args.teacher, parts.cfg, args.seed)
+    recipe = recipe_of(args.steps, args.seed, args.batch or 8, parts.is_toy)
+    if not parts.is_toy:
+        share = sharding.share_of(recipe.batch)
+        training_plan.check([("student", student.cfg, recipe)], trial_loss, share)
+    how = args.clips, args.guidance, args.between
+    data = load_trajectories(
+        f"{args.run}/trajectories.safetensors", walker.load(learns=False), *how,
+        sigmas=student.cfg.sigmas, prompts=parts.prompts, mark=walker.mark,
+    )  # fmt: skip
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
-    net = student_from(bidirectional.state_dict(), config.TOY, args.seed)
-    learner = training.Learner(net, recipe_of(args.steps, args.seed))
+    learner = training.Learner(student.load(learns=True), recipe)
     run = training.Run({"student": learner}, cli.command(p, args), args.run)
-    run.train(training.descent(learner, losses_of(net, data, learner.recipe)))
-    run.ship(args.out)
+    run.train(training.descent(learner, losses_of(learner.model, data, recipe, parts.prompts)))
+    run.ship(args.out, parts.write, parts.dtype)
+
+
+def main():
+    p = options()
+    args = p.parse_args()
+    with sharding.processes(args.device or "cpu"):
+        regress(p, args)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import config
 import decoders
 import graphs
 import ltx2
+import memory
 import memory_plan
 import model
 import toy_codec
@@ -142,8 +143,8 @@ def check_memory(order):
     how = dict(merge="merge" in order.speedups, graph="graph" in order.speedups)
     rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues), **how)
     rows += memory_plan.decoder_rows(cfg, dtype)
-    free = memory_plan.free_bytes(order.device)
-    print(memory_plan.shown(rows, free))
+    free = memory.free_bytes(order.device)
+    print(memory.shown(rows, free))
     memory_plan.check(rows, free, cfg, blocks, dtype)
     if order.ltx2:
         memory_plan.check_text(order.ltx2, free)

@@ -44,10 +44,8 @@ import cli
 import config
 import dmd
 import model
-import ode_regression
 import teacher
 import toy_codec
-import toy_world
 from kv_cache import CachedView
 from masks import block_span, num_blocks
 
@@ -113,16 +111,16 @@ def block_of(clip, k, cfg):
 # ---- training ----
 
 
-def rolled_out(net, clips, tokens, generator, window=None, codec=None):
+def rolled_out(net, clips, captions, generator, window=None, codec=None):
     """Clips to train stage III on: the student's own rollout, as it is after a random pass.
 
     codec   to remember the true clips instead: the control
     """
     exit_step = dmd.draw_exit_step(net.cfg.sigmas, generator)
-    text = net.project_text(toy_world.caption_features(tokens))
+    text = net.project_text(*captions.features)
     history = toy_codec.encode_clips(codec, clips, teacher.SECONDS) if codec else None
     blocks = num_blocks(teacher.SECONDS, net.cfg)
-    sigmas, batch = net.cfg.sigmas, len(tokens)
+    sigmas, batch = net.cfg.sigmas, len(captions)
     how = dict(window=window, exit_step=exit_step, history=history)
     return whole_clip(rollout(net, lambda k: text, blocks, sigmas, generator, batch, **how))
 
@@ -135,9 +133,9 @@ def main():
     p.add_argument("--window", type=int, default=4, help="blocks remembered in the rollouts")
     p.add_argument("--history", choices=("own", "true"), default="own", help="true: the control")
     args = p.parse_args()
-    net = ode_regression.student_from(model.load(args.student).state_dict(), config.TOY, args.seed)
     codec = toy_codec.load() if args.history == "true" else None
-    dmd.distil(p, args, net, functools.partial(rolled_out, window=args.window, codec=codec))
+    make = functools.partial(rolled_out, window=args.window, codec=codec)
+    dmd.distil(p, args, args.student, config.TOY, make)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import model
 import toy_codec
 import toy_world
 import training
+from captions import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks
 
@@ -79,13 +80,13 @@ def hide_words(tokens, generator):
     B, words = tokens.shape
     hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
     hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
-    return tokens.masked_fill(hide, 0)
+    return tokens.masked_fill(hide.to(tokens.device), 0)
 
 
-def velocity_losses(net, latents, tokens, sigma, generator):
+def velocity_losses(net, latents, captions, sigma, generator):
     """Squared error of the velocities: (B,) for video and (B,) for audio, mean over elements."""
-    text = net.project_text(toy_world.caption_features(tokens))
-    noise = [torch.randn(x.shape, generator=generator) for x in latents]
+    text = net.project_text(*captions.features)
+    noise = [model.noise_like(x, generator) for x in latents]
     noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(latents, noise)]
     span = whole_span(net.cfg)
     v = net(*noisy, sigma, sigma, text, span, MaskedView())
@@ -100,9 +101,9 @@ def losses_of(net, codec, recipe):
         first = recipe.seed * CLIPS_PER_SEED + step * recipe.batch
         clips = toy_world.draw_clips(range(first, first + recipe.batch))
         latents = toy_codec.encode_clips(codec, clips, SECONDS)
-        tokens = hide_words(toy_world.caption_tokens(clips), g)
+        captions = toy_captions(hide_words(toy_world.caption_tokens(clips), g))
         sigma = draw_sigmas(recipe.batch, g)
-        video, audio = velocity_losses(net, latents, tokens, sigma, g)
+        video, audio = velocity_losses(net, latents, captions, sigma, g)
         return {"loss": video.mean() + audio.mean(), **by_level(video, audio, sigma)}
 
     return losses
@@ -127,12 +128,12 @@ def by_level(video, audio, sigma) -> dict:
 class Guided:
     """x0 predictions of a model with classifier-free guidance, for one batch of captions."""
 
-    def __init__(self, net, tokens, guidance=(1, 1)):
-        """(B, 3) caption tokens; guidance of video and of audio, 1 is none."""
+    def __init__(self, net, captions, guidance=(1, 1)):
+        """`Captions` of B clips; guidance of video and of audio, 1 is none."""
         self.net, self.guidance = net, guidance
         self.is_guided = tuple(guidance) != (1, 1)
-        both = torch.cat([tokens, torch.zeros_like(tokens)]) if self.is_guided else tokens
-        self.text = net.project_text(toy_world.caption_features(both))
+        features = captions.with_nothing() if self.is_guided else captions.features
+        self.text = net.project_text(*features)
 
     def x0(self, video, audio, sigma, span, view):
         """Noisy (B, T, C) latents at (B,) sigma -> clean estimates of both."""
@@ -147,10 +148,10 @@ class Guided:
 
 
 @torch.no_grad()
-def sample(net, tokens, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, keep=()):
+def sample(net, captions, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, keep=()):
     """Whole clips by Euler steps, everything at once.
 
-    tokens   (B, 3) captions
+    captions `Captions` of B clips
     sigmas   noise levels from 1 to 0; one pass for each but the last
     guidance of video and of audio
     keep     indices into sigmas whose states are to be returned as well
@@ -158,10 +159,10 @@ def sample(net, tokens, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, keep
              (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)
     """
     span = whole_span(net.cfg, seconds)
-    x = model.draw_noise(len(tokens), span, net.cfg, torch.Generator().manual_seed(seed))
-    guided, kept = Guided(net, tokens, guidance), {0: x}
+    x = model.draw_noise(len(captions), span, net.cfg, torch.Generator().manual_seed(seed))
+    guided, kept = Guided(net, captions, guidance), {0: x}
     for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
-        x0 = guided.x0(*x, torch.full((len(tokens),), sigma), span, MaskedView())
+        x0 = guided.x0(*x, x[0].new_full((len(captions),), sigma), span, MaskedView())
         # the same straight line seen from its clean end: at `lower`, this share of x is left
         x = [x0 + lower / sigma * (x - x0) for x, x0 in zip(x, x0)]
         kept[i + 1] = x

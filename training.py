@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import files
+import sharding
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ class Averaged:
     """Exponential moving average of a model's weights: what is evaluated and shipped."""
 
     def __init__(self, model, decay):
-        self.decay = decay
-        self.tensors = {n: p.detach().clone() for n, p in model.state_dict().items()}
+        """decay 0: nothing is averaged, and nothing is kept."""
+        self.decay, weights = decay, model.state_dict() if decay else {}
+        self.tensors = {n: p.detach().clone() for n, p in weights.items()}
 
     @torch.no_grad()
     def update(self, model, step):
         # Early on the average would be mostly the initial weights: let it follow faster.
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, p in model.state_dict().items():
+        for name, p in model.state_dict().items() if self.decay else ():
             self.tensors[name].lerp_(p, 1 - decay)
 
 
@@ -146,11 +148,12 @@ class Learner:
 
         Raises ValueError, naming step and tensor, if loss or gradient is not finite.
         """
-        if not torch.isfinite(loss):
-            raise ValueError(f"step {step}: the loss is {loss.item()}; lower the learning rate")
+        value = sharding.averaged(loss.detach())
+        if not torch.isfinite(value):
+            raise ValueError(f"step {step}: the loss is {value.item()}; lower the learning rate")
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         # Trap: clipping by a norm of NaN would spoil every gradient; look for the culprit before.
         if not torch.isfinite(norm):
             raise ValueError(f"step {step}: gradient of {self._first_bad()} is not finite")
@@ -166,7 +169,7 @@ class Learner:
 
     def _first_bad(self):
         named = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        return next((n for n, g in named if not torch.isfinite(g).all()), "?")
+        return next((n for n, g in named if not torch.isfinite(sharding.whole(g)).all()), "?")
 
     def tensors(self) -> dict:
         """Everything needed to go on, by name."""
@@ -175,6 +178,20 @@ class Learner:
         for i, optimiser in enumerate(self.optimisers):
             for j, state in optimiser.state_dict()["state"].items():
                 parts |= {f"optimiser.{i}.{j}.{n}": t for n, t in state.items()}
+        return parts
+
+    def places(self, shapes) -> dict:
+        """Tensors to read a sharded state into: our own, and moments cut as their parameters are.
+
+        shapes   of everything in the state, by name
+        """
+        parts = self.tensors()
+        for name, shape in shapes.items():
+            if name.startswith("optimiser."):
+                _, i, j, _ = name.split(".")
+                groups = self.optimisers[int(i)].param_groups
+                p = [p for group in groups for p in group["params"]][int(j)]
+                parts[name] = torch.zeros_like(p) if p.shape == shape else torch.zeros(shape)
         return parts
 
     def load(self, tensors, path):
@@ -202,7 +219,11 @@ class Run:
         self.steps = self.shipped.recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
         self.file = Path(folder) / "state.safetensors" if folder else None
-        if self.file and self.file.exists():
+        if self.file and sharding.is_sharded():
+            self._load_shards()
+        elif self.file and sharding.states(self.file.parent):
+            raise ValueError(f"{self.file.parent}: holds the state of a run under torchrun")
+        elif self.file and self.file.exists():
             self._load()
 
     def _identity(self):
@@ -214,14 +235,18 @@ class Run:
         """Write everything needed to go on, beside the old state, then rename."""
         if not self.file:
             return
-        tensors = {
-            f"{name}.{n}": t.detach().clone()
-            for name, learner in self.learners.items()
-            for n, t in learner.tensors().items()
-        }
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
-        metadata = {"run": json.dumps({**about, "of": self._identity()})}
+        about["of"] = self._identity()
+        if sharding.is_sharded():
+            sharding.save(self.file.parent, self._tensors(), about)
+            return
+        tensors = {name: t.detach().clone() for name, t in self._tensors().items()}
+        metadata = {"run": json.dumps(about)}
         files.write_beside(self.file, lambda p: save_file(tensors, p, metadata))
+
+    def _tensors(self):
+        named = ((n, learner.tensors().items()) for n, learner in self.learners.items())
+        return {f"{name}.{n}": t for name, tensors in named for n, t in tensors}
 
     def _load(self):
         try:
@@ -230,11 +255,31 @@ class Run:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{self.file}: not a whole state file ({error})") from None
+        self._go_on(about, tensors, self.file)
+
+    def _load_shards(self):
+        if self.file.exists():
+            raise ValueError(f"{self.file}: of a run without torchrun; go on without, or remove it")
+        if not (found := sharding.states(self.file.parent)):
+            return
+        state, about = found[-1], sharding.about(found[-1])
+        self._check(about, state)
+        tensors, shapes = {}, sharding.saved_shapes(state)
+        for name, learner in self.learners.items():
+            places = learner.places(_part(shapes, f"{name}."))
+            tensors |= {f"{name}.{n}": t for n, t in places.items()}
+        sharding.read(state, tensors)
+        self._go_on(about, tensors, state)
+
+    def _check(self, about, path):
         if about.get("of") != self._identity():
-            raise ValueError(f"{self.file}: belongs to another recipe; remove it to start anew")
+            raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
+
+    def _go_on(self, about, tensors, path):
+        self._check(about, path)
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
         for name, learner in self.learners.items():
-            learner.load(_part(tensors, f"{name}."), self.file)
+            learner.load(_part(tensors, f"{name}."), path)
 
     def train(self, update, print_every=25, save_every=100):
         """Train to the end of the recipe.
@@ -243,7 +288,8 @@ class Run:
         """
         while self.step < self.steps:
             start = time.perf_counter()
-            values = update(self.step)
+            with sharding.shared_draws():
+                values = update(self.step)
             self.step += 1
             self.seconds += time.perf_counter() - start
             self._log(values, print_every)
@@ -251,7 +297,10 @@ class Run:
                 self.save()
 
     def _log(self, values, print_every):
-        row = {n: float(x.detach() if torch.is_tensor(x) else x) for n, x in values.items()}
+        row = {
+            n: float(sharding.averaged(x.detach())) if torch.is_tensor(x) else float(x)
+            for n, x in values.items()
+        }
         self._recent.append(row)
         if self.step % print_every and self.step != self.steps:
             return
@@ -262,10 +311,15 @@ class Run:
         left = self.seconds / self.step * (self.steps - self.step)
         print(f"{self.step:5}/{self.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
-    def ship(self, path):
-        """Write the averaged weights of the first learner, in half precision, and its curve."""
-        half = {name: t.half() for name, t in self.shipped.average.tensors.items()}
-        files.save_weights(path, half, self.shipped.model.cfg, self.made_by())
+    def ship(self, path, write=files.save_weights, dtype=torch.float16):
+        """Write the averaged weights of the first learner, in half precision, and its curve.
+
+        write   function of path, tensors, config and a dict that says how they were made
+        """
+        half = sharding.whole_on_first(self.shipped.average.tensors, dtype)
+        if not sharding.is_first():
+            return
+        write(path, half, self.shipped.model.cfg, self.made_by())
         curve = Path("results") / f"{Path(path).stem}_curve.json"
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")
@@ -277,6 +331,7 @@ class Run:
             "steps": self.step,
             "minutes": round(self.seconds / 60, 1),
             "threads": torch.get_num_threads(),
+            **({"processes": sharding.count()} if sharding.is_sharded() else {}),
             "torch": str(torch.__version__),
         }
 

@@ -81,7 +81,7 @@ def run(tmp_path, monkeypatch, capsys):
         weights = model.build(config.TOY_TEACHER).state_dict()
         files.save_weights(path, weights, config.TOY_TEACHER, {})
 
-    def draw(net, sigmas, seeds, guidance, between):
+    def draw(net, sigmas, seeds, *_):
         clips = [random_clip(config.TOY, BLOCKS, len(seeds), torch.float32) for _ in range(5)]
         walks = (torch.stack(states, 1) for states in zip(*clips))
         return torch.ones(len(seeds), 3, dtype=torch.long), *walks

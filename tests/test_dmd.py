@@ -13,13 +13,14 @@ import self_forcing
 import teacher
 import toy_world
 import training
+from captions import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks
 
 TINY = replace(config.TOY_TEACHER, num_layers=1, num_heads=2, video_width=24, audio_width=16)
 TINY_CAUSAL = replace(TINY, num_sinks=4)
 BLOCKS = num_blocks(teacher.SECONDS, TINY)
-TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8]])
+CAPTIONS = toy_captions(torch.tensor([[1, 5, 7], [2, 6, 8]]))
 GOLDEN = dict(rel=1e-4)
 STAGE_I_LOSSES = [
     4.09273, 3.95306, 3.99510, 3.06697, 2.57082,
@@ -115,7 +116,7 @@ def test_noise_levels_cover_the_schedule_between_its_ends():
 def test_both_scores_see_the_same_clip_at_one_noise_level_for_both_streams(scores, clips):
     """One sigma per clip, different between clips; real twice, with and without the caption."""
     real, fake = scores
-    dmd.matching_losses(clips, TOKENS, real, fake, (2.0, 3.0), rng())
+    dmd.matching_losses(clips, CAPTIONS, real, fake, (2.0, 3.0), rng())
     (r,), (f,) = real.asked, fake.asked
     assert [len(x) for x in r] == [4] * 4 and [len(x) for x in f] == [2] * 4
     for a, b in zip(r, f):
@@ -127,13 +128,13 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
     """dL/dx = (f - r) / mean|x - r| / numel for each stream, with its own guidance."""
     real, fake = scores
     guidance = (2.0, 3.0)
-    losses = dmd.matching_losses(clips, TOKENS, real, fake, guidance, rng())
+    losses = dmd.matching_losses(clips, CAPTIONS, real, fake, guidance, rng())
     gradients = torch.autograd.grad(sum(losses), clips)
     video, audio, sigma, _ = fake.asked[0]
     span = clip_span(BLOCKS, TINY)
     ask = (video, audio, sigma, span, MaskedView())
-    r = teacher.Guided(real.net, TOKENS, guidance).x0(*ask)
-    f = teacher.Guided(fake.net, TOKENS).x0(*ask)
+    r = teacher.Guided(real.net, CAPTIONS, guidance).x0(*ask)
+    f = teacher.Guided(fake.net, CAPTIONS).x0(*ask)
     for g, x, x_r, x_f in zip(gradients, clips, r, f):
         distance = (x - x_r).abs().mean((1, 2), keepdim=True)
         torch.testing.assert_close(g, (x_f - x_r) / distance / x.numel())
@@ -141,7 +142,7 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
 
 def test_nothing_is_left_to_learn_when_the_scores_agree(scores, clips):
     """A critic that equals the teacher, without guidance: no gradient at all."""
-    losses = dmd.matching_losses(clips, TOKENS, scores[0], scores[0], (1, 1), rng())
+    losses = dmd.matching_losses(clips, CAPTIONS, scores[0], scores[0], (1, 1), rng())
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(sum(losses), clips))
 
 
@@ -149,7 +150,7 @@ def test_matching_trains_neither_score(scores, clips):
     """Both only judge: no weight of theirs is in the graph."""
     for score in scores:
         score.net.requires_grad_(True)
-    sum(dmd.matching_losses(clips, TOKENS, *scores, (2.0, 2.0), rng())).backward()
+    sum(dmd.matching_losses(clips, CAPTIONS, *scores, (2.0, 2.0), rng())).backward()
     assert all(p.grad is None for s in scores for p in s.net.parameters())
 
 
@@ -157,10 +158,10 @@ def test_the_critic_learns_by_flow_matching_on_what_was_made(scores, clips):
     """Its loss is that of the teacher on these clips; only the critic is in the graph."""
     fake = scores[1].net.requires_grad_(True)
     data = [x.detach() for x in clips]
-    loss = sum(dmd.critic_losses(fake, data, TOKENS, rng(5)))
+    loss = sum(dmd.critic_losses(fake, data, CAPTIONS, rng(5)))
     g = rng(5)
     sigma = dmd.draw_sigmas(2, g)
-    expected = teacher.velocity_losses(fake, data, TOKENS, sigma, g)
+    expected = teacher.velocity_losses(fake, data, CAPTIONS, sigma, g)
     assert torch.equal(loss, sum(x.mean() for x in expected))
     loss.backward()
     assert fake.get_parameter("video.unpatchify.weight").grad.abs().max() > 0
@@ -180,11 +181,11 @@ def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
     """Four passes at the student's levels; an exit step stops earlier, with that estimate."""
     net, levels = random_model(TINY, torch.float32), []
     net.register_forward_hook(lambda net, args, out: levels.append(float(args[2][0])))
-    video, audio = dmd.few_step_clips(net, TOKENS, rng())
+    video, audio = dmd.few_step_clips(net, CAPTIONS, rng())
     assert levels == pytest.approx(TINY.sigmas[:-1])
     assert video.shape == (2, 256, 48) and audio.shape == (2, 126, 20)
     levels.clear()
-    dmd.few_step_clips(net, TOKENS, rng(), exit_step=1)
+    dmd.few_step_clips(net, CAPTIONS, rng(), exit_step=1)
     assert levels == pytest.approx(TINY.sigmas[:2])
 
 
@@ -194,7 +195,7 @@ def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
 def learners(steps=3, cfg=TINY):
     """A tiny generator and critic, and the teacher they learn from."""
     real = model.build(TINY, 7).requires_grad_(False)
-    return dmd.learners_of(model.build(cfg, 7), real, steps, seed=3, batch=2), real
+    return dmd.learners_of(model.build(cfg, 7), model.build(TINY, 7), steps, 3, batch=2), real
 
 
 def everything(run):
@@ -210,9 +211,9 @@ def test_a_step_moves_the_generator_once_then_its_critic_five_times():
         step = learner.optimisers[0].step
         learner.optimisers[0].step = lambda n=name, s=step: (order.append(n), s())
 
-    def make(net, clips, tokens, g):
+    def make(net, clips, captions, g):
         assert net is generator.model
-        made.append(dmd.backward_simulation(net, clips, tokens, g))
+        made.append(dmd.backward_simulation(net, clips, captions, g))
         return made[-1]
 
     before = {n: p.clone() for n, p in real.state_dict().items()}
@@ -275,7 +276,7 @@ def test_ten_golden_losses_of_stage_iii():
 
 def test_prompts_are_those_of_the_training_world():
     """Captions of clips that are never used for evaluation, some with hidden words."""
-    clips, tokens = dmd.draw_prompts(64, rng())
-    true = toy_world.caption_tokens(clips)
+    clips, captions = dmd.draw_prompts(64, rng())
+    true, tokens = toy_world.caption_tokens(clips), captions.features[0].argmax(-1)
     assert ((tokens == true) | (tokens == 0)).all() and (tokens == 0).any()
     assert (tokens == true).float().mean() > 0.7

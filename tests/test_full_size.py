@@ -16,6 +16,7 @@ import config
 import decoders
 import generate
 import ltx2
+import memory
 import memory_plan
 
 pytest.importorskip("diffusers")
@@ -170,7 +171,7 @@ def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):
     """The arithmetic, and a window that would fit."""
     cfg = FULL, torch.bfloat16
     rows = memory_plan.stream_rows(FULL, 61, 9, torch.bfloat16) + memory_plan.decoder_rows(*cfg)
-    monkeypatch.setattr(memory_plan, "free_bytes", lambda _: memory_plan.total(rows))
+    monkeypatch.setattr(memory, "free_bytes", lambda _: memory_plan.total(rows))
     args = ["--config", "full", "--weights", "random", "--seconds", 60]
     status, out, err = run(*args, "--window", 30)
     assert status == 2 and "--window 9 would fit" in err and "rolling caches" in out

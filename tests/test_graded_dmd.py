@@ -11,11 +11,12 @@ import torch
 
 import config
 import dmd
+from captions import toy_captions
 from masks import block_span, clip_span
 
 CFG = replace(config.TOY_TEACHER, height=8, width=8)  # one video token a frame
 SIGMAS = CFG.sigmas  # 1, .906, .727, .421, 0
-TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8]])
+CAPTIONS = toy_captions(torch.tensor([[1, 5, 7], [2, 6, 8]]))
 
 
 class Net:
@@ -174,7 +175,7 @@ def matched(guidance=(1, 1)):
     clips = [x.requires_grad_() for x in random_clip(span, 0)]
     real, fake = (Net([x.repeat(2, 1, 1) for x in random_clip(span, s)]) for s in (1, 2))
     g = torch.Generator().manual_seed(3)
-    return dmd.matching_losses(clips, TOKENS, real, fake, guidance, g), clips, real, fake
+    return dmd.matching_losses(clips, CAPTIONS, real, fake, guidance, g), clips, real, fake
 
 
 @pytest.mark.points(1, "matching_losses")
@@ -207,7 +208,6 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size():
 def one_update(monkeypatch):
     """One update of stand-ins: who stepped, on what loss; and for whom clips were made, and how."""
     events, made = [], []
-    monkeypatch.setattr(dmd, "draw_prompts", lambda n, g: (None, torch.rand(n, 3, generator=g)))
     for name, losses in (("matching_losses", (1.0, 2.0)), ("critic_losses", (3.0, 4.0))):
         pair = [torch.tensor(x) for x in losses]
         monkeypatch.setattr(dmd, name, lambda *args, pair=pair: pair)
@@ -219,11 +219,15 @@ def one_update(monkeypatch):
         recipe = SimpleNamespace(batch=2, seed=0)
         return SimpleNamespace(recipe=recipe, model=name, update=update)
 
-    def make(net, clips, tokens, g):
-        made.append((net, tokens, torch.is_grad_enabled()))
+    def make(net, clips, captions, g):
+        made.append((net, captions, torch.is_grad_enabled()))
         return made[-1]
 
-    dmd.updates_of(learner("generator"), learner("critic"), "real", (2, 2), make)(0)
+    def draw(n, g):
+        return None, torch.rand(n, 3, generator=g)
+
+    learners = learner("generator"), learner("critic")
+    dmd.updates_of(*learners, "real", (2, 2), make, draw)(0)
     return events, made
 
 
@@ -242,7 +246,7 @@ def test_the_critic_learns_from_clips_as_data(monkeypatch):
     """Clips of the generator, afresh for every step; only the generator's carry a gradient."""
     _, made = one_update(monkeypatch)
     assert {net for net, *_ in made} == {"generator"}, "clips are made by the generator alone"
-    assert len({float(tokens.sum()) for _, tokens, _ in made}) == 6, (
+    assert len({float(drawn.sum()) for _, drawn, _ in made}) == 6, (
         "the six steps do not have six different batches of prompts: draw and make them afresh"
     )
     found = [has_grad for *_, has_grad in made]

@@ -10,6 +10,7 @@ import torch
 
 import config
 import ode_regression as ode
+from captions import toy_captions
 
 CFG = replace(config.TOY, height=16, width=16)  # 4 tokens a video frame
 SIGMAS, BLOCKS, CLEAN = CFG.sigmas, 3, 4  # index of the clean level
@@ -112,7 +113,8 @@ def regress(off=0.0):
     """Losses of a student that names the ends, or is off; the student, and the walks."""
     states = walks()
     student = Student([states[name][:, -1] + off for name in FRAMES])
-    trajectories = torch.tensor([[1, 5, 7]] * 2), states["video"], states["audio"]
+    captions = toy_captions(torch.tensor([[1, 5, 7]] * 2))
+    trajectories = captions, states["video"], states["audio"]
     return ode.regression_losses(student, trajectories, LEVELS, SIGMAS, None), student, states
 
 

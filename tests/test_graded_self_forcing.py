@@ -12,11 +12,12 @@ from torch import nn
 
 import config
 import self_forcing
+from captions import toy_captions
 from masks import block_span, clip_span
 
 CFG = replace(config.TOY, num_layers=1, height=16, width=16)  # 4 tokens a video frame
 SIGMAS, BLOCKS = CFG.sigmas, 3
-TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8]])
+CAPTIONS = toy_captions(torch.tensor([[1, 5, 7], [2, 6, 8]]))
 
 
 class Net(nn.Module):
@@ -187,7 +188,7 @@ def test_all_blocks_end_at_the_same_exit_pass():
 def rolled(seed, **options):
     net = Net(blocks=6)
     generator = torch.Generator().manual_seed(seed)
-    return net, self_forcing.rolled_out(net, None, TOKENS, generator, **options)
+    return net, self_forcing.rolled_out(net, None, CAPTIONS, generator, **options)
 
 
 @pytest.mark.points(1, "rolled_out")

@@ -294,3 +294,15 @@ def test_random_weights_fill_every_tensor():
     net = ltx2.random_weights(CFG)
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in net.parameters())
     assert all(p.float().std() > 0 for n, p in net.named_parameters() if p.dim() == 2)
+
+
+def test_what_is_saved_is_read_as_a_published_file(tmp_path):
+    """Names, sinks and the three flags come back, over those of another config."""
+    cfg = replace(CFG, num_sinks=4, rope_layout="interleaved", gate_timestep_scale=1.0)
+    weights = random_model(cfg, torch.float32).state_dict()
+    ltx2.save(tmp_path / "student.safetensors", weights, cfg, {"steps": 3})
+    net = ltx2.load(
+        tmp_path / "student.safetensors", replace(CFG, num_sinks=4), dtype=torch.float32
+    )
+    assert net.cfg == replace(cfg, name=CFG.name)
+    assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())

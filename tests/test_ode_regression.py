@@ -11,6 +11,7 @@ import config
 import model
 import ode_regression as ode
 import training
+from captions import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
 
@@ -22,11 +23,11 @@ SPAN = clip_span(BLOCKS, CFG)
 
 @pytest.fixture
 def walk():
-    """Straight trajectories of three clips: tokens, states of video and of audio."""
+    """Straight trajectories of three clips: captions, states of video and of audio."""
     torch.manual_seed(0)
     ends, noise = (random_clip(CFG, BLOCKS, clips=3, dtype=torch.float32) for _ in range(2))
     states = [torch.stack([(1 - s) * x + s * n for s in SIGMAS], 1) for x, n in zip(ends, noise)]
-    return torch.tensor([[1, 5, 7]] * 3), *states
+    return toy_captions(torch.tensor([[1, 5, 7]] * 3)), *states
 
 
 @pytest.fixture
@@ -146,7 +147,8 @@ def test_the_causal_mask_is_on(walk):
     """Training passes the four block-causal masks of the whole clip to the student."""
     net = Student(ends(walk)[:1], CFG)
     net.x0 = [x[[0, 0]] for x in ends(walk)]
-    data = {n: x[[0, 0]] for n, x in zip(("tokens", "video", "audio"), walk)}
+    data = {n: x[[0, 0]] for n, x in zip(("video", "audio"), walk[1:])}
+    data["tokens"] = torch.tensor([[1, 5, 7]] * 2)
     ode.losses_of(net, data, training.Recipe(steps=1, batch=2))(0)
     expected = four_masks(CFG, BLOCKS)
     assert net.calls[0][-1].masks.keys() == expected.keys()
@@ -190,7 +192,7 @@ def fake_teacher(monkeypatch):
     """Draws small made-up trajectories and counts how often it was asked."""
     asked = []
 
-    def draw(net, sigmas, seeds, guidance, between):
+    def draw(net, sigmas, seeds, guidance, between, prompts):
         asked.append(seeds)
         rows = (torch.tensor(list(seeds)) - ode.FIRST_SEED).float()[:, None, None, None]
         return torch.ones(len(seeds), 3, dtype=torch.long), rows.expand(-1, 5, 4, 2), rows + 1

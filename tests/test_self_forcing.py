@@ -13,6 +13,7 @@ import model
 import self_forcing
 import toy_codec
 import toy_world
+from captions import toy_captions
 from kv_cache import CachedView
 from masks import SITES, block_span, clip_span
 
@@ -369,12 +370,13 @@ def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec):
     net = random_model(cfg, torch.float32)
     clips = toy_world.draw_clips(range(2))
     tokens, codec = toy_world.caption_tokens(clips), toy_codec.load() if codec else None
+    captions = toy_captions(tokens)
     made = self_forcing.rolled_out(
-        net, clips, tokens, torch.Generator().manual_seed(4), window=2, codec=codec
+        net, clips, captions, torch.Generator().manual_seed(4), window=2, codec=codec
     )
     g = torch.Generator().manual_seed(4)
     exit_step = dmd.draw_exit_step(cfg.sigmas, g)
-    text = net.project_text(toy_world.caption_features(tokens))
+    text = net.project_text(*captions.features)
     history = toy_codec.encode_clips(codec, clips, 5) if codec else None
     blocks = self_forcing.rollout(
         net, lambda k: text, 6, cfg.sigmas, g, 2, 2, exit_step=exit_step, history=history

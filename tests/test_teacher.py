@@ -7,10 +7,12 @@ from helpers import PAPER, random_clip, tiny
 import model
 import teacher
 import toy_world
+from captions import toy_captions
 from kv_cache import MaskedView
 
 CFG = tiny(PAPER, num_sinks=0)
 TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8], [3, 5, 8]])
+CAPTIONS = toy_captions(TOKENS)
 SIGMAS = [1.0, 0.9, 0.6, 0.2, 0.0]
 
 
@@ -42,7 +44,7 @@ def net():
 
 
 def sample(net, sigmas=SIGMAS, **options):
-    return teacher.sample(net, TOKENS, sigmas, 2, **{"guidance": (1, 1), **options})
+    return teacher.sample(net, CAPTIONS, sigmas, 2, **{"guidance": (1, 1), **options})
 
 
 # ---- noise levels ----
@@ -79,8 +81,8 @@ def test_training_levels_cover_both_ends_and_favour_noise():
 
 
 def losses_of_perfect_net(latents, sigma, net):
-    tokens = TOKENS[: len(sigma)]
-    return teacher.velocity_losses(net, latents, tokens, sigma, torch.Generator().manual_seed(1))
+    captions = toy_captions(TOKENS[: len(sigma)])
+    return teacher.velocity_losses(net, latents, captions, sigma, torch.Generator().manual_seed(1))
 
 
 def test_a_perfect_velocity_has_no_loss():
@@ -210,7 +212,7 @@ def test_guidance_runs_the_empty_caption_beside_the_given_one(net):
 def test_guidance_pushes_away_from_the_empty_caption(scales, expected):
     """x0_u + s (x0_c - x0_u), with a scale for each stream; here x0_c = 3 and x0_u = 1."""
     net = PerfectNet(random_clip(CFG, 3, clips=3, dtype=torch.float32))
-    guided = teacher.Guided(net, TOKENS, scales)
+    guided = teacher.Guided(net, CAPTIONS, scales)
     net.x0 = [torch.cat([torch.full_like(x, 3.0), torch.full_like(x, 1.0)]) for x in net.x0]
     x = model.draw_noise(3, teacher.clip_span(3, CFG), CFG, torch.Generator().manual_seed(0))
     for x0, value in zip(guided.x0(*x, torch.full((3,), 0.5), None, None), expected):

@@ -337,15 +337,15 @@ WRONG = {
             "sees noise that was there before",
         ),
         "a noise level for each stream": (
-            "        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())",
-            "        sigma = draw_sigmas(len(tokens), generator)\n"
+            "        f = teacher.Guided(fake, captions).x0(*noisy, sigma, span, MaskedView())",
+            "        sigma = draw_sigmas(len(captions), generator)\n"
             "        noisy = [model.add_noise(*xn, sigma[:, None]) for xn in zip(clips, noise)]\n"
-            "        f = teacher.Guided(fake, tokens).x0(*noisy, sigma, span, MaskedView())",
+            "        f = teacher.Guided(fake, captions).x0(*noisy, sigma, span, MaskedView())",
             "the two scores see different noised clips",
         ),
         "guided critic": (
-            "teacher.Guided(fake, tokens)",
-            "teacher.Guided(fake, tokens, (2, 2))",
+            "teacher.Guided(fake, captions)",
+            "teacher.Guided(fake, captions, (2, 2))",
             "the fake score is guided",
         ),
         "real and fake swapped": (
@@ -364,7 +364,7 @@ WRONG = {
             "who steps, in order: generator, critic",
         ),
         "clips used again": (
-            "                made = make(generator.model, clips, tokens, g)\n"
+            "                made = make(generator.model, clips, captions, g)\n"
             "            critic_video",
             "                made = made\n            critic_video",
             "draw and make them afresh",
@@ -373,7 +373,7 @@ WRONG = {
     "ode_regression": {
         "off by one step": ("(i + 1) / steps_between", "i / steps_between", "off by one step"),
         "hidden elements dilute": (
-            "/ mask.sum().clamp(min=1)",
+            "/ sharding.averaged(mask.sum()).clamp(min=1)",
             "/ mask.numel()",
             "dilute the mean",
         ),
@@ -398,15 +398,15 @@ WRONG = {
             "are clean together in",
         ),
         "a level for each stream": (
-            "    sigma_v, sigma_a = (torch.tensor(sigmas)[level]",
-            "    level_a = level_a.roll(1, 0)\n    sigma_v, sigma_a = (torch.tensor(sigmas)[level]",
+            "    sigma_v, sigma_a = table[level_v]",
+            "    level_a = level_a.roll(1, 0)\n    sigma_v, sigma_a = table[level_v]",
             "a block's video and audio share one level",
         ),
         "levels spread by rounding": (
-            "    sigma_v, sigma_a = (torch.tensor(sigmas)[level]",
+            "    sigma_v, sigma_a = table[level_v]",
             "    spread = torch.arange(level_a.shape[1]) * level_v.shape[1] // level_a.shape[1]\n"
             "    level_a = level_v[:, spread]\n"
-            "    sigma_v, sigma_a = (torch.tensor(sigmas)[level]",
+            "    sigma_v, sigma_a = table[level_v]",
             "audio frame 1 (block 1) is told level",
         ),
         "state of the next level": (

@@ -1,0 +1,295 @@
+"""Two processes are one: losses of the three stages, resumption, and weights at the end.
+
+Two processes with gloo between them are started once and do everything; tests look at what they
+left. Sizes are tiny and weights random, so that no agreement is trivial.
+"""
+
+import json
+import os
+import socket
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import PAPER, random_clip, random_model, run_here, tiny
+
+import captions
+import config
+import dmd
+import ltx2
+import ode_regression
+import self_forcing
+import sharding
+import training
+import training_parts
+import training_plan
+from captions import toy_captions
+from masks import num_blocks
+
+TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0)
+STUDENT = tiny(PAPER, num_sinks=4)
+BLOCKS, STEPS = num_blocks(5, TEACHER), 2
+ROUNDING = dict(rel=2e-4, abs=1e-6)  # float32, added up in another order, and AdamW steps of it
+
+# the same for the full size's way: LTX-2's names, prompts by number, bfloat16
+LTX2 = replace(TEACHER, name="tiny_ltx2", num_layers=1, sigmas=(1.0, 0.5, 0.0))
+FULL = replace(STUDENT, name="tiny_full", num_layers=1, sigmas=(1.0, 0.5, 0.0))
+SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run", "--out"]
+
+
+# ---- what runs in every process ----
+
+
+def trained(cfg, seed):
+    """A net that learns, cut among the processes; layers run twice where there are several."""
+    net = random_model(cfg, torch.float32, seed).requires_grad_(True)
+    if sharding.is_sharded():
+        sharding.checkpoint_layers(net)
+    return sharding.shard(net, torch.float32)
+
+
+def matching(cfg, make):
+    """An update of stage I or III, and who learns."""
+    real = sharding.shard(random_model(TEACHER, torch.float32, 1), torch.float32)
+    learners = dmd.learners_of(trained(cfg, 2), trained(TEACHER, 3), 10, seed=3, batch=2)
+    return dmd.updates_of(*learners.values(), real, (2.0, 3.0), make), learners
+
+
+def regression():
+    """The update of stage II on made-up walks, by AdamW, and who learns."""
+    torch.manual_seed(0)
+    states = [random_clip(STUDENT, BLOCKS, clips=4, dtype=torch.float32) for _ in STUDENT.sigmas]
+    video, audio = (torch.stack(x, 1) for x in zip(*states))
+    data = {"tokens": torch.tensor([[1, 5, 7]] * 4), "video": video, "audio": audio}
+    recipe = training.Recipe(steps=4, batch=2, seed=5, muon_lr=0, warmup=1)
+    learner = training.Learner(trained(STUDENT, 2), recipe)
+    losses = ode_regression.losses_of(learner.model, data, recipe)
+    return training.descent(learner, losses), {"student": learner}
+
+
+STAGES = {
+    "dmd": partial(matching, TEACHER, dmd.backward_simulation),
+    "ode_regression": regression,
+    "self_forcing": partial(matching, STUDENT, partial(self_forcing.rolled_out, window=4)),
+}
+
+
+def rows(stage):
+    """What the first steps of a stage log, with one update of the critic instead of five."""
+    dmd.CRITIC_UPDATES = 1
+    update, learners = STAGES[stage]()
+    run = training.Run(learners, "python x.py")
+    run.steps = STEPS
+    run.train(update, print_every=1)
+    return run.log
+
+
+def new_run(folder, die_at=None):
+    """Stage II, killed at a step or not."""
+    update, learners = regression()
+    run = training.Run(learners, "python x.py", folder)
+
+    def or_die(step):
+        if step == die_at:
+            raise KeyboardInterrupt
+        return update(step)
+
+    return run, or_die
+
+
+def whole_state(run):
+    return {name: sharding.whole(x).clone() for name, x in run.shipped.tensors().items()}
+
+
+def killed_and_resumed():
+    """Whether a run that was killed at step 2 ends as one that was not, and what it left."""
+    run, update = new_run(None)
+    run.train(update, print_every=1)
+    whole = whole_state(run)
+    first, update = new_run("killed", die_at=2)
+    with pytest.raises(KeyboardInterrupt):
+        first.train(update, print_every=1, save_every=1)
+    second, update = new_run("killed")
+    resumed_at = second.step
+    second.train(update, print_every=1, save_every=1)
+    parts = whole_state(second)
+    differing = [n for n in whole if not torch.equal(whole[n], parts[n])]
+    return {"at": resumed_at, "differing": differing, "same_log": run.log == second.log,
+            "keys": whole.keys() == parts.keys(), "left": sorted(os.listdir("killed"))}  # fmt: skip
+
+
+def distilled():
+    """All three stages by their command lines, as at full size."""
+    config.CONFIGS.update({cfg.name: cfg for cfg in (LTX2, FULL)})
+    config.LTX2, training_plan.check = LTX2, lambda *args: print("planned")
+    stages = (
+        (dmd, "tiny_ltx2", "--teacher", "teacher.safetensors"),
+        (ode_regression, "tiny_full", "--teacher", "dmd.safetensors", "--clips", "4"),
+        (self_forcing, "tiny_full", "--teacher", "teacher.safetensors",
+         "--student", "ode_regression.safetensors"),
+    )  # fmt: skip
+    for script, name, *options in stages:
+        out = f"{script.__name__}.safetensors"
+        sys.argv = [f"{script.__name__}.py", "--config", name, *options, *SHORT, out]
+        sys.argv[sys.argv.index("run")] = f"run_{script.__name__}"
+        yield script.main
+
+
+def work(rank, folder, ports):
+    """One of two processes; the first writes down what came of it."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(ports[0])
+    with sharding.processes("cpu"):
+        found = {"rows": {stage: rows(stage) for stage in STAGES}, "resumed": killed_and_resumed()}
+        if sharding.is_first():
+            with open("found.json", "w") as f:
+                json.dump(found, f)
+    for main, port in zip(distilled(), ports[1:]):
+        os.environ["MASTER_PORT"] = str(port)
+        main()
+
+
+def free_ports(n):
+    sockets = [socket.socket() for _ in range(n)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two processes worked."""
+    folder = tmp_path_factory.mktemp("two")
+    net = random_model(LTX2, torch.float32, 1)
+    ltx2.save(folder / "teacher.safetensors", net.state_dict(), LTX2, {})
+    features = captions.random_features(["a dog", "rain", ""], LTX2, dtype=torch.float32)
+    short = {p: captions.Features(*(x[:, :5] for x in pair)) for p, pair in features.items()}
+    captions.encode_to_folder(short.get, ["a dog", "rain"], "", folder / "features")
+    mp.spawn(work, (folder, free_ports(4)), nprocs=2)
+    return folder
+
+
+# ---- what is claimed ----
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_log_what_one_logs(two, stage, capsys, monkeypatch):
+    """Losses and gradient norms of all stages: each process has half of the batch and of the net,
+    and computes its layers twice."""
+    found = json.loads((two / "found.json").read_text())["rows"][stage]
+    monkeypatch.setattr(dmd, "CRITIC_UPDATES", 1)
+    for ours, one in zip(found, rows(stage), strict=True):
+        assert ours == pytest.approx(one, **ROUNDING)
+        assert ours["norm"] > 0
+
+
+def test_a_killed_run_of_two_processes_goes_on_as_if_uninterrupted(two):
+    """Resumed at the last sharded state; weights, average, moments and log end bitwise the same."""
+    found = json.loads((two / "found.json").read_text())["resumed"]
+    assert found["at"] == 2 and found["keys"] and found["same_log"]
+    assert found["differing"] == []
+    assert found["left"] == ["state-000004"]
+
+
+def test_consolidated_weights_are_read_as_ltx2_files(two):
+    """All three stages by their command lines; flags are stated, sinks are there, weights moved."""
+    before = random_model(LTX2, torch.float32, 1).state_dict()
+    for name, cfg in (("dmd", LTX2), ("ode_regression", FULL), ("self_forcing", FULL)):
+        said = []
+        net = ltx2.load(two / f"{name}.safetensors", cfg, say=said.append)
+        assert len(said) == 1 and "stated by the file" in said[0]  # and no word of fresh sinks
+        weights = net.state_dict()
+        assert ("sinks.tokens" in weights) == (cfg is FULL)
+        for n, w in before.items():
+            torch.testing.assert_close(weights[n].float(), w, atol=0.02, rtol=0.01)
+        assert json.loads((two / "results" / f"{name}_curve.json").read_text())[-1]["step"] == 1
+
+
+# ---- alone ----
+
+
+def rolled_gradients(net):
+    """Gradients of a rollout of five seconds by every weight, and of what its captions say."""
+    words = torch.eye(9)[None, [1, 5, 7]].double().requires_grad_()
+    text, g = net.project_text(words), torch.Generator().manual_seed(1)
+    blocks = self_forcing.rollout(net, lambda k: text, BLOCKS, STUDENT.sigmas, g, exit_step=1)
+    video, audio = self_forcing.whole_clip(blocks)
+    loss = video.pow(2).mean() + audio.pow(2).mean()
+    return torch.autograd.grad(loss, [words, *net.parameters()])
+
+
+def test_layers_that_run_twice_have_the_same_gradient():
+    """Stage III's rollout, to the last bit: a layer computed again, after the cache has moved on
+    by up to five blocks, reads the history that it read at first."""
+    kept, twice = (random_model(STUDENT).requires_grad_(True) for _ in range(2))
+    runs, run = [], twice.layer
+    twice.layer = lambda i, *args: runs.append(i) or run(i, *args)
+    sharding.checkpoint_layers(twice)
+    for a, b in zip(rolled_gradients(kept), rolled_gradients(twice), strict=True):
+        assert torch.equal(a, b)
+    passes = 2 * BLOCKS + BLOCKS - 1  # one before the exit, the exit, the refresh
+    assert len(runs) == STUDENT.num_layers * (passes + BLOCKS)
+
+
+def test_a_window_that_forgets_is_refused_where_layers_run_twice():
+    """One line that names the window and the shortest that will do."""
+    net = sharding.checkpoint_layers(random_model(STUDENT, torch.float32).requires_grad_(True))
+    given = net, None, toy_captions(torch.tensor([[1, 5, 7]])), torch.Generator()
+    with pytest.raises(ValueError, match="^window=3: .* expected a window of 4 or more$"):
+        self_forcing.rolled_out(*given, window=3)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_process_draws_its_rows_of_the_whole_batch(monkeypatch, rank):
+    """Uniform, normal and whole numbers in one stream; what has no rows is the same for all."""
+    monkeypatch.setattr(sharding, "count", lambda: 3)
+    monkeypatch.setattr(sharding, "rank", lambda: rank)
+
+    def drawn(n):
+        g = torch.Generator().manual_seed(0)
+        return (
+            torch.rand(n, generator=g), torch.randint(9, (), generator=g),
+            torch.randn((n, 2), generator=g), torch.randint(9, (n,), generator=g),
+            torch.rand(n, 1, generator=g),
+        )  # fmt: skip
+
+    with sharding.SharedDraws("cpu"):
+        ours = drawn(2)
+    for mine, whole in zip(ours, drawn(6)):
+        assert torch.equal(mine, whole[2 * rank : 2 * rank + 2] if whole.dim() else whole)
+    with pytest.raises(ValueError, match="a batch of 8 clips among 3 processes: choose a multiple"):
+        sharding.share_of(8)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--config", "full"], "--config full: start it by torchrun, even on a single GPU"),
+        (["--prompts", "x"], "--prompts x: the toy draws its own; expected --config full"),
+        (["--device", "cuda"], "--device cuda: start it by torchrun"),
+        (["--config", "huge"], "--config huge: unknown; expected one of"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message, monkeypatch, capsys):
+    """One line and exit status 2, before anything is read."""
+    status, _, err = run_here(dmd, options, monkeypatch, capsys)
+    assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_teachers_file_makes_two_nets():
+    """The frozen teacher and the critic that starts as it: training one leaves the other."""
+    path = Path(__file__).parent.parent / "weights" / "toy_teacher.safetensors"
+    found = training_parts.toy_parts(None).find(path)
+    real, critic = found.load(learns=False), found.load(learns=True)
+    assert not any(p.requires_grad for p in real.parameters())
+    for a, b in zip(real.parameters(), critic.parameters(), strict=True):
+        assert torch.equal(a, b) and a.data_ptr() != b.data_ptr() and b.requires_grad

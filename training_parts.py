@@ -1,0 +1,116 @@
+"""What a training is made of, for the toy or the full size: where weights and prompts come from.
+
+The three stages are the same code at both sizes. What differs is here:
+
+                 the toy                                  the full size
+    weights      files of this repository                 LTX-2's files, and those written here
+    prompts      words of made-up clips                   a folder of features (captions.py)
+    precision    float32                                  layers run in bfloat16; what learns is
+                                                          kept, and averaged over GPUs, in float32
+    activations  kept                                     computed twice
+
+Either runs in one process or, under torchrun, in several.
+"""
+
+import copy
+import functools
+from typing import Callable, NamedTuple
+
+import torch
+
+import cli
+import config
+import files
+import ltx2
+import model
+import sharding
+from captions import TOY_PROMPTS, EncodedPrompts, ToyPrompts
+
+
+class Parts(NamedTuple):
+    """Everything around the losses."""
+
+    is_toy: bool
+    cfg: config.Config | None  # the student's; None: that of its file
+    prompts: EncodedPrompts | ToyPrompts
+    find: Callable  # path, config if it is not the teacher's, seed -> Found
+    write: Callable  # path, tensors, config, made_by
+    dtype: torch.dtype  # of weights that are written
+
+
+class Found(NamedTuple):
+    """A weight file that was looked at, but not read."""
+
+    cfg: config.Config
+    load: Callable  # learns -> net
+    mark: str  # that tells its weights from others
+
+
+def add_options(p):
+    """What the stages' command lines need at full size."""
+    p.add_argument("--config", help="of the student: toy (default), or ltx2, full, released")
+    p.add_argument("--prompts", help="at full size: a folder made by captions.py")
+    p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
+    p.add_argument("--batch", type=int, help="clips, of all processes together; default 8")
+
+
+def parts_for(args, toy_cfg=None) -> Parts:
+    """Raises ValueError, in one line, for what is missing or does not go together."""
+    cfg = cli.find_config(args.config or "toy")
+    if cfg.is_toy and args.prompts:
+        raise ValueError(f"--prompts {args.prompts}: the toy draws its own; expected --config full")
+    if not cfg.is_toy and not sharding.is_sharded():
+        raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
+    if not cfg.is_toy and not args.prompts:
+        raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by captions.py")
+    return toy_parts(toy_cfg) if cfg.is_toy else full_parts(args.prompts, cfg)
+
+
+def toy_parts(cfg) -> Parts:
+    """Everything is in this repository."""
+
+    def find(path, cfg=None, seed=0):
+        net = model.load(path)
+        if cfg:
+            net = student_from(net.state_dict(), cfg, seed)
+
+        def load(learns):  # another net every time: the teacher's file makes the critic as well
+            own = copy.deepcopy(net).requires_grad_(learns)
+            return sharding.shard(own, torch.float32)
+
+        return Found(net.cfg, load, files.fingerprint(net.state_dict()))
+
+    return Parts(True, cfg, TOY_PROMPTS, find, files.save_weights, torch.float16)
+
+
+def full_parts(prompts, cfg) -> Parts:
+    """LTX-2's weights and prompts that were encoded before."""
+
+    def find(path, cfg=None, seed=0):
+        source = ltx2.Source(path, cfg or config.LTX2)
+        load = functools.partial(full_net, source)
+        return Found(source.cfg, load, source.fingerprint())
+
+    return Parts(False, cfg, EncodedPrompts(prompts, cfg), find, ltx2.save, torch.bfloat16)
+
+
+def full_net(source, learns):
+    """A net that is never whole in one place: every process reads the file and keeps its shards."""
+    net = model.build(source.cfg, device="meta").to(torch.float32 if learns else torch.bfloat16)
+    net.requires_grad_(learns)
+    if learns:
+        sharding.checkpoint_layers(net)
+    sharding.shard(net, torch.bfloat16)
+    sharding.fill(net, source.tensors())
+    return net
+
+
+def student_from(tensors, cfg, seed=0):
+    """A student that starts as the teacher; its sinks are new and keep their initial values."""
+    net = model.build(cfg, seed)
+    files.load_into(net, {**_own_sinks(net), **tensors}, "teacher")
+    return net
+
+
+def _own_sinks(net):
+    return {n: p for n, p in net.state_dict().items() if n.startswith("sinks.")}
