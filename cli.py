@@ -37,12 +37,15 @@ def parser(doc):
     return _Parser(description=doc, formatter_class=_Help)
 
 
+def add_pair(parser, name, default, about):
+    """An option of two numbers: --NAME VIDEO AUDIO."""
+    names = "VIDEO", "AUDIO"
+    parser.add_argument(name, nargs=2, type=float, default=default, metavar=names, help=about)
+
+
 def add_guidance(parser, default, of_what):
-    """--guidance VIDEO AUDIO, two numbers."""
-    parser.add_argument(
-        "--guidance", nargs=2, type=float, default=default, metavar=("VIDEO", "AUDIO"),
-        help=f"{of_what}; 1 is none",
-    )  # fmt: skip
+    """--guidance VIDEO AUDIO."""
+    add_pair(parser, "--guidance", default, f"{of_what}; 1 is none")
 
 
 def command(parser, args, leave_out=("run", "out")) -> str:

@@ -101,6 +101,7 @@ CONTROLS = {
     "III from stage I": trained(
         "from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"
     ),
+    "III, each block its own exit": trained("own_exit", "self_forcing.py --exit own"),
     "II, as long as III": trained("long_ode_regression", "ode_regression.py --steps 2500"),
 }
 SEEDS = 3

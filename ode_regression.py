@@ -165,8 +165,13 @@ def masked_mean(x, mask):
     return (x * mask).sum() / sharding.averaged(mask.sum()).clamp(min=1)
 
 
-def losses_of(net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS):
-    """The function that `training.Run.train` minimises."""
+def losses_of(
+    net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS, weights=(1, 1)
+):  # fmt: skip
+    """The function that `training.Run.train` minimises.
+
+    weights   of video's loss and of audio's  # Paper: the first release has 1 and 0.16
+    """
     blocks, device = num_blocks(seconds, net.cfg), sharding.device()
     view = MaskedView({site: m.to(device) for site, m in four_masks(net.cfg, blocks).items()})
     batch = sharding.share_of(recipe.batch)
@@ -178,7 +183,8 @@ def losses_of(net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS):
         states = [data[name][rows].to(device) for name in ("video", "audio")]
         chosen = prompts.captions(data["tokens"][rows]), *states
         video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, view)
-        return {"loss": video + audio, "video": video, "audio": audio}
+        loss = weights[0] * video + weights[1] * audio
+        return {"loss": loss, "video": video, "audio": audio}
 
     return losses
 
@@ -212,6 +218,7 @@ def options():
     )
     p.add_argument("--clips", type=int, default=768, help="walks to draw")
     cli.add_guidance(p, (1.0, 1.0), "of the walks")
+    cli.add_pair(p, "--loss-weights", (1.0, 1.0), "of the two streams")
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
     p.add_argument("--steps", type=int, default=500, help="training steps")
     p.add_argument("--seed", type=int, default=0)
@@ -238,7 +245,8 @@ def regress(p, args):
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
     learner = training.Learner(student.load(learns=True), recipe)
     run = training.Run({"student": learner}, cli.command(p, args), args.run)
-    run.train(training.descent(learner, losses_of(learner.model, data, recipe, parts.prompts)))
+    losses = losses_of(learner.model, data, recipe, parts.prompts, weights=args.loss_weights)
+    run.train(training.descent(learner, losses))
     run.ship(args.out, parts.write, parts.dtype)
 
 

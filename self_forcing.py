@@ -70,7 +70,8 @@ def rollout(
     window      blocks remembered besides prefix and sinks; None: all
     pinned      False: prefix and sinks are forgotten as well (a control)
     exit_step   see `dmd.denoise`; one for all blocks, so that each block is refreshed from an
-                equally good clip (Self-Forcing; OmniForcing's same_step_across_blocks)
+                equally good clip (Self-Forcing; OmniForcing's same_step_across_blocks), or a list
+                with one for each
     history     clean (video, audio) of the whole clip, to be remembered instead of what is
                 generated: teacher forcing, the control
     merge       refresh a block in the first pass of the next one, where both have the same prompt:
@@ -81,6 +82,7 @@ def rollout(
     """
     view = view or CachedView(net.cfg, num_blocks, window, pinned)
     like, past = next(net.parameters()), None
+    exits = exit_step if isinstance(exit_step, list) else [exit_step] * num_blocks
     for k in range(num_blocks):
         span, text = block_span(k, net.cfg), text_at(k)
         if past and not (merge and past.text is text and not torch.is_grad_enabled()):
@@ -89,7 +91,7 @@ def rollout(
             view.next_block()
             past = None
         noise = model.draw_noise(batch, span, net.cfg, generator, like.device, like.dtype)
-        x0 = dmd.denoise(net, noise, sigmas, text, span, view, generator, exit_step, past)
+        x0 = dmd.denoise(net, noise, sigmas, text, span, view, generator, exits[k], past)
         yield Block(k, *x0)
         clean = block_of(history, k, net.cfg) if history else x0
         past = dmd.Finished([x.detach() for x in clean], text, span)
@@ -111,18 +113,20 @@ def block_of(clip, k, cfg):
 # ---- training ----
 
 
-def rolled_out(net, clips, captions, generator, window=None, codec=None):
+def rolled_out(net, clips, captions, generator, window=None, codec=None, share_exit=True):
     """Clips to train stage III on: the student's own rollout, as it is after a random pass.
 
-    codec   to remember the true clips instead: the control
+    codec        to remember the true clips instead: the control
+    share_exit   False: every block ends after a random pass of its own
     """
-    exit_step = dmd.draw_exit_step(net.cfg.sigmas, generator)
+    blocks, sigmas = num_blocks(teacher.SECONDS, net.cfg), net.cfg.sigmas
+    draws = 1 if share_exit else blocks
+    exits = [dmd.draw_exit_step(sigmas, generator) for _ in range(draws)]
     text = net.project_text(*captions.features)
     history = toy_codec.encode_clips(codec, clips, teacher.SECONDS) if codec else None
-    blocks = num_blocks(teacher.SECONDS, net.cfg)
-    sigmas, batch = net.cfg.sigmas, len(captions)
-    how = dict(window=window, exit_step=exit_step, history=history)
-    return whole_clip(rollout(net, lambda k: text, blocks, sigmas, generator, batch, **how))
+    how = dict(window=window, exit_step=exits[0] if share_exit else exits, history=history)
+    rolled = rollout(net, lambda k: text, blocks, sigmas, generator, len(captions), **how)
+    return whole_clip(rolled)
 
 
 def main():
@@ -132,9 +136,14 @@ def main():
     )
     p.add_argument("--window", type=int, default=4, help="blocks remembered in the rollouts")
     p.add_argument("--history", choices=("own", "true"), default="own", help="true: the control")
+    p.add_argument(
+        "--exit", choices=("shared", "own"), default="shared",
+        help="own: every block of a rollout ends after a random pass of its own",
+    )  # fmt: skip
     args = p.parse_args()
     codec = toy_codec.load() if args.history == "true" else None
-    make = functools.partial(rolled_out, window=args.window, codec=codec)
+    share_exit = args.exit == "shared"
+    make = functools.partial(rolled_out, window=args.window, codec=codec, share_exit=share_exit)
     dmd.distil(p, args, args.student, config.TOY, make)
 
 

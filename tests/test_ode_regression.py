@@ -155,6 +155,16 @@ def test_the_causal_mask_is_on(walk):
     assert all(torch.equal(m, expected[n]) for n, m in net.calls[0][-1].masks.items())
 
 
+def test_each_stream_has_its_weight_in_the_loss(walk):
+    """1 and 0.16, as in the first release: the sum, and the two losses as they are."""
+    net = Student([x[:2] + 2 for x in ends(walk)], CFG)
+    data = {"tokens": torch.tensor([[1, 5, 7]] * 2), "video": walk[1][:2], "audio": walk[2][:2]}
+    recipe = training.Recipe(steps=1, batch=2)
+    values = ode.losses_of(net, data, recipe, weights=(1, 0.16))(0)
+    assert float(values["loss"]) == pytest.approx(values["video"] + 0.16 * values["audio"])
+    assert values["video"] > 1 and values["audio"] > 1
+
+
 def test_the_loss_teaches_both_exits_and_the_sinks(walk):
     """With a real student, its gradient reaches what only one stream or only the sinks have."""
     net = random_model(CFG, dtype=torch.float32).requires_grad_(True)

@@ -362,20 +362,22 @@ def test_a_given_history_is_remembered_instead_of_what_was_generated(watched):
     assert all(differ(own[k][1:], forced[k][1:]) for k in (2, 3))
 
 
-@pytest.mark.parametrize("codec", [False, True])
-def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec):
-    """Same captions and noise as `rollout`, all blocks at one exit step; with a codec behind the
-    true past."""
+@pytest.mark.parametrize("codec, share", [(False, True), (True, True), (False, False)])
+def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec, share):
+    """Same captions and noise as `rollout`, all blocks at one exit step or each at its own; with a
+    codec behind the true past."""
     cfg = replace(config.TOY, num_layers=1, num_heads=2, video_width=24, audio_width=16)
     net = random_model(cfg, torch.float32)
     clips = toy_world.draw_clips(range(2))
     tokens, codec = toy_world.caption_tokens(clips), toy_codec.load() if codec else None
     captions = toy_captions(tokens)
     made = self_forcing.rolled_out(
-        net, clips, captions, torch.Generator().manual_seed(4), window=2, codec=codec
+        net, clips, captions, torch.Generator().manual_seed(4), 2, codec, share
     )
     g = torch.Generator().manual_seed(4)
-    exit_step = dmd.draw_exit_step(cfg.sigmas, g)
+    drawn = [dmd.draw_exit_step(cfg.sigmas, g) for _ in range(1 if share else 6)]
+    exit_step = drawn[0] if share else drawn
+    assert share or len(set(drawn)) > 1
     text = net.project_text(*captions.features)
     history = toy_codec.encode_clips(codec, clips, 5) if codec else None
     blocks = self_forcing.rollout(

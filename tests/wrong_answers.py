@@ -474,7 +474,7 @@ WRONG = {
             "which would reach across blocks",
         ),
         "exit step drawn per block": (
-            "span, view, generator, exit_step, past)",
+            "span, view, generator, exits[k], past)",
             "span, view, generator, dmd.draw_exit_step(sigmas, generator), past)",
             "one exit step for all blocks",
         ),
@@ -485,8 +485,8 @@ WRONG = {
             "block 0 is handed over after 9 passes",
         ),
         "never an early exit": (
-            "how = dict(window=window, exit_step=exit_step, history=history)",
-            "how = dict(window=window, history=history)",
+            "exit_step=exits[0] if share_exit else exits, ",
+            "",
             "the exit step is never drawn",
         ),
     },
