@@ -103,9 +103,9 @@ def check(prompt):
         raise ValueError("the prompt says nothing; describe what is to be seen and heard")
 
 
-def check_folder(folder):
-    """Raises ValueError for a folder that lacks a part of the text path."""
-    for part in TEXT_PARTS:
+def check_folder(folder, parts=TEXT_PARTS):
+    """Raises ValueError for a folder that lacks one of these parts; of the text path, by default."""
+    for part in parts:
         if not Path(folder, part).is_dir():
             raise ValueError(f"{folder}: no {part}/; expected LTX-2's folder in diffusers' format")
 

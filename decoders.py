@@ -26,6 +26,7 @@ import torch
 import toy_codec
 import toy_world
 
+PARTS = ("vae", "audio_vae", "vocoder")  # folders
 STEREO, MEL_LATENT_BINS, MEL_BINS = 2, 16, 64
 
 

@@ -116,7 +116,7 @@ def full_parts(order) -> Parts:
     """
     is_random = order.weights == "random"
     if not is_random:  # complain before anything slow begins
-        captions.check_folder(order.ltx2)
+        captions.check_folder(order.ltx2, captions.TEXT_PARTS + decoders.PARTS)
         source = ltx2.Source(order.weights, order.cfg)
     check_memory(order)
     start, prompts = time.perf_counter(), [cue.prompt for cue in order.cues]

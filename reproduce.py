@@ -1,13 +1,15 @@
 """Everything that is shipped and quoted, made anew, command by command.
 
-    python reproduce.py            hours: codec, teacher, three stages, tables, pictures
-    python reproduce.py --quick    minutes: three short stages from the shipped teacher, and a table
-    python reproduce.py --list     say it only
+    python reproduce.py             hours: codec, teacher, three stages, tables, pictures
+    python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
+                                    controls`, and their table
+    python reproduce.py --quick     minutes: three short stages from the shipped teacher, a table
+    python reproduce.py --list      say it only
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
 may be interrupted and started again at any time. The full run writes over weights/ and results/
-(the same numbers, on the same kind of machine); the quick one touches nothing that is shipped: it
-writes to runs/quick/, and its curves to results/quick_*.
+(the same numbers, on the same kind of machine); the others touch nothing that is shipped: they
+write to runs/, and their curves to results/.
 """
 
 import shlex
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 import cli
+import experiments
 
 ROOT = Path(__file__).parent
 
@@ -23,9 +26,9 @@ ROOT = Path(__file__).parent
 FULL = [
     ("toy_codec.py", 1),
     ("teacher.py", 99),
-    ("dmd.py", 13),
+    ("dmd.py", 15),
     ("ode_regression.py", 7),
-    ("self_forcing.py", 13),
+    ("self_forcing.py", 20),
     ("evaluate.py", 4),
     ("experiments.py drift", 7),
     ("experiments.py joint", 4),
@@ -35,6 +38,10 @@ FULL = [
     ("charts.py losses", 1),
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
+]
+CONTROLS = [
+    *((how, 20) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
+    ("experiments.py controls --clips 96 --seconds 20", 12),
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 4),
@@ -60,9 +67,10 @@ QUICK = [
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
+    p.add_argument("--controls", action="store_true", help="trainings that are not shipped")
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
-    steps = QUICK if args.quick else FULL
+    steps = QUICK if args.quick else CONTROLS if args.controls else FULL
     for i, (command, minutes) in enumerate(steps, 1):
         print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
         if not args.list:

@@ -167,6 +167,16 @@ def test_bad_input_ends_in_one_line_before_anything_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("part", [*captions.TEXT_PARTS, *decoders.PARTS])
+def test_a_missing_part_is_noticed_before_prompts_are_read(run, folder, tmp_path, part):
+    """Whichever of the six folders it is, text encoder or vocoder."""
+    for other in {*captions.TEXT_PARTS, *decoders.PARTS} - {part}:
+        (tmp_path / "ltx2" / other).mkdir(parents=True)
+    weights = folder / "generator.safetensors"
+    status, out, err = run("--config", "released", "--weights", weights, "--ltx2", "ltx2")
+    assert status == 2 and f"ltx2: no {part}/" in err and "read" not in out
+
+
 def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):
     """The arithmetic, and a window that would fit."""
     cfg = FULL, torch.bfloat16

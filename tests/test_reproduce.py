@@ -8,7 +8,7 @@ import pytest
 import cli
 import reproduce
 
-COMMANDS = [command for command, _ in reproduce.FULL + reproduce.QUICK]
+COMMANDS = [command for command, _ in reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK]
 
 
 def run(monkeypatch, *args):
