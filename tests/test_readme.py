@@ -60,9 +60,10 @@ def test_only_plots_imports_matplotlib():
     assert importing == ["plots.py"]
 
 
-def test_result_table_is_the_scripts():
-    """The results table is, to the letter, what evaluate.py wrote."""
-    assert (ROOT / "results" / "evaluation.md").read_text().strip() in README
+@pytest.mark.parametrize("name", ["evaluation", "controls"])
+def test_result_tables_are_the_scripts(name):
+    """A table of results is, to the letter, what the script wrote."""
+    assert (ROOT / "results" / f"{name}.md").read_text().strip() in README
 
 
 def test_benchmark_numbers_are_the_scripts():
