@@ -104,7 +104,7 @@ def check(prompt):
 
 
 def check_folder(folder, parts=TEXT_PARTS):
-    """Raises ValueError for a folder that lacks one of these parts; of the text path, by default."""
+    """Raises ValueError for a folder that lacks one of these parts (default: the text path)."""
     for part in parts:
         if not Path(folder, part).is_dir():
             raise ValueError(f"{folder}: no {part}/; expected LTX-2's folder in diffusers' format")

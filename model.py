@@ -151,12 +151,16 @@ def modulated(x, scale, shift):
     >>> modulated(torch.ones(1, 4, 1), scale, shift).flatten()
     tensor([2., 2., 8., 8.])
     """
+    if scale.shape[1] == 1:
+        return x * (1 + scale) + shift
     x = x.unflatten(1, (scale.shape[1], -1))
     return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
 def gated(x, gate):
     """gate * x, by noise level: x (B, T, C), gate (B, L, C)."""
+    if gate.shape[1] == 1:
+        return gate * x
     return (gate[:, :, None] * x.unflatten(1, (gate.shape[1], -1))).flatten(1, 2)
 
 

@@ -9,7 +9,7 @@
            masks (as the first official release did), side by side in one run
   cost     what a second of film costs whom: the teacher, a whole clip in four passes, a stream
 
-Writes results/bench_toy.json and results/bench_toy.png.
+Writes results/bench_toy.json and results/bench_toy.png, or what --out says.
 """
 
 import json
@@ -36,6 +36,7 @@ import plots  # noqa: E402
 import self_forcing  # noqa: E402
 import teacher  # noqa: E402
 import toy_world  # noqa: E402
+from captions import toy_captions  # noqa: E402
 from kv_cache import CachedView, MaskedView  # noqa: E402
 from masks import block_span, clip_span, four_masks  # noqa: E402
 
@@ -126,7 +127,7 @@ def seconds_of(make, repeats=3) -> float:
 
 
 @torch.inference_mode()
-def bench_cost(student, text, tokens) -> dict:
+def bench_cost(student, text, captions) -> dict:
     """{who: how often each second passes through the transformer, how fast five seconds are made}.
 
     Passes of whole clips and of blocks; with guidance a pass counts twice. Nothing is decoded.
@@ -138,7 +139,7 @@ def bench_cost(student, text, tokens) -> dict:
     g, sigmas = torch.Generator().manual_seed(0), student.cfg.sigmas
 
     def by_teacher(levels):
-        return lambda: teacher.sample(net["teacher"], tokens, levels)
+        return lambda: teacher.sample(net["teacher"], captions, levels)
 
     def streamed():
         return list(self_forcing.rollout(student, lambda k: text, 6, sigmas, g, window=4))
@@ -146,7 +147,7 @@ def bench_cost(student, text, tokens) -> dict:
     makers = {
         "teacher, 32 steps": (64, by_teacher(teacher.schedule(32))),
         "teacher, 4 steps": (8, by_teacher(sigmas)),
-        "stage I, 4 steps": (4, lambda: dmd.few_step_clips(net["dmd"], tokens, g)),
+        "stage I, 4 steps": (4, lambda: dmd.few_step_clips(net["dmd"], captions, g)),
         "streamed, 4 steps and refresh": (5, streamed),
     }
     return {
@@ -169,16 +170,18 @@ def draw_prefix(result):
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--only", choices=["stream", "long", "prefix", "cost"], help="just one")
+    p.add_argument("--out", help="default results/bench_toy, if all are run; writes .json and .png")
     args = p.parse_args()
+    out = args.out or (None if args.only else ROOT / "results" / "bench_toy")
     net = parts.load_student(parts.WEIGHTS, config.TOY)
-    tokens = toy_world.parse_prompt("red fast metal")
+    captions = toy_captions(toy_world.parse_prompt("red fast metal"))
     with torch.inference_mode():
-        text = net.project_text(toy_world.caption_features(tokens))
+        text = net.project_text(*captions.features)
     kinds = {
         "stream": bench_stream,
         "long": bench_long,
         "prefix": lambda: bench_prefix(net, text),
-        "cost": lambda: bench_cost(net, text, tokens),
+        "cost": lambda: bench_cost(net, text, captions),
     }
     result = {name: part() for name, part in kinds.items() if args.only in (None, name)}
     for name in ("stream", "long", "cost"):
@@ -191,14 +194,16 @@ def main():
             print(
                 f"block {k:2}: cached {1000 * c:5.0f} ms, re-run {1000 * r:5.0f} ms, {r / c:.1f}x"
             )
-        plots.save(draw_prefix(result["prefix"]), ROOT / "results" / "bench_toy.png")
+        if out:
+            plots.save(draw_prefix(result["prefix"]), f"{out}.png")
     result["machine"] = {
-        "processor": platform.machine(), "threads": torch.get_num_threads(),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
-    if not args.only:
-        files.write_json(ROOT / "results" / "bench_toy.json", result)
-        print("wrote results/bench_toy.json and .png")
+    if out:
+        files.write_json(f"{out}.json", result)
+        print(f"wrote {out}.json")
 
 
 if __name__ == "__main__":
