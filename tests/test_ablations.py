@@ -99,9 +99,11 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_sinks_from_the_command_line(run, tmp_path):
+def test_sinks_from_the_command_line(run, tmp_path, monkeypatch):
     """Two variants, a few steps: table, JSON and picture; with sinks there is a share."""
-    result = run("sinks", "--steps", 12, "--only", "S = 0", "S = 16")
+    monkeypatch.setattr(ablations, "BURN_IN", 1)
+    monkeypatch.setattr(ablations, "PROBE_EVERY", 1)
+    result = run("sinks", "--steps", 2, "--only", "S = 0", "S = 16")
     assert result["S = 0"]["share"] == 0 < result["S = 16"]["share"] < 1
     assert all(row["max_norm"] > 0 and row["a0_norm"] > 0 for row in result.values())
     assert "| S = 16 |" in (tmp_path / "x.md").read_text()

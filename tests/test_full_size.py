@@ -25,6 +25,9 @@ FULL = replace(config.FULL, caption_width=8, **SIZES)
 RELEASED = replace(config.RELEASED, caption_width=8, **SIZES)
 
 
+FLOAT32 = ["--dtype", "float32"]  # for speed: processors emulate bfloat16; other tests have it
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """LTX-2's folder with tiny decoders (its text path is replaced), and a generator's file."""
@@ -75,7 +78,8 @@ def properties(path):
 
 def test_random_weights_make_a_film_and_its_timings(run):
     """No file is needed; a plan is printed; every stage is timed."""
-    status, out, _ = run("--config", "full", "--weights", "random", "--seconds", 3, "--report", "r")
+    args = "--config", "full", "--weights", "random", "--seconds", 3, "--report", "r"
+    status, out, _ = run(*args, *FLOAT32)
     assert status == 0
     frames, size, sound, seconds = properties("out.mp4")
     assert (frames, size, sound) == (73, (64, 64), (2, 24000))
@@ -104,6 +108,7 @@ def test_a_prompt_becomes_a_film(run, folder):
     """Text, transformer file and decoders' folder; a switch of prompts; twice the same bytes."""
     args = ["--config", "released", "--weights", folder / "generator.safetensors"]
     args += ["--ltx2", folder, "--seconds", 3, "--prompt", "a dog barks", "--prompt", "2: rain"]
+    args += FLOAT32
     status, out, err = run(*args, "--out", "a.mp4")
     assert status == 0, err
     assert "read|a dog barks|rain" in out
@@ -116,7 +121,8 @@ def test_a_prompt_becomes_a_film(run, folder):
 
 def test_the_released_layout_is_a_second_long_at_once(run):
     """Block 0 holds 4 + 26 latents: 25 frames, so the time to the first second is its time."""
-    run("--config", "released", "--weights", "random", "--seconds", 2, "--report", "r")
+    args = "--config", "released", "--weights", "random", "--seconds", 2, "--report", "r"
+    run(*args, *FLOAT32)
     report = json.loads(Path("r").read_text())
     assert report["ttfc_seconds"] == pytest.approx(
         report["passes_seconds"][0] + report["output_seconds"][0], rel=0.01
@@ -137,7 +143,7 @@ def test_what_was_held_back_is_written_after_an_interruption(run, monkeypatch):
             yield block
 
     monkeypatch.setattr(generate, "stream", interrupted)
-    status, _, _ = run("--config", "full", "--weights", "random", "--seconds", 60)
+    status, _, _ = run("--config", "full", "--weights", "random", "--seconds", 60, *FLOAT32)
     assert status == 0 and properties("out.mp4")[0] == 49
 
 
