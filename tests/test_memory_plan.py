@@ -84,6 +84,7 @@ def test_a_pass_is_as_large_as_its_widest_layer():
     assert 1.9 < memory_plan.pass_row(two, F32, batch=2).num_bytes / sizes[0] <= 2
 
 
+@pytest.mark.slow
 def test_the_full_size_fits_one_gpu_of_80_gb():
     """Windows of 5 and 15 seconds do; weights are the 18.9 billion parameters in bfloat16."""
     for window in (5, 15):
