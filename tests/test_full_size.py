@@ -60,9 +60,12 @@ def run(tmp_path, monkeypatch, capsys):
     def main(*args):
         return run_here(generate, args, monkeypatch, capsys)
 
-    handler = signal.getsignal(signal.SIGTERM)
+    signals = signal.SIGTERM, signal.SIGINT
+    handlers = [signal.getsignal(kind) for kind in signals]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
     yield main
-    signal.signal(signal.SIGTERM, handler)
+    for kind, handler in zip(signals, handlers):
+        signal.signal(kind, handler)
 
 
 def properties(path):
