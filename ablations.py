@@ -36,6 +36,7 @@ import rope
 import teacher
 import toy_codec
 import training
+import training_parts
 from captions import toy_captions
 from masks import clip_span, four_masks, num_blocks
 
@@ -193,7 +194,7 @@ def after_training(net, held, masks) -> dict:
 
 def train_variant(variant, start, data, held, args) -> dict:
     """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
-    net = variant.change(ode_regression.student_from(start, variant.cfg))
+    net = variant.change(training_parts.student_from(start, variant.cfg))
     view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
     # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
     recipe = training.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
@@ -262,7 +263,7 @@ STREAMED = 20  # seconds, of which the first and the last five are judged
 def train_switch(switch, args):
     """The averaged student of a short stage II training."""
     start, walks = start_and_walks(switch.from_teacher, args)
-    net = ode_regression.student_from(start, switch.cfg)
+    net = training_parts.student_from(start, switch.cfg)
     learner = training.Learner(net, ode_regression.recipe_of(args.steps))
     rows = dict(zip(("tokens", "video", "audio"), first_seconds(walks, switch)))
     losses = ode_regression.losses_of(net, rows, learner.recipe, seconds=switch.seconds)

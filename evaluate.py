@@ -45,7 +45,7 @@ import toy_detectors as detectors
 import toy_world
 from captions import toy_captions
 from masks import num_blocks
-from ode_regression import student_from
+from training_parts import student_from
 
 STUDENTS = [f"weights/toy_{name}.safetensors" for name in ("ode_regression", "self_forcing")]
 BATCH = 16  # clips at a time

@@ -45,7 +45,6 @@ import training_plan
 from captions import TOY_PROMPTS
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
-from training_parts import student_from  # noqa: F401  a student starts as its teacher
 
 CLEAN_SHARE = 0.25  # share of blocks shown clean
 FIRST_SEED = 10**8  # trajectories begin from captions the teacher was not trained on

@@ -11,6 +11,7 @@ import config
 import model
 import ode_regression as ode
 import training
+import training_parts
 from captions import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
@@ -247,7 +248,7 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, cap
 def test_a_student_starts_as_the_teacher_with_sinks_of_its_own():
     """Every weight is the teacher's; only the sinks are new, and they are not zero."""
     parent = model.build(tiny(PAPER, num_sinks=0), seed=1)
-    net = ode.student_from(parent.state_dict(), CFG)
+    net = training_parts.student_from(parent.state_dict(), CFG)
     ours = net.state_dict()
     assert ours.keys() - parent.state_dict().keys() == {"sinks.tokens"}
     assert all(torch.equal(ours[n], t) for n, t in parent.state_dict().items())
@@ -259,4 +260,4 @@ def test_a_teacher_that_does_not_fit_is_refused_by_tensor():
     weights = model.build(tiny(PAPER, num_sinks=0)).state_dict()
     del weights["video.table"]
     with pytest.raises(ValueError, match="tensor video.table is missing"):
-        ode.student_from(weights, CFG)
+        training_parts.student_from(weights, CFG)
