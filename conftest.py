@@ -10,6 +10,9 @@ import os
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread for each worker
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 import exercise
@@ -30,6 +33,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "points(n, function): worth n points for that function")
     if name := config.getoption("exercise"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--exercise grades in one process: leave out -n")
         try:
             grader = Grader(name, Path(config.getoption("answers")).resolve())
         except ValueError as error:

@@ -110,7 +110,8 @@ def stream_rows(
 ) -> list[Row]:
     """What streaming needs besides the decoders; `merge` and `graph` as in parts.SPEEDUPS."""
     net = model.build(cfg, device="meta")
-    one_pass = pass_row(net, dtype, batch, merge)
+    short = model.build(replace(cfg, num_layers=2), device="meta")  # the rest need no more
+    one_pass = pass_row(short, dtype, batch, merge)
     recorded = Row("recorded passes", one_pass.num_bytes, "one pool of memory, of the widest")
     return [
         weights_row(net, dtype),

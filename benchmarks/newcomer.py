@@ -27,7 +27,7 @@ STEPS = {
     "install": "venv/bin/pip install --quiet -r requirements.txt",
     "clip": "venv/bin/python generate.py",
     "install for tests": "venv/bin/pip install --quiet -r requirements-dev.txt",
-    "tests": "venv/bin/python -m pytest -q",
+    "tests": "venv/bin/python -m pytest -q -n auto --dist loadfile",
     "take an exercise": "venv/bin/python exercise.py masks",
     "grade it": "venv/bin/python -m pytest -q --exercise masks",
 }

@@ -1,7 +1,13 @@
 """Tiny models with random weights everywhere, so that no agreement is trivial."""
 
+import contextlib
+import functools
+import io
+import runpy
 import sys
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -11,6 +17,7 @@ import decoders
 from masks import block_span, clip_span
 from model import OmniTransformer
 
+ROOT = Path(__file__).parent.parent
 PAPER = replace(config.TOY, name="paper")
 MERGED = replace(config.TOY, name="merged", prefix_video_frames=4, prefix_audio_frames=26)
 LAYOUTS = [replace(cfg, num_sinks=S) for cfg in (PAPER, MERGED) for S in (0, 16)]
@@ -74,6 +81,16 @@ def run_here(script, arguments, monkeypatch, capsys):
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
+
+
+@functools.cache
+def help_of(script) -> str:
+    """What `python SCRIPT --help` prints, from a run in this process."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", [script, "--help"]), contextlib.redirect_stdout(out):
+        with contextlib.suppress(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    return out.getvalue()
 
 
 def tiny_decoder_kinds():

@@ -149,3 +149,29 @@ def test_walks_are_cut_to_whole_blocks(seconds, blocks):
     tokens_v, frames_a = 16 * (1 + 3 * seconds * blocks), 1 + 25 * seconds * blocks
     assert torch.equal(video, walks[1][:, :, :tokens_v]) and video.shape[2] == tokens_v
     assert torch.equal(audio, walks[2][:, :, :frames_a]) and audio.shape[2] == frames_a
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_that_of_autocast(dtype):
+    """A product and its gradients, to the last bit; and they differ from float32's."""
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(16, 9), torch.randn(3, 7, 16)
+
+    def product_and_gradients(precise):
+        with precise:
+            y = layer(x).float()
+        return y, *torch.autograd.grad(y.sum(), list(layer.parameters()))
+
+    ours = product_and_gradients(ablations.HalfPrecision(dtype))
+    theirs = product_and_gradients(torch.autocast("cpu", dtype))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(ours[0], layer(x))
+
+
+def test_half_precision_reaches_attention():
+    """What float16 cannot hold is not finite, as on a GPU."""
+    q = torch.full((1, 1, 2, 4), 1e5)
+    with ablations.HalfPrecision(torch.float16):
+        out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert not out.isfinite().any()

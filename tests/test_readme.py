@@ -2,15 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT, help_of
 
 import charts
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 TABLE = dict(re.findall(r"^\| `(\w+\.py)` \|.*\| (\d+) \|$", README, re.MULTILINE))
 COMMANDS = sorted(set(re.findall(r"python ((?:benchmarks/)?\w+\.py[^#`\n]*)", README)))
@@ -30,11 +27,8 @@ def test_commands_are_accepted(command):
     """Every command of the README names a script, and options that its --help knows."""
     script, *options = command.split()
     assert (ROOT / script).exists()
-    flags = [o for o in options if o.startswith("--")]
-    if flags:
-        run = [sys.executable, str(ROOT / script), "--help"]
-        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-        assert all(flag in text for flag in flags)
+    if flags := [o for o in options if o.startswith("--")]:
+        assert all(flag in help_of(script) for flag in flags)
 
 
 def test_line_counts():

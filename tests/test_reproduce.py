@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import help_of
 
 import cli
 import reproduce
@@ -23,9 +24,7 @@ def test_every_option_is_known(script):
     assert (reproduce.ROOT / script).exists()
     if not used:
         return  # nothing to ask, and scripts without options have no --help
-    call = [sys.executable, str(reproduce.ROOT / script), "--help"]
-    told = subprocess.run(call, capture_output=True, text=True, check=True).stdout
-    assert all(word in told for word in used if word.startswith("--"))
+    assert all(word in help_of(script) for word in used if word.startswith("--"))
 
 
 def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():

@@ -30,14 +30,14 @@ import training_plan
 from captions import toy_captions
 from masks import num_blocks
 
-TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0)
-STUDENT = tiny(PAPER, num_sinks=4)
+TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0, num_layers=1)
+STUDENT = tiny(PAPER, num_sinks=4, num_layers=1)
 BLOCKS, STEPS = num_blocks(5, TEACHER), 2
 ROUNDING = dict(rel=2e-4, abs=1e-6)  # float32, added up in another order, and AdamW steps of it
 
 # the same for the full size's way: LTX-2's names, prompts by number, bfloat16
-LTX2 = replace(TEACHER, name="tiny_ltx2", num_layers=1, sigmas=(1.0, 0.5, 0.0))
-FULL = replace(STUDENT, name="tiny_full", num_layers=1, sigmas=(1.0, 0.5, 0.0))
+LTX2 = replace(TEACHER, name="tiny_ltx2", sigmas=(1.0, 0.5, 0.0))
+FULL = replace(STUDENT, name="tiny_full", sigmas=(1.0, 0.5, 0.0))
 SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run", "--out"]
 
 
@@ -112,10 +112,10 @@ def killed_and_resumed():
     whole = whole_state(run)
     first, update = new_run("killed", die_at=2)
     with pytest.raises(KeyboardInterrupt):
-        first.train(update, print_every=1, save_every=1)
+        first.train(update, print_every=1, save_every=2)
     second, update = new_run("killed")
     resumed_at = second.step
-    second.train(update, print_every=1, save_every=1)
+    second.train(update, print_every=1, save_every=2)
     parts = whole_state(second)
     differing = [n for n in whole if not torch.equal(whole[n], parts[n])]
     return {"at": resumed_at, "differing": differing, "same_log": run.log == second.log,
@@ -230,14 +230,15 @@ def rolled_gradients(net):
 def test_layers_that_run_twice_have_the_same_gradient():
     """Stage III's rollout, to the last bit: a layer computed again, after the cache has moved on
     by up to five blocks, reads the history that it read at first."""
-    kept, twice = (random_model(STUDENT).requires_grad_(True) for _ in range(2))
+    cfg = replace(STUDENT, num_layers=2)
+    kept, twice = (random_model(cfg).requires_grad_(True) for _ in range(2))
     runs, run = [], twice.layer
     twice.layer = lambda i, *args: runs.append(i) or run(i, *args)
     sharding.checkpoint_layers(twice)
     for a, b in zip(rolled_gradients(kept), rolled_gradients(twice), strict=True):
         assert torch.equal(a, b)
     passes = 2 * BLOCKS + BLOCKS - 1  # one before the exit, the exit, the refresh
-    assert len(runs) == STUDENT.num_layers * (passes + BLOCKS)
+    assert len(runs) == cfg.num_layers * (passes + BLOCKS)
 
 
 def test_a_window_that_forgets_is_refused_where_layers_run_twice():
