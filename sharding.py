@@ -19,7 +19,8 @@ eight times; what this module changes is done from outside:
 
 Activations are not kept (`checkpoint_layers`): of each layer only the input is, and the layer runs
 once more when its gradient is asked for. # Trap: a layer that reads a rolling cache must then read
-what it read before; see `kv_cache.CachedView.frozen`.
+what it read before; see `kv_cache.CachedView.frozen`. Nor are gradients kept longer than they must
+(`passes_apart`): a rollout of six blocks goes backward block by block.
 
 Without torchrun there is no process group, and everything here does nothing; torch's machinery for
 shards, which takes half as long to import as torch itself, is then left alone.
@@ -198,6 +199,40 @@ def checkpoint_layers(net):
         return checkpoint(run, i, *inputs, view.frozen(i), **again)
 
     net.layer = layer
+    return net
+
+
+class Apart(torch.autograd.Function):
+    """Tensors as they are; but all that is behind them goes backward in a call of its own."""
+
+    @staticmethod
+    def forward(ctx, anchor, tensors):
+        """anchor   an empty leaf that wants a gradient, or autograd would not come back to us"""
+        ctx.tensors = tensors
+        return tuple(x.detach() for x in tensors)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        # what is behind every pass, the captions' keys and values, must outlast the first call
+        torch.autograd.backward(ctx.tensors, gradients, retain_graph=True)
+        ctx.tensors = None  # and what is behind this pass only need not
+        return None, None
+
+
+def passes_apart(net):
+    """Let every pass go backward alone: gradients add up in `.grad`, and not on the way there.
+
+    Autograd hands on a weight's gradient when all that used the weight have added to it. In one
+    call for the six passes of a rollout, the gradients of all layers, 38 GB at full size, would be
+    whole until the last pass is done; in six calls no more than a layer's are.
+    """
+    forward = net.forward
+
+    def apart(*args):
+        out = forward(*args)
+        return Apart.apply(torch.empty(0, requires_grad=True), out) if out[0].grad_fn else out
+
+    net.forward = apart
     return net
 
 

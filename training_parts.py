@@ -99,7 +99,7 @@ def full_net(source, learns):
     net = model.build(source.cfg, device="meta").to(torch.float32 if learns else torch.bfloat16)
     net.requires_grad_(learns)
     if learns:
-        sharding.checkpoint_layers(net)
+        sharding.passes_apart(sharding.checkpoint_layers(net))
     sharding.shard(net, torch.bfloat16)
     sharding.fill(net, source.tensors())
     return net

@@ -11,11 +11,11 @@ What is not cut is what a process works on: layers that are whole at the moment,
 These are counted by running an update on tensors without contents (memory.py), with two and with
 three layers: every further layer takes as much as the third.
 
-Most of stage III's activations are gradients. Six passes, one a block, go through every layer, and
-autograd hands on a weight's gradient when all six have added to it: until then the gradients of all
-layers are whole, in bfloat16 38 GB.
+Stage III's rollout goes backward pass by pass (`sharding.passes_apart`), or the gradients of all
+layers, whole, 38 GB in bfloat16, would be among its activations.
 
-    python training_plan.py            a student on 8 GPUs, without activations
+    python training_plan.py                  a student on 8 GPUs, without activations
+    python benchmarks/training_memory.py     the three stages on 8, 16 and 32
 """
 
 import functools
@@ -99,7 +99,7 @@ def _net(cfg, learns):
     net.register_forward_pre_hook(lambda net, inputs: tree_map(_cast, inputs))
     for p in net.parameters() if learns else ():
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    return sharding.checkpoint_layers(net) if learns else net
+    return sharding.passes_apart(sharding.checkpoint_layers(net)) if learns else net
 
 
 def _cast(x):

@@ -48,7 +48,7 @@ def trained(cfg, seed):
     """A net that learns, cut among the processes; layers run twice where there are several."""
     net = random_model(cfg, torch.float32, seed).requires_grad_(True)
     if sharding.is_sharded():
-        sharding.checkpoint_layers(net)
+        sharding.passes_apart(sharding.checkpoint_layers(net))
     return sharding.shard(net, torch.float32)
 
 
@@ -223,8 +223,8 @@ def rolled_gradients(net):
     text, g = net.project_text(words), torch.Generator().manual_seed(1)
     blocks = self_forcing.rollout(net, lambda k: text, BLOCKS, STUDENT.sigmas, g, exit_step=1)
     video, audio = self_forcing.whole_clip(blocks)
-    loss = video.pow(2).mean() + audio.pow(2).mean()
-    return torch.autograd.grad(loss, [words, *net.parameters()])
+    (video.pow(2).mean() + audio.pow(2).mean()).backward()
+    return [x.grad for x in (words, *net.parameters())]
 
 
 def test_layers_that_run_twice_have_the_same_gradient():
@@ -239,6 +239,20 @@ def test_layers_that_run_twice_have_the_same_gradient():
         assert torch.equal(a, b)
     passes = 2 * BLOCKS + BLOCKS - 1  # one before the exit, the exit, the refresh
     assert len(runs) == cfg.num_layers * (passes + BLOCKS)
+
+
+def test_passes_that_go_backward_alone_have_the_same_gradient():
+    """Stage III's rollout in six backward calls instead of one, captions behind all of them; the
+    gradient of a weight is complete, and added to the weight's own, after every pass."""
+    at_once, apart = (random_model(STUDENT).requires_grad_(True) for _ in range(2))
+    added = {name: [] for name in ("at once", "apart")}
+    for net, counts in zip((at_once, apart), added.values()):
+        weight = net.video.layers[0].self_attn.to_q.weight
+        weight.register_post_accumulate_grad_hook(lambda p, counts=counts: counts.append(1))
+    sharding.passes_apart(sharding.checkpoint_layers(apart))
+    for a, b in zip(rolled_gradients(at_once), rolled_gradients(apart), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert [len(counts) for counts in added.values()] == [1, BLOCKS]
 
 
 def test_a_window_that_forgets_is_refused_where_layers_run_twice():

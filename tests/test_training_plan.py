@@ -1,6 +1,7 @@
 """The plan of a training: what is kept, what is alive at once, and how many GPUs would do."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import config
 import dmd
 import memory
 import model
+import self_forcing
 import sharding
 import training_plan
 from kv_cache import MaskedView
@@ -61,6 +63,24 @@ def test_layers_that_run_twice_keep_their_inputs_only(monkeypatch):
     twice = more()
     monkeypatch.setattr(sharding, "checkpoint_layers", lambda net: net)
     assert 0 < twice < 0.2 * more()
+
+
+def test_gradients_of_a_rollout_do_not_wait_for_its_last_pass(monkeypatch):
+    """In one backward call for all blocks, every layer would keep its gradients, in bfloat16."""
+    monkeypatch.setattr(captions, "TOKENS", 4)
+    nets, made = [("g", CFG, GENERATOR)], partial(self_forcing.rolled_out, window=4)
+
+    def loss(net, captions, generator):
+        return sum(x.mean() for x in made(net, None, captions, generator))
+
+    def more():
+        two, three = (training_plan._peak(nets, loss, 1, layers) for layers in (2, 3))
+        return three - two
+
+    apart = more()
+    monkeypatch.setattr(sharding, "passes_apart", lambda net: net)
+    two, three = (training_plan._parameters(CFG, layers) for layers in (2, 3))
+    assert 0.8 < (more() - apart) / (2 * (three - two)) < 1
 
 
 def test_what_does_not_fit_is_refused_with_the_number_that_does(monkeypatch):

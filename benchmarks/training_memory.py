@@ -1,0 +1,54 @@
+"""How much memory does a GPU need for each stage at full size?  Computed, without a GPU.
+
+    python benchmarks/training_memory.py            on 8, 16 and 32 GPUs, one clip each
+
+Prints the table of README.md; `training_plan.py` says how bytes are counted.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
+
+import cli  # noqa: E402
+import config  # noqa: E402
+import dmd  # noqa: E402
+import memory  # noqa: E402
+import ode_regression  # noqa: E402
+import self_forcing  # noqa: E402
+import training_plan  # noqa: E402
+
+GPUS = 8, 16, 32
+
+
+def stages() -> dict:
+    """What is in memory in each stage, and what an update computes."""
+    generator, critic = dmd.recipes_of(2, 0, is_toy=False)
+
+    def matched(cfg, make):
+        parts = ("teacher", config.LTX2, None), ("generator", cfg, generator)
+        loss = functools.partial(dmd.generator_loss, (3.0, 5.0), make)
+        return [*parts, ("critic", config.LTX2, critic)], loss
+
+    student = [("student", config.FULL, ode_regression.recipe_of(2, is_toy=False))]
+    rolled_out = functools.partial(self_forcing.rolled_out, window=4)
+    return {
+        "stage I: generator and critic, teacher": matched(config.LTX2, dmd.backward_simulation),
+        "stage II: student": (student, ode_regression.trial_loss),
+        "stage III: as stage I, and a rollout": matched(config.FULL, rolled_out),
+    }
+
+
+def main():
+    cli.parser(__doc__).parse_args()
+    print("| memory of a GPU, of so many | " + " | ".join(map(str, GPUS)) + " |")
+    print("|---" * (len(GPUS) + 1) + "|")
+    for name, (nets, loss) in stages().items():
+        activations = training_plan.activation_bytes(nets, loss, batch=1)
+        needed = [memory.total(training_plan.rows(nets, activations, n)) for n in GPUS]
+        print(f"| {name} | " + " | ".join(f"{size / memory.GB:.1f} GB" for size in needed) + " |")
+
+
+if __name__ == "__main__":
+    cli.run(main)
