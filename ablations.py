@@ -6,7 +6,8 @@
 
 All start from the same weights, see the same walks (clips on their way from noise to clean, see
 ode_regression.py) in the same order, and differ in what their name says. Each writes
-results/NAME.json, .md and .png. `experiments.py` is for questions that need no training.
+results/NAME.json, .md and .png; started again after an interruption, it goes on at the variant
+where it was. `experiments.py` is for questions that need no training.
 
 What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
 after the first ten steps; *A0 norm*: the same for the loss of block 0's audio alone, which in the
@@ -16,9 +17,11 @@ when clean ends of walks are noised to sigma = 0.5 throughout, on walks that no 
 means over layers and heads. Max norm and loss are the paper's columns.
 """
 
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -31,6 +34,7 @@ import cli
 import config
 import evaluate
 import experiments
+import files
 import kv_cache
 import model
 import ode_regression
@@ -242,15 +246,11 @@ def train_variant(variant, start, data, held, args) -> dict:
     return result | after_training(net, held, view.masks)
 
 
-def sinks(args):
+def sink_rows(name, args) -> dict:
     """{variant: results}."""
     start, walks = start_and_walks(False, args)
     held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
-    results = {}
-    for name in args.only or SINKS:
-        results[name] = train_variant(SINKS[name], start, data, held, args)
-        print(name, results[name], flush=True)
-    return results, sinks_table(results), charts.draw_sinks(results)
+    return {name: train_variant(SINKS[name], start, data, held, args)}
 
 
 def sinks_table(results) -> str:
@@ -305,21 +305,14 @@ def first_seconds(walks, switch):
     return tokens, video[:, :, :tokens_v], audio[:, :, : len(span.audio)]
 
 
-def switches(args):
-    """{variant, seconds: metrics with intervals}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    windows = [(0, 5), (STREAMED - 5, STREAMED)]
-    true = partial(evaluate.true_clips, STREAMED)
-    truth = evaluate.judge(true, seeds, windows, "truth")
-    results = {}
-    for name in args.only or SWITCHES:
-        switch = SWITCHES[name]
-        net = train_switch(switch, args)
-        window = REMEMBERED // switch.cfg.block_seconds
-        make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
-        results |= experiments.by_window(name, make, seeds, windows, truth)
-        print(evaluate.table(results), flush=True)
-    return results, evaluate.table(results), charts.draw_joint(results)
+def switch_rows(name, args) -> dict:
+    """{"variant, seconds": metrics with intervals}."""
+    switch = SWITCHES[name]
+    windows, seeds = [(0, 5), (STREAMED - 5, STREAMED)], evaluate.held_out(args.clips)
+    truth = evaluate.judge(partial(evaluate.true_clips, STREAMED), seeds, windows, "truth")
+    net, window = train_switch(switch, args), REMEMBERED // switch.cfg.block_seconds
+    make = partial(evaluate.from_stream, net, toy_codec.load(), STREAMED, window=window)
+    return experiments.by_window(name, make, seeds, windows, truth)
 
 
 # ---- command line ----
@@ -338,16 +331,34 @@ def main():
     p.add_argument("--run", default="runs/ablations", help="folder for the walks")
     p.add_argument("--out", help="default results/ABLATION")
     args = p.parse_args()
-    known, steps, measure = ABLATIONS[args.ablation]
+    known, steps, measure, table, draw = ABLATIONS[args.ablation]
     if unknown := set(args.only or ()) - set(known):
         raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
     args.steps = args.steps or steps
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
-    experiments.write(args, *measure(args))
+    results = measured(args.only or known, measure, args)
+    experiments.write(args, results, table(results), draw(results))
 
 
-ABLATIONS = {"sinks": (SINKS, 150, sinks), "switches": (SWITCHES, 250, switches)}
+def measured(names, measure, args) -> dict:
+    """Rows of all variants; what an interrupted run has measured is not measured again."""
+    file, done = Path(args.run) / f"{args.ablation}.json", {}
+    if file.exists() and (state := json.loads(file.read_text()))["command"] == args.command:
+        done = state["rows"]
+    for name in names:
+        if name not in done:
+            done[name] = measure(name, args)
+            files.write_json(file, {"command": args.command, "rows": done})
+            print(done[name], flush=True)
+    file.unlink()
+    return {row: values for name in names for row, values in done[name].items()}
+
+
+ABLATIONS = {
+    "sinks": (SINKS, 150, sink_rows, sinks_table, charts.draw_sinks),
+    "switches": (SWITCHES, 250, switch_rows, evaluate.table, charts.draw_joint),
+}
 
 if __name__ == "__main__":
     cli.run(main)

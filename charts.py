@@ -109,6 +109,8 @@ def draw_sinks(results):
     for ax, column in zip(axes, shown):
         values = [row.get(column, np.nan) for row in results.values()]
         _bars(ax, values, results, column.replace("_", " "))
+        if column.endswith("norm") and np.isfinite(values).any():
+            ax.set_xscale("log")
     axes[0].invert_yaxis()
     return figure
 

@@ -14,6 +14,7 @@ import config
 import files
 import kv_cache
 import model
+import plots
 from masks import clip_span, four_masks, num_blocks
 
 CHANGES = ablations.with_gates, ablations.without_norm, ablations.with_large_logits
@@ -130,6 +131,30 @@ def test_switches_from_the_command_line(run, tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.glob("*walks*")} == {
         "dmd_walks.safetensors", "teacher_walks.safetensors"
     }  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on_at_the_variant_where_it_was(run, tmp_path, monkeypatch):
+    """What was measured is kept, and only until the run is done; another command starts anew."""
+    measured = []
+
+    def measure(name, args):
+        measured.append(name)
+        if measured == ["S = 0", "S = 2"]:
+            raise KeyboardInterrupt
+        return {name: {"max_norm": len(measured)}}
+
+    monkeypatch.setitem(ablations.ABLATIONS, "sinks", (ablations.SINKS, 1, measure, str, draw_none))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run("sinks", "--only", "S = 0", "S = 2")
+    rows = run("sinks", "--only", "S = 0", "S = 2")
+    assert measured == ["S = 0", "S = 2", "S = 2"]
+    assert {name: row["max_norm"] for name, row in rows.items()} == {"S = 0": 1, "S = 2": 3}
+    run("sinks", "--only", "S = 0")
+    assert measured[3:] == ["S = 0"]
+
+
+def draw_none(results):
+    return plots.plt.figure()
 
 
 def test_an_unknown_variant_is_refused(run, capsys):
