@@ -182,7 +182,7 @@ class A0Probe(kv_cache.MaskedView):
 
     def entropy(self):
         w = torch.stack(self.weights)
-        return float(-(w * w.clamp(min=1e-12).log()).sum(-1).mean())
+        return abs(float((w * w.clamp(min=1e-12).log()).sum(-1).mean()))  # not -0
 
     def share(self):
         return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
@@ -257,7 +257,7 @@ def sinks_table(results) -> str:
     head = "| | " + " | ".join(SINK_COLUMNS.values()) + " | |"
     lines = [head, "|---|" + "---|" * (len(SINK_COLUMNS) + 1)]
     for name, row in results.items():
-        cells = [f"{row[c]:.3g}" if c in row else "–" for c in SINK_COLUMNS]
+        cells = [f"{float(f'{row[c]:.3g}'):g}" if c in row else "–" for c in SINK_COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row.get('broke down', '')} |")
     return "\n".join(lines)
 
