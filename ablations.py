@@ -357,7 +357,7 @@ def measured(names, measure, args) -> dict:
 
 ABLATIONS = {
     "sinks": (SINKS, 150, sink_rows, sinks_table, charts.draw_sinks),
-    "switches": (SWITCHES, 250, switch_rows, evaluate.table, charts.draw_joint),
+    "switches": (SWITCHES, 250, switch_rows, evaluate.table, charts.draw_streams),
 }
 
 if __name__ == "__main__":

@@ -91,13 +91,24 @@ def _bars(ax, values, names, title, **more):
 
 
 def draw_joint(results):
-    """F1 and the right wall, with intervals, of {name: {metric: [value, low, high]}}."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained", sharey=True)
-    for ax, metric, label in zip(axes, ("f1", "wall"), ("F1", "sound from the wall that was hit")):
+    """How well picture and sound belong together, of {name: {metric: [value, low, high]}}."""
+    return _draw_rows(results, {"f1": "F1", "wall": "sound from the wall that was hit"})
+
+
+def draw_streams(results):
+    """What becomes of streams, of {name: {metric: [value, low, high]}}."""
+    shown = {"f1": "F1", "onsets_rate": "onsets, as a share of the truth's", "kept": "identity kept"}
+    return _draw_rows(results, shown)
+
+
+def _draw_rows(results, shown):
+    """Bars with intervals; `shown` has a title for every metric."""
+    size = 3 + 3.5 * len(shown), 1.2 + 0.24 * len(results)
+    figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", sharey=True)
+    for ax, (metric, title) in zip(axes, shown.items()):
         values = np.array([row[metric] for row in results.values()], dtype=float)
-        errors = np.abs(values[:, 1:] - values[:, :1]).T
-        _bars(ax, values[:, 0], results, label, xerr=errors)
-        ax.set_xlim(0, 1.02)
+        _bars(ax, values[:, 0], results, title, xerr=np.abs(values[:, 1:] - values[:, :1]).T)
+        ax.set_xlim(0, 1.05)
     axes[0].invert_yaxis()
     return figure
 

@@ -134,7 +134,7 @@ def controls(args):
         make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
         results |= by_window(name, make, seeds, windows, truth)
     results |= over_seeds(results)
-    return results, evaluate.table(results), charts.draw_joint(results)
+    return results, evaluate.table(results), charts.draw_streams(results)
 
 
 def by_window(name, make, seeds, windows, truth) -> dict:
