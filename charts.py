@@ -97,7 +97,7 @@ def draw_joint(results):
 
 def draw_streams(results):
     """What becomes of streams, of {name: {metric: [value, low, high]}}."""
-    shown = {"f1": "F1", "onsets_rate": "onsets, as a share of the truth's", "kept": "identity kept"}
+    shown = {"f1": "F1", "onsets_rate": "onsets, share of the truth's", "kept": "identity kept"}
     return _draw_rows(results, shown)
 
 
