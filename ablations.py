@@ -246,11 +246,11 @@ def train_variant(variant, start, data, held, args) -> dict:
     return result | after_training(net, held, view.masks)
 
 
-def sink_rows(name, args) -> dict:
-    """{variant: results}."""
+def sinks(args) -> Callable:
+    """What gives a variant's row, {variant: results}."""
     start, walks = start_and_walks(False, args)
     held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
-    return {name: train_variant(SINKS[name], start, data, held, args)}
+    return lambda name: {name: train_variant(SINKS[name], start, data, held, args)}
 
 
 def sinks_table(results) -> str:
@@ -305,14 +305,19 @@ def first_seconds(walks, switch):
     return tokens, video[:, :, :tokens_v], audio[:, :, : len(span.audio)]
 
 
-def switch_rows(name, args) -> dict:
-    """{"variant, seconds": metrics with intervals}."""
-    switch = SWITCHES[name]
-    windows, seeds = [(0, 5), (STREAMED - 5, STREAMED)], evaluate.held_out(args.clips)
+def switches(args) -> Callable:
+    """What gives a variant's rows, {"variant, seconds": metrics with intervals}."""
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
+    windows = [(0, 5), (STREAMED - 5, STREAMED)]
     truth = evaluate.judge(partial(evaluate.true_clips, STREAMED), seeds, windows, "truth")
-    net, window = train_switch(switch, args), REMEMBERED // switch.cfg.block_seconds
-    make = partial(evaluate.from_stream, net, toy_codec.load(), STREAMED, window=window)
-    return experiments.by_window(name, make, seeds, windows, truth)
+
+    def rows(name):
+        switch = SWITCHES[name]
+        net, window = train_switch(switch, args), REMEMBERED // switch.cfg.block_seconds
+        make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
+        return experiments.by_window(name, make, seeds, windows, truth)
+
+    return rows
 
 
 # ---- command line ----
@@ -328,16 +333,16 @@ def main():
     p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
     p.add_argument("--clips", type=int, default=48, help="switches: held-out clips a row")
     p.add_argument("--only", nargs="*", metavar="NAME", help="these variants only")
-    p.add_argument("--run", default="runs/ablations", help="folder for the walks")
+    p.add_argument("--run", default="runs/ablations", help="folder for walks, and rows so far")
     p.add_argument("--out", help="default results/ABLATION")
     args = p.parse_args()
-    known, steps, measure, table, draw = ABLATIONS[args.ablation]
+    known, steps, ablation, table, draw = ABLATIONS[args.ablation]
     if unknown := set(args.only or ()) - set(known):
         raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
     args.steps = args.steps or steps
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
-    results = measured(args.only or known, measure, args)
+    results = measured(args.only or known, ablation(args), args)
     experiments.write(args, results, table(results), draw(results))
 
 
@@ -348,7 +353,7 @@ def measured(names, measure, args) -> dict:
         done = state["rows"]
     for name in names:
         if name not in done:
-            done[name] = measure(name, args)
+            done[name] = measure(name)
             files.write_json(file, {"command": args.command, "rows": done})
             print(done[name], flush=True)
     file.unlink()
@@ -356,8 +361,8 @@ def measured(names, measure, args) -> dict:
 
 
 ABLATIONS = {
-    "sinks": (SINKS, 150, sink_rows, sinks_table, charts.draw_sinks),
-    "switches": (SWITCHES, 250, switch_rows, evaluate.table, charts.draw_streams),
+    "sinks": (SINKS, 150, sinks, sinks_table, charts.draw_sinks),
+    "switches": (SWITCHES, 250, switches, evaluate.table, charts.draw_streams),
 }
 
 if __name__ == "__main__":

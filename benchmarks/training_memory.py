@@ -17,6 +17,7 @@ import dmd  # noqa: E402
 import memory  # noqa: E402
 import ode_regression  # noqa: E402
 import self_forcing  # noqa: E402
+import teacher  # noqa: E402
 import training_plan  # noqa: E402
 
 GPUS = 8, 16, 32
@@ -28,7 +29,7 @@ def stages() -> dict:
 
     def matched(cfg, make):
         parts = ("teacher", config.LTX2, None), ("generator", cfg, generator)
-        loss = functools.partial(dmd.generator_loss, (3.0, 5.0), make)
+        loss = functools.partial(dmd.generator_loss, teacher.GUIDANCE, make)
         return [*parts, ("critic", config.LTX2, critic)], loss
 
     student = [("student", config.FULL, ode_regression.recipe_of(2, is_toy=False))]

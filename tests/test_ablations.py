@@ -137,13 +137,14 @@ def test_an_interrupted_run_goes_on_at_the_variant_where_it_was(run, tmp_path, m
     """What was measured is kept, and only until the run is done; another command starts anew."""
     measured = []
 
-    def measure(name, args):
+    def measure(name):
         measured.append(name)
         if measured == ["S = 0", "S = 2"]:
             raise KeyboardInterrupt
         return {name: {"max_norm": len(measured)}}
 
-    monkeypatch.setitem(ablations.ABLATIONS, "sinks", (ablations.SINKS, 1, measure, str, draw_none))
+    fake = ablations.SINKS, 1, lambda args: measure, str, draw_none
+    monkeypatch.setitem(ablations.ABLATIONS, "sinks", fake)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run("sinks", "--only", "S = 0", "S = 2")
     rows = run("sinks", "--only", "S = 0", "S = 2")
