@@ -302,14 +302,9 @@ def distil(p, args, start, toy_cfg, make):
         judge, student = parts.find(args.teacher), parts.find(start, parts.cfg, args.seed)
         how = args.steps, args.seed, args.batch or 8, parts.is_toy
         if not parts.is_toy:
-            generator, critic = recipes_of(*how)
-            nets = [
-                ("teacher", judge.cfg, None),
-                ("generator", student.cfg, generator),
-                ("critic", judge.cfg, critic),
-            ]
-            trial = functools.partial(generator_loss, args.guidance, make)
-            training_plan.check(nets, trial, sharding.share_of(generator.batch))
+            recipes = recipes_of(*how)
+            planned = trial_of(judge.cfg, student.cfg, recipes, args.guidance, make)
+            training_plan.check(*planned, sharding.share_of(recipes[0].batch))
         real, critic = judge.load(learns=False), judge.load(learns=True)
         learners = learners_of(student.load(learns=True), critic, *how)
         run = training.Run(learners, cli.command(p, args), args.run)
@@ -317,6 +312,17 @@ def distil(p, args, start, toy_cfg, make):
         update = updates_of(*learners.values(), real, args.guidance, make, draw)
         run.train(update, print_every=5, save_every=20)
         run.ship(args.out, parts.write, parts.dtype)
+
+
+def trial_of(teacher_cfg, student_cfg, recipes, guidance, make):
+    """All nets, and what an update of the generator computes with them (training_plan.py)."""
+    generator, critic = recipes
+    nets = [
+        ("teacher", teacher_cfg, None),
+        ("generator", student_cfg, generator),
+        ("critic", teacher_cfg, critic),
+    ]
+    return nets, functools.partial(generator_loss, guidance, make)
 
 
 def generator_loss(guidance, make, real, net, critic, captions, generator):

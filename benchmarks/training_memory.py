@@ -25,12 +25,10 @@ GPUS = 8, 16, 32
 
 def stages() -> dict:
     """What is in memory in each stage, and what an update computes."""
-    generator, critic = dmd.recipes_of(2, 0, is_toy=False)
+    recipes = dmd.recipes_of(2, 0, is_toy=False)
 
     def matched(cfg, make):
-        parts = ("teacher", config.LTX2, None), ("generator", cfg, generator)
-        loss = functools.partial(dmd.generator_loss, teacher.GUIDANCE, make)
-        return [*parts, ("critic", config.LTX2, critic)], loss
+        return dmd.trial_of(config.LTX2, cfg, recipes, teacher.GUIDANCE, make)
 
     student = [("student", config.FULL, ode_regression.recipe_of(2, is_toy=False))]
     rolled_out = functools.partial(self_forcing.rolled_out, window=4)
