@@ -103,6 +103,9 @@ CONTROLS = {
     ),
     "III, each block its own exit": trained("own_exit", "self_forcing.py --exit own"),
     "II, as long as III": trained("long_ode_regression", "ode_regression.py --steps 2500"),
+    "III from the long II": trained(
+        "from_long", "self_forcing.py --student runs/controls/long_ode_regression.safetensors"
+    ),
 }
 SEEDS = 3
 

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 import config
 import files
 from model import OmniTransformer, build
+from sink_tokens import fresh_sinks
 
 # ---- names ----
 
@@ -269,7 +270,9 @@ class Source:
             yield self.table[name], tensor
         if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
             self.say(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
-            yield "sinks.tokens", fresh_sinks(self.cfg, device, dtype)
+            g = torch.Generator().manual_seed(0)
+            sinks = fresh_sinks(self.cfg.num_sinks, self.cfg.audio_width, g)
+            yield "sinks.tokens", sinks.to(device, dtype)
 
     def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
         """Read once, tensor by tensor to where it belongs: there is no second copy in memory."""
@@ -294,12 +297,6 @@ def save(path, tensors, cfg, made_by):
     }
     metadata = {"config": json.dumps({"transformer": flags}), "made_by": json.dumps(made_by)}
     files.write_beside(path, lambda p: save_file(named, p, metadata))
-
-
-def fresh_sinks(cfg, device, dtype):
-    """(1, S, C_a) sinks that no training has touched."""
-    g = torch.Generator().manual_seed(0)
-    return (0.02 * torch.randn(1, cfg.num_sinks, cfg.audio_width, generator=g)).to(device, dtype)
 
 
 def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:

@@ -38,7 +38,7 @@ import files
 import rope
 from kv_cache import Heads, MaskedView, attention
 from masks import Span, clip_span, four_masks
-from sink_tokens import SinkTokens, sink_angles
+from sink_tokens import SinkTokens, fresh_sinks, sink_angles
 
 # ---- noise, velocity and clean estimates: the only place where they are converted ----
 
@@ -505,7 +505,7 @@ def _initialise(model, generator):
         elif name.endswith(".weight"):
             p.copy_(torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
         elif name.endswith("sinks.tokens"):
-            p.copy_(0.02 * torch.randn(p.shape, generator=generator))
+            p.copy_(fresh_sinks(*p.shape[1:], generator))
     for stream in (model.video, model.audio):
         for layer in stream.layers:
             layer.table[[2, 5]] = 1.0

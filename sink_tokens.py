@@ -38,13 +38,17 @@ import config
 import rope
 
 
+def fresh_sinks(num_sinks, width, generator=None) -> torch.Tensor:
+    """(1, S, C_a) sinks that no training has touched."""
+    return 0.02 * torch.randn(1, num_sinks, width, generator=generator)
+
+
 class SinkTokens(nn.Module):
     """S learnable vectors of the audio width; LTX-2 lacks them, so they keep their init."""
 
     def __init__(self, num_sinks, width):
         super().__init__()
-        self.tokens = nn.Parameter(torch.empty(1, num_sinks, width))  # (1, S, C_a)
-        nn.init.normal_(self.tokens, std=0.02)
+        self.tokens = nn.Parameter(fresh_sinks(num_sinks, width))
 
     def prepend(self, x):
         """(B, F_a, C_a) audio tokens -> (B, S + F_a, C_a).

@@ -4,14 +4,14 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 import kv_cache
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "bench_attention.py"
+SCRIPT = ROOT / "benchmarks" / "bench_attention.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,14 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_here
+from helpers import ROOT, run_here
 
 import files
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_decode  # noqa: E402
 
 

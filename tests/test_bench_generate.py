@@ -3,18 +3,17 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import PAPER, random_model, random_text, tiny
+from helpers import PAPER, ROOT, random_model, random_text, tiny
 
 import cli
 import config
 import model
 import self_forcing
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_generate  # noqa: E402
 
 

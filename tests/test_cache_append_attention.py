@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import PAPER, block_rows, random_clip, random_model, random_text, tiny
+from helpers import PAPER, ROOT, block_rows, random_clip, random_model, random_text, tiny
 from tape import Operators
 
 import cache_append_attention as kernel
@@ -40,7 +40,6 @@ from kv_cache import (
 from model import draw_noise, join_projections
 from self_forcing import rollout, whole_clip
 
-ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 EMULATE = ["g++", "-std=c++17", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-x", "c++"]

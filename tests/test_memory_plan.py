@@ -1,11 +1,10 @@
 """The plan is what really happens: its rows against bytes counted on running models."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import LAYOUTS, layout_name, random_model, random_text, tiny
+from helpers import LAYOUTS, ROOT, layout_name, random_model, random_text, tiny
 
 import captions
 import config
@@ -111,7 +110,7 @@ def test_free_memory_is_a_sensible_number():
 def test_the_readme_quotes_the_plan():
     """Its table of memory is what `python memory_plan.py` prints."""
     pytest.importorskip("diffusers")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     decoders = memory_plan.total(memory_plan.decoder_rows(config.FULL, torch.bfloat16)) / 1e9
     for window in (5, 15, 25):
         rows = memory_plan.stream_rows(config.FULL, 121, window, torch.bfloat16)

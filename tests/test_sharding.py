@@ -10,12 +10,11 @@ import socket
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from helpers import PAPER, random_clip, random_model, run_here, tiny
+from helpers import PAPER, ROOT, random_clip, random_model, run_here, tiny
 
 import captions
 import config
@@ -302,7 +301,7 @@ def test_what_does_not_go_together_is_refused(options, message, monkeypatch, cap
 
 def test_a_teachers_file_makes_two_nets():
     """The frozen teacher and the critic that starts as it: training one leaves the other."""
-    path = Path(__file__).parent.parent / "weights" / "toy_teacher.safetensors"
+    path = ROOT / "weights" / "toy_teacher.safetensors"
     found = training_parts.toy_parts(None).find(path)
     real, critic = found.load(learns=False), found.load(learns=True)
     assert not any(p.requires_grad for p in real.parameters())
