@@ -11,6 +11,7 @@ Every row is scored on the same held-out captions by the same detectors (toy_det
     whole     frames with exactly one whole ball
     kept      identity the caption does not tell (hue, radius, pitch): 1 if it is as in the first 2
               seconds, 0 if it is as unlike as another clip's
+    spread    how unlike the identities of two clips are, as a share of two true clips'
     Frechet   distance between the distributions of 14 measured features in these clips and in
               other true ones, computed as FVD and FAD are; see UNITS for the features
 
@@ -170,6 +171,7 @@ def metrics(w: Window, truth: Window, others: Window, rows=slice(None)) -> dict:
         "caption": (colour + speed + material) / 3,
         "whole": w.whole[rows].mean(),
         "kept": identity_kept(w.reference[rows], w.identity[rows]),
+        "spread": identity_spread(w.identity[rows], truth.identity[rows]),
         "frechet": frechet(w.features[rows], others.features),
     }
     return {name: round(float(value), 4) for name, value in values.items()}
@@ -184,10 +186,27 @@ def identity_kept(before, after):
     """
     if np.isnan(after).all(0).any() or np.isnan(before).all(0).any():
         return np.nan  # nothing was heard at all
-    change = np.abs(after - before)
+    change = np.nanmean(np.abs(after - before), 0)
+    return np.mean(1 - change / (_between_clips(after, before) + 1e-9))
+
+
+def identity_spread(x, truth):
+    """Difference between clips as a share of that between true clips, mean of three attributes.
+
+    >>> z = np.random.default_rng(0).normal(size=(50, 3))
+    >>> round(float(identity_spread(z / 2 + 7, z)), 6)
+    0.5
+    """
+    if np.isnan(x).all(0).any():
+        return np.nan
+    return np.mean(_between_clips(x, x) / _between_clips(truth, truth))
+
+
+def _between_clips(after, before):
+    """(n, 3) identities at two times -> (3,) mean difference between one clip and another."""
     other = np.abs(after[:, None] - before[None])
     other[np.arange(len(other)), np.arange(len(other))] = np.nan
-    return np.mean(1 - np.nanmean(change, 0) / (np.nanmean(other, (0, 1)) + 1e-9))
+    return np.nanmean(other, (0, 1))
 
 
 def frechet(x, truth):
@@ -284,9 +303,9 @@ def judge(make, seeds, windows, title, shuffle=False) -> list[Window]:
 # ---- the table ----
 
 COLUMNS = ("f1", "desync_ms", "capped_ms", "wall", "impacts_rate", "onsets_rate", "caption",
-           "whole", "kept", "frechet")  # fmt: skip
+           "whole", "kept", "spread", "frechet")  # fmt: skip
 HEADS = ("F1", "DeSync ms", "capped ms", "wall", "impacts", "onsets", "caption", "whole", "kept",
-         "Frechet")  # fmt: skip
+         "spread", "Frechet")  # fmt: skip
 
 
 def table(rows) -> str:

@@ -27,7 +27,7 @@ def test_truth_is_perfect(truth):
     m = evaluate.metrics(truth, truth, truth)
     assert m["f1"] == m["impacts_rate"] == m["onsets_rate"] == m["caption"] == 1
     assert m["frechet"] == pytest.approx(0, abs=1e-6)
-    assert m["kept"] > 0.9
+    assert m["kept"] > 0.9 and m["spread"] == 1
 
 
 def test_shuffled_sounds_are_noticed(truth):
