@@ -17,6 +17,7 @@ All of it is the published pipeline of Hugging Face diffusers; what is ours is t
 """
 
 import gc
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,8 @@ def toy_captions(tokens) -> Captions:
 
 class ToyPrompts:
     """Words of the toy's clips, of which there are as many as there are seeds."""
+
+    mark = "toy"  # that tells these prompts from others
 
     def numbers(self, seeds) -> torch.Tensor:
         """(B, 3) words of the clips of these seeds."""
@@ -207,7 +210,8 @@ class EncodedPrompts:
         index = Path(folder, "prompts.json")
         if not index.is_file():
             raise ValueError(f"{folder}: no prompts.json; captions.py makes such a folder")
-        self.cfg, places = cfg, list(_places(folder, json.loads(index.read_text())))
+        self.cfg, self.mark = cfg, hashlib.sha256(index.read_bytes()).hexdigest()[:12]
+        places = list(_places(folder, json.loads(index.read_text())))
         if missing := [path.name for _, path in places if not path.is_file()]:
             raise ValueError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "

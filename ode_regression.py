@@ -89,8 +89,9 @@ def load_trajectories(
 
     mark   tells the walker from others; by default a hash of its weights
     """
+    # others in any of these, other trajectories
     about = {"count": count, "guidance": list(guidance), "between": between}
-    # another teacher, other trajectories
+    about |= {"sigmas": list(sigmas), "prompts": prompts.mark}
     about["teacher"] = mark or files.fingerprint(net.state_dict())
     if Path(path).exists():
         tensors, _, made_by = files.read_weights(path)

@@ -233,6 +233,17 @@ def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, 
         ode.load_trajectories(path, fake_teacher, *kind)
 
 
+@pytest.mark.parametrize(
+    "other", [dict(sigmas=(1.0, 0.5, 0.0)), dict(prompts=SimpleNamespace(mark="others"))]
+)
+def test_trajectories_of_other_levels_or_prompts_are_refused(tmp_path, fake_teacher, other, capsys):
+    """What a walk's places and captions stand for is part of what it is."""
+    path, how = tmp_path / "trajectories.safetensors", (20, (1.5, 1.5), 4)
+    ode.load_trajectories(path, fake_teacher, *how)
+    with pytest.raises(ValueError, match="made with"):
+        ode.load_trajectories(path, fake_teacher, *how, **other)
+
+
 def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, capsys):
     """After the teacher was trained on, its old trajectories are not used silently."""
     path = tmp_path / "trajectories.safetensors"
