@@ -3,8 +3,8 @@
     python experiments.py drift     a minute of streaming by stages II and III: smaller and larger
                                     windows, fewer passes, no refresh, nothing pinned
     python experiments.py controls  what of stage III is due to self-forcing? The same training
-                                    behind the true past, from stage I, and with other seeds, and
-                                    stage II for as long; names the trainings that must run first
+                                    behind the true past, from a shorter stage II and from stage I,
+                                    and with other seeds; names the trainings that must run first
     python experiments.py joint     what the two streams hear of each other is switched off, or two
                                     clips are put together that were made apart
     python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
@@ -94,34 +94,36 @@ def trained(name, command):
     return path, f"{command} --run runs/controls/{name} --out {path}"
 
 
+SEEDS = 3
+FEW = 500  # steps of stage II, a fifth of the shipped one's
+
+
+def with_short_stage_2(seed) -> dict:
+    """Both stages once more, with fewer steps of stage II."""
+    short = trained(f"ode_regression_{seed}", f"ode_regression.py --steps {FEW} --seed {seed}")
+    command = f"self_forcing.py --student {short[0]} --seed {seed}"
+    name = f", seed {seed}" if seed else ""
+    return {
+        f"short II{name}": short,
+        f"III from short II{name}": trained(f"self_forcing_{seed}", command),
+    }
+
+
+SHORT = with_short_stage_2(0)["short II"][0]
 CONTROLS = {
     "stage II": (evaluate.STUDENTS[0], "ode_regression.py"),
     "stage III": (evaluate.STUDENTS[1], "self_forcing.py"),
-    "III behind the true past": trained("true_history", "self_forcing.py --history true"),
+    **{name: how for seed in range(SEEDS) for name, how in with_short_stage_2(seed).items()},
+    "III from short II behind the true past": trained(
+        "true_history", f"self_forcing.py --student {SHORT} --history true"
+    ),
+    "III from short II, own exit for every block": trained(
+        "own_exit", f"self_forcing.py --student {SHORT} --exit own"
+    ),
     "III from stage I": trained(
         "from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"
     ),
-    "III, each block its own exit": trained("own_exit", "self_forcing.py --exit own"),
-    "II, as long as III": trained("long_ode_regression", "ode_regression.py --steps 2500"),
-    "III from the long II": trained(
-        "from_long", "self_forcing.py --student runs/controls/long_ode_regression.safetensors"
-    ),
 }
-SEEDS = 3
-
-
-def of_other_seeds() -> dict:
-    """Stages II and III once more, as in CONTROLS."""
-    found = {}
-    for seed in range(1, SEEDS):
-        second = trained(f"ode_regression_{seed}", f"ode_regression.py --seed {seed}")
-        command = f"self_forcing.py --seed {seed} --student {second[0]}"
-        found[f"stage II, seed {seed}"] = second
-        found[f"stage III, seed {seed}"] = trained(f"self_forcing_{seed}", command)
-    return found
-
-
-CONTROLS |= of_other_seeds()
 
 
 def controls(args):

@@ -220,7 +220,7 @@ def options():
     cli.add_guidance(p, (1.0, 1.0), "of the walks")
     cli.add_pair(p, "--loss-weights", (1.0, 1.0), "of the two streams")
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
-    p.add_argument("--steps", type=int, default=500, help="training steps")
+    p.add_argument("--steps", type=int, default=2500, help="training steps")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
     p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")

@@ -27,14 +27,12 @@ FULL = [
     ("toy_codec.py", 1),
     ("teacher.py", 99),
     ("dmd.py", 15),
-    ("ode_regression.py", 7),
+    ("ode_regression.py", 30),
     ("self_forcing.py", 20),
     ("evaluate.py", 4),
     ("experiments.py drift", 7),
     ("experiments.py joint", 4),
     ("experiments.py gallery", 1),
-    ("ablations.py sinks", 24),
-    ("ablations.py switches", 20),
     ("charts.py losses", 1),
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
@@ -42,6 +40,8 @@ FULL = [
 CONTROLS = [
     *((how, 20) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
     ("experiments.py controls --clips 96 --seconds 20", 12),
+    ("ablations.py sinks", 40),
+    ("ablations.py switches", 30),
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 4),
