@@ -2,7 +2,7 @@
 
     python reproduce.py             hours: codec, teacher, three stages, tables, pictures
     python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
-                                    controls`, and their table
+                                    controls`, and of `ablations.py`, and their tables
     python reproduce.py --quick     minutes: three short stages from the shipped teacher, a table
     python reproduce.py --list      say it only
 
@@ -37,8 +37,13 @@ FULL = [
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
 ]
+MINUTES = {"ode_regression.py": 7, "self_forcing.py": 20}  # of a training for comparison
 CONTROLS = [
-    *((how, 20) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
+    *(
+        (how, MINUTES[how.split()[0]])
+        for path, how in experiments.CONTROLS.values()
+        if path.startswith("runs/")
+    ),
     ("experiments.py controls --clips 96 --seconds 20", 12),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
