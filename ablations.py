@@ -273,6 +273,11 @@ class Switch:
     seconds: int = teacher.SECONDS  # of a walk, from its start, that are trained on
     from_teacher: bool = False  # stage I left out: the teacher's weights, the teacher's walks
 
+    @property
+    def window(self) -> int:
+        """As far as the last block of a clip sees in training; a longer one breaks a stream."""
+        return num_blocks(self.seconds, self.cfg) - 2
+
 
 SWITCHES = {
     "1+3k, 1+25k, blocks of 1 s": Switch(),
@@ -281,7 +286,6 @@ SWITCHES = {
     "1+6k, 1+50k, blocks of 2 s": Switch(replace(config.TOY, block_seconds=2), seconds=4),
     "stage I left out": Switch(from_teacher=True),
 }
-REMEMBERED = 4  # seconds, in blocks of any length
 STREAMED = 20  # seconds, of which the first and the last five are judged
 
 
@@ -313,8 +317,8 @@ def switches(args) -> Callable:
 
     def rows(name):
         switch = SWITCHES[name]
-        net, window = train_switch(switch, args), REMEMBERED // switch.cfg.block_seconds
-        make = partial(evaluate.from_stream, net, codec, STREAMED, window=window)
+        net = train_switch(switch, args)
+        make = partial(evaluate.from_stream, net, codec, STREAMED, window=switch.window)
         return experiments.by_window(name, make, seeds, windows, truth)
 
     return rows

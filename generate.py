@@ -106,8 +106,8 @@ def stream(
     """Yield `self_forcing.Block`s of clean latents, each as soon as it exists.
 
     prompt   words, or a list of Cue
-    window   blocks remembered besides prefix and sinks; None: all. With 4 no key is ever further
-             away than in a training clip of 5 seconds
+    window   blocks remembered besides prefix and sinks; None: all. With 4, or 3 where block 0 is
+             a whole second, no key is ever further away than in a training clip of 5 seconds
     steps    passes a block besides the refresh, default as trained
     batch    clips side by side, different only in their noise
     read     words -> caption features (1, L, C_text), one for both streams or one for each
@@ -218,7 +218,12 @@ def options():
     p.add_argument("--prompt", action="append", metavar="WORDS", help=words)
     p.add_argument("--seconds", default="5", help="length of the film, a whole number")
     p.add_argument("--seed", type=int, default=0, help="another seed, another film")
-    p.add_argument("--window", type=int, default=4, help="seconds of the past that are remembered")
+    p.add_argument(
+        "--window",
+        type=int,
+        default=4,
+        help="seconds of the past that are remembered (in training 4, or 3 if block 0 is a second)",
+    )
     p.add_argument("--steps", type=int, help="passes a block, 1 to 4; fewer is faster and worse")
     p.add_argument("--out", default="out.mp4", help="film; the contact sheet ends in .png instead")
     p.add_argument(

@@ -165,6 +165,17 @@ def test_an_unknown_variant_is_refused(run, capsys):
     assert "--only S = 7: expected some of S = 0, S = 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("switch", ablations.SWITCHES.values(), ids=list(ablations.SWITCHES))
+def test_a_clip_of_training_just_fits_into_the_window(switch):
+    """Nothing of it is forgotten, and one block further something is."""
+    blocks = num_blocks(switch.seconds, switch.cfg)
+    view = kv_cache.CachedView(switch.cfg, blocks + 1, switch.window)
+    view.block = blocks - 1
+    assert view.num_evicted == 0
+    view.block += 1
+    assert view.num_evicted == 1
+
+
 @pytest.mark.parametrize("seconds, blocks", [(1, 5), (2, 2)])
 def test_walks_are_cut_to_whole_blocks(seconds, blocks):
     """Five seconds, or four in blocks of two; the rest of a walk is not touched."""
