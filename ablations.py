@@ -44,7 +44,7 @@ import toy_codec
 import training
 import training_parts
 from captions import toy_captions
-from masks import clip_span, four_masks, num_blocks
+from masks import clip_span, four_masks, num_blocks, whole_window
 
 
 def start_and_walks(from_teacher, args):
@@ -276,7 +276,7 @@ class Switch:
     @property
     def window(self) -> int:
         """As far as the last block of a clip sees in training; a longer one breaks a stream."""
-        return num_blocks(self.seconds, self.cfg) - 2
+        return whole_window(num_blocks(self.seconds, self.cfg))
 
 
 SWITCHES = {

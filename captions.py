@@ -210,8 +210,9 @@ class EncodedPrompts:
         index = Path(folder, "prompts.json")
         if not index.is_file():
             raise ValueError(f"{folder}: no prompts.json; captions.py makes such a folder")
-        self.cfg, self.mark = cfg, hashlib.sha256(index.read_bytes()).hexdigest()[:12]
-        places = list(_places(folder, json.loads(index.read_text())))
+        contents = index.read_bytes()
+        self.cfg, self.mark = cfg, hashlib.sha256(contents).hexdigest()[:12]
+        places = list(_places(folder, json.loads(contents)))
         if missing := [path.name for _, path in places if not path.is_file()]:
             raise ValueError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "

@@ -97,8 +97,12 @@ def draw_joint(results):
 
 def draw_streams(results):
     """What becomes of streams, of {name: {metric: [value, low, high]}}."""
-    shown = {"f1": "F1", "onsets_rate": "onsets, share of the truth's"}
-    shown |= {"kept": "identity kept", "spread": "spread of identities"}
+    shown = {
+        "f1": "F1",
+        "onsets_rate": "onsets, share of the truth's",
+        "kept": "identity kept",
+        "spread": "spread of identities",
+    }
     return _draw_rows(results, shown)
 
 
@@ -109,7 +113,7 @@ def _draw_rows(results, shown):
     for ax, (metric, title) in zip(axes, shown.items()):
         values = np.array([row[metric] for row in results.values()], dtype=float)
         _bars(ax, values[:, 0], results, title, xerr=np.abs(values[:, 1:] - values[:, :1]).T)
-        ax.set_xlim(0, np.nanmax([1.05, *values[:, 0]]))
+        ax.set_xlim(0, np.nanmax(values, initial=1.05))  # bars with their intervals
     axes[0].invert_yaxis()
     return figure
 

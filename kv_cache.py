@@ -40,7 +40,7 @@ import torch.nn.functional as F
 
 import cache_append_attention as kernel
 import rope
-from masks import LISTENER, SITES
+from masks import LISTENER, SITES, whole_window
 
 
 class Heads(NamedTuple):
@@ -237,11 +237,11 @@ class CachedView:
 
         Raises ValueError for a window that forgets.
         """
-        if self.window < self.num_blocks - 2:
+        if self.window < (least := whole_window(self.num_blocks)):
             raise ValueError(
                 f"window={self.window}: of {self.num_blocks} blocks some would be forgotten, and "
                 f"checkpointed activations are computed from them once more; expected a window of "
-                f"{self.num_blocks - 2} or more"
+                f"{least} or more"
             )
         return FrozenView({site: copy.copy(c) for site, c in self.layers[layer].items()})
 

@@ -93,6 +93,19 @@ def num_blocks(seconds, cfg) -> int:
     return 1 + int(later)
 
 
+def whole_window(blocks) -> int:
+    """The least window with which the last of so many blocks still sees them all.
+
+    Block 0 is pinned, and its own does not count as past.
+
+    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), whole_window(6)).all())
+    True
+    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), whole_window(6) - 1).all())
+    False
+    """
+    return blocks - 2
+
+
 def block_span(k, cfg) -> Span:
     """Latent frames of block k.
 

@@ -21,7 +21,7 @@ import decoders
 import dmd
 import model
 from kv_cache import CachedView
-from masks import SITES, block_span
+from masks import SITES, block_span, whole_window
 from memory import GB, Row, peak_bytes, shown, total, weights_row
 from self_forcing import Block
 
@@ -31,7 +31,8 @@ from self_forcing import Block
 def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
     """The rolling caches of `CachedView(cfg, blocks, window)`, when the window is full."""
     view = CachedView(replace(cfg, num_layers=1), blocks, window)  # all layers are alike
-    is_evicting = view.window < blocks - 2  # then the prefix is kept as it was written as well
+    # then the prefix is kept as it was written as well
+    is_evicting = view.window < whole_window(blocks)
     values = sum(_cache_values(view.layers[0][site], site, cfg, is_evicting) for site in SITES)
     how = f"{cfg.num_layers} layers x (keys, values) of 4 attentions, window {view.window} blocks"
     return Row("rolling caches", batch * cfg.num_layers * values * dtype.itemsize, how)

@@ -51,6 +51,17 @@ def test_draws_follow_the_generator_and_find_every_prompt(folder):
     assert set(one[:, 0, 0].tolist()) == {float(len(p)) for p in PROMPTS}
 
 
+def test_other_prompts_have_another_mark(folder, tmp_path):
+    """What trajectories remember of their prompts tells one folder from another, not its path."""
+    for name, prompts in (("same", PROMPTS), ("fewer", PROMPTS[:2])):
+        captions.encode_to_folder(reader([]), prompts, "", tmp_path / name)
+    mark, same, fewer = (
+        captions.EncodedPrompts(path, CFG).mark
+        for path in (folder, tmp_path / "same", tmp_path / "fewer")
+    )
+    assert mark == same != fewer
+
+
 def test_a_killed_encoding_goes_on_where_it_was(folder):
     """Only what is missing is read again; a folder of other prompts is refused."""
     (folder / "000001.safetensors").unlink()
