@@ -98,28 +98,34 @@ SEEDS = 3
 FEW = 500  # steps of stage II, a fifth of the shipped one's
 
 
-def with_short_stage_2(seed) -> dict:
-    """Both stages once more, with fewer steps of stage II."""
-    short = trained(f"ode_regression_{seed}", f"ode_regression.py --steps {FEW} --seed {seed}")
-    command = f"self_forcing.py --student {short[0]} --seed {seed}"
-    name = f", seed {seed}" if seed else ""
-    return {
-        f"short II{name}": short,
-        f"III from short II{name}": trained(f"self_forcing_{seed}", command),
-    }
+def both_stages(names, files, seed, options="") -> dict:
+    """Stages II and III once more, with a seed of their own: {name: (weights, command)}."""
+    second, third = (f"{file}_{seed}" for file in files)
+    second = trained(second, f"ode_regression.py{options} --seed {seed}")
+    third = trained(third, f"self_forcing.py --student {second[0]} --seed {seed}")
+    return {seeded(name, seed): how for name, how in zip(names, (second, third))}
 
 
-SHORT = with_short_stage_2(0)["short II"][0]
+def seeded(name, seed) -> str:
+    """The name of a student that was trained with this seed."""
+    return f"{name}, seed {seed}" if seed else name
+
+
+SHIPPED = ("stage II", "stage III"), ("long_ode_regression", "from_long")
+SHORT = ("short II", "III from short II"), ("ode_regression", "self_forcing")
+FROM_SHORT = f"self_forcing.py --student {both_stages(*SHORT, 0)['short II'][0]}"
 CONTROLS = {
-    "stage II": (evaluate.STUDENTS[0], "ode_regression.py"),
-    "stage III": (evaluate.STUDENTS[1], "self_forcing.py"),
-    **{name: how for seed in range(SEEDS) for name, how in with_short_stage_2(seed).items()},
+    **dict(zip(SHIPPED[0], zip(evaluate.STUDENTS, ("ode_regression.py", "self_forcing.py")))),
+    **{name: how for s in range(1, SEEDS) for name, how in both_stages(*SHIPPED, s).items()},
+    **{
+        name: how
+        for s in range(SEEDS)
+        for name, how in both_stages(*SHORT, s, f" --steps {FEW}").items()
+    },
     "III from short II behind the true past": trained(
-        "true_history", f"self_forcing.py --student {SHORT} --history true"
+        "true_history", f"{FROM_SHORT} --history true"
     ),
-    "III from short II, own exit for every block": trained(
-        "own_exit", f"self_forcing.py --student {SHORT} --exit own"
-    ),
+    "III from short II, own exit for every block": trained("own_exit", f"{FROM_SHORT} --exit own"),
     "III from stage I": trained(
         "from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"
     ),
@@ -138,8 +144,8 @@ def controls(args):
     for name, (path, _) in chosen.items():
         make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
         results |= by_window(name, make, seeds, windows, truth)
-    results |= over_seeds(results)
-    return results, evaluate.table(results), charts.draw_streams(results)
+    shown = over_seeds(results)
+    return results | shown, evaluate.table(shown), charts.draw_streams(shown)
 
 
 def by_window(name, make, seeds, windows, truth) -> dict:
@@ -152,16 +158,19 @@ def by_window(name, make, seeds, windows, truth) -> dict:
 
 
 def over_seeds(results) -> dict:
-    """Mean of the same row by students of all training seeds; ± is then half of their range."""
-    pooled = {}
+    """Students of all training seeds become one row, their mean; ± is then half of their range."""
+    shown, pooled = {}, set()
     for name, row in results.items():
-        same = [results.get(name.replace(",", f", seed {s},", 1)) for s in range(1, SEEDS)]
-        if all(same):
-            rows = [row, *same]
-            pooled[f"{name}, mean of {SEEDS} seeds"] = {
-                m: over([r[m][0] for r in rows]) for m in row
-            }
-    return pooled
+        student, _, seconds = name.rpartition(", ")
+        others = [f"{seeded(student, s)}, {seconds}" for s in range(1, SEEDS)]
+        if results.keys() >= set(others):
+            rows = [row, *(results[other] for other in others)]
+            mean = {metric: over([r[metric][0] for r in rows]) for metric in row}
+            shown[f"{student}, {SEEDS} seeds, {seconds}"] = mean
+            pooled.update(others)
+        elif name not in pooled:
+            shown[name] = row
+    return shown
 
 
 def over(values):

@@ -22,13 +22,20 @@ import experiments
 
 ROOT = Path(__file__).parent
 
-# command, and minutes on two CPU cores
+MINUTES = {"ode_regression.py": 30, "self_forcing.py": 20}  # of a training, on two CPU cores
+
+
+def with_minutes(how):
+    """A training for comparison and its minutes; only stage II is ever cut short."""
+    return how, 7 if "--steps" in how else MINUTES[how.split()[0]]
+
+
+# command, and minutes
 FULL = [
     ("toy_codec.py", 1),
     ("teacher.py", 99),
     ("dmd.py", 15),
-    ("ode_regression.py", 30),
-    ("self_forcing.py", 20),
+    *MINUTES.items(),
     ("evaluate.py", 4),
     ("experiments.py drift", 7),
     ("experiments.py joint", 4),
@@ -37,14 +44,9 @@ FULL = [
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
 ]
-MINUTES = {"ode_regression.py": 7, "self_forcing.py": 20}  # of a training for comparison
 CONTROLS = [
-    *(
-        (how, MINUTES[how.split()[0]])
-        for path, how in experiments.CONTROLS.values()
-        if path.startswith("runs/")
-    ),
-    ("experiments.py controls --clips 96 --seconds 20", 12),
+    *(with_minutes(how) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
+    ("experiments.py controls --clips 96 --seconds 20", 16),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
 ]

@@ -83,12 +83,18 @@ def test_a_pass_is_as_large_as_its_widest_layer():
     assert 1.9 < memory_plan.pass_row(two, F32, batch=2).num_bytes / sizes[0] <= 2
 
 
-def test_the_full_size_fits_one_gpu_of_80_gb():
+@pytest.fixture(scope="module")
+def full_plans():
+    """The full size's rows of two minutes, by window."""
+    plan = memory_plan.stream_rows
+    return {window: plan(config.FULL, 121, window, torch.bfloat16) for window in (5, 15, 25)}
+
+
+def test_the_full_size_fits_one_gpu_of_80_gb(full_plans):
     """Windows of 5 and 15 seconds do; weights are the 18.9 billion parameters in bfloat16."""
     for window in (5, 15):
-        rows = memory_plan.stream_rows(config.FULL, 121, window, torch.bfloat16)
-        assert rows[0].num_bytes == 2 * 18_876_207_360
-        assert memory_plan.total(rows) < 70e9
+        assert full_plans[window][0].num_bytes == 2 * 18_876_207_360
+        assert memory_plan.total(full_plans[window]) < 70e9
 
 
 def test_what_does_not_fit_is_refused_with_the_window_that_does():
@@ -107,13 +113,12 @@ def test_free_memory_is_a_sensible_number():
     assert 1e7 < memory.free_bytes(torch.device("cpu")) < 1e15
 
 
-def test_the_readme_quotes_the_plan():
+def test_the_readme_quotes_the_plan(full_plans):
     """Its table of memory is what `python memory_plan.py` prints."""
     pytest.importorskip("diffusers")
     readme = (ROOT / "README.md").read_text()
     decoders = memory_plan.total(memory_plan.decoder_rows(config.FULL, torch.bfloat16)) / 1e9
-    for window in (5, 15, 25):
-        rows = memory_plan.stream_rows(config.FULL, 121, window, torch.bfloat16)
+    for rows in full_plans.values():
         weights, cache, text, one_pass = (row.num_bytes / 1e9 for row in rows)
         rest = one_pass + decoders
         for size in (weights, cache, text, rest):
