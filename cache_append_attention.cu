@@ -488,6 +488,9 @@ extern "C" int cache_append_attention(int dtype, int D, int whole, const Args *a
     return cudaErrorInvalidValue;
 }
 
+// The first call of all: an error here says, for instance, that the compiler is newer than the driver.
+extern "C" int cache_append_ready() { return cudaFree(nullptr); }
+
 extern "C" int cache_append_args_size() { return sizeof(Args); }
 
 extern "C" const char *cache_append_error(int code) {

@@ -50,8 +50,10 @@ FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler on the path, or where its installer puts it."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    """The CUDA compiler on the path, in $CUDA_HOME, or where its installer puts it."""
+    homes = os.environ.get("CUDA_HOME"), "/usr/local/cuda"
+    folders = os.pathsep.join(f"{home}/bin" for home in homes if home)
+    return shutil.which("nvcc") or shutil.which("nvcc", path=folders)
 
 
 def cache_folder() -> Path:
@@ -131,10 +133,18 @@ class Kernel:
         self.launch.argtypes = [ctypes.c_int] * 3 + [ctypes.POINTER(Args), ctypes.c_void_p]
         self.error = library.cache_append_error
         self.error.restype = ctypes.c_char_p
+        self.ready = library.cache_append_ready
 
     def __call__(self, dtype, head_size, whole, args, stream):
         """Launch on a stream.  Raises RuntimeError for any CUDA error."""
-        if code := self.launch(DTYPES[dtype], head_size, whole, ctypes.byref(args), stream):
+        self._check(self.launch(DTYPES[dtype], head_size, whole, ctypes.byref(args), stream))
+
+    def check_ready(self):
+        """Raises RuntimeError where no launch would succeed, for instance with an old driver."""
+        self._check(self.ready())
+
+    def _check(self, code):
+        if code:
             raise RuntimeError(
                 f"cache_append_attention: CUDA error {code}: {self.error(code).decode()}"
             )
@@ -149,7 +159,9 @@ def _find(device_index) -> Kernel | str:
     if (nvcc := find_nvcc()) is None:
         return "no nvcc"
     try:
-        return Kernel(build(nvcc, torch.cuda.get_device_capability(device_index)))
+        kernel = Kernel(build(nvcc, torch.cuda.get_device_capability(device_index)))
+        kernel.check_ready()
+        return kernel
     except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
         print(f"cache_append_attention: PyTorch runs instead: {error}", file=sys.stderr)
         return f"the kernel could not be built ({' '.join(str(error).split())[:200]})"

@@ -126,6 +126,7 @@ class Decoder:
         watch   `Stopwatch.watch`, to know where time goes
         """
         self.vae, self.audio_vae, self.vocoder, self.cfg = vae, audio_vae, vocoder.float(), cfg
+        self.size = cfg.height, cfg.width
         self.sample_rate = vocoder.config.output_sampling_rate
         samples, decode = self.sample_rate // cfg.mel_rate, watch("video decoder", self._frames)
         self.video = Piecewise(decode, cfg.video_stride, 1, *overlap.video)
@@ -153,10 +154,10 @@ class Decoder:
         return self._piece(frames, mel, torch.cat(parts, 2) if parts else None)
 
     def _piece(self, frames, mel, samples):
-        none = torch.zeros(1, 3, 0, self.cfg.height, self.cfg.width)
-        frames = none if frames is None else frames / 2 + 0.5
-        levels = torch.zeros(1, STEREO, 0, MEL_BINS) if mel is None else mel
-        samples = torch.zeros(1, STEREO, 0) if samples is None else samples
+        nothing = next(self.vae.parameters()).new_zeros  # on the same device
+        frames = nothing(1, 3, 0, *self.size) if frames is None else frames / 2 + 0.5
+        levels = nothing(1, STEREO, 0, MEL_BINS) if mel is None else mel
+        samples = nothing(1, STEREO, 0) if samples is None else samples
         return Piece(frames[0].transpose(0, 1).clamp(0, 1), levels[0].mean(0), samples[0])
 
     def _frames(self, latents):
@@ -222,15 +223,17 @@ def without_encoder(net):
     return net
 
 
-def channels_last(nets):
+def channels_last(nets, layout=torch.channels_last_3d):
     """Lay the video decoder's weights out with channels innermost; what it is given follows.
+
+    layout   torch.contiguous_format takes it back
 
     cuDNN's convolutions on tensor cores work in this layout, and otherwise convert into it and
     back. The numbers stay, but for rounding. The other two networks are small.
     """
     for p in nets[0].parameters():
         if p.dim() == 5:  # a kernel (C', C, frames, rows, columns)
-            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+            p.data = p.data.contiguous(memory_format=layout)
 
 
 def empty(dtype=torch.bfloat16) -> list:

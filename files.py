@@ -29,6 +29,15 @@ def write_beside(path, write):
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path):
+    """Raises ValueError if no file can be written there."""
+    folder = Path(path).resolve().parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: folder {folder} does not exist; create it first")
+    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+        raise ValueError(f"{path}: not writable; choose another place")
+
+
 def write_json(path, value):
     """Write a value as JSON, indented, with `write_beside`."""
     write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))

@@ -49,8 +49,9 @@ import page
 import parts
 import plots
 import self_forcing
+import teacher
 from captions import toy_features
-from masks import block_seconds, num_blocks
+from masks import block_seconds, num_blocks, whole_window
 from movie import Movie, check_writable
 from parts import Order
 from stopwatch import Stopwatch
@@ -219,12 +220,15 @@ def options():
     p.add_argument("--seconds", default="5", help="length of the film, a whole number")
     p.add_argument("--seed", type=int, default=0, help="another seed, another film")
     p.add_argument(
-        "--window",
-        type=int,
-        default=4,
-        help="seconds of the past that are remembered (in training 4, or 3 if block 0 is a second)",
-    )
-    p.add_argument("--steps", type=int, help="passes a block, 1 to 4; fewer is faster and worse")
+        "--window", type=int,
+        help="seconds of the past that are remembered; default as trained: 4, or 3 if block 0 is a "
+        "whole second",
+    )  # fmt: skip
+    p.add_argument(
+        "--steps", type=int,
+        help="passes a block besides the refresh; default as trained: 4, or 3 (full); fewer is "
+        "faster and worse",
+    )  # fmt: skip
     p.add_argument("--out", default="out.mp4", help="film; the contact sheet ends in .png instead")
     p.add_argument(
         "--html", help="write a page with film, sound, events and cache on one time axis"
@@ -250,7 +254,8 @@ def parse(args) -> Order:
     num_blocks(seconds, cfg), dmd.few_step_sigmas(cfg, args.steps)
     prompts = args.prompt or [TOY_PROMPT if is_toy else FULL_PROMPT]
     cues = parse_cues(prompts, seconds, toy_features if is_toy else captions.check)
-    if args.window < 1:
+    window = whole_window(num_blocks(teacher.SECONDS, cfg)) if args.window is None else args.window
+    if window < 1:
         raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
     if not is_toy and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
@@ -260,13 +265,15 @@ def parse(args) -> Order:
     device = cli.find_device(args.device)
     speedups = parts.find_speedups(args.speed_up or (), cfg, device)
     at = device, dtype, speedups
-    return Order(cfg, cues, seconds, args.window, args.steps, args.weights, args.ltx2, *at)
+    return Order(cfg, cues, seconds, window, args.steps, args.weights, args.ltx2, *at)
 
 
 def main():
     args = options().parse_args()
     order = parse(args)
     check_writable(args.out)
+    for path in filter(None, (args.html, args.report)):
+        files.check_writable(path)
     made = parts.parts_for(order)
     watch = Stopwatch(order.device)
     decoder, cfg = made.make_decoder(watch.watch), made.net.cfg
@@ -288,8 +295,7 @@ def finish(args, order, sheet, watch, frames, text_seconds):
     """Contact sheet, report and a line that sums up."""
     if not frames:
         raise ValueError("interrupted before the first block was finished; nothing was written")
-    report = {**watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
-    report["speed_up"] = order.speedups
+    report = {**order.about(), **watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
     title = ", then ".join(cue.prompt for cue in order.cues)
     picture = Path(args.out).with_suffix(".png")
     frames_shown, levels = map(torch.cat, zip(*sheet))

@@ -18,7 +18,7 @@ All recordings share one pool of memory for what is made on the way: only one ru
 nobody reads its answers after the next one has begun. Making a recording waits for the GPU, once.
 Nothing may wait for the GPU during a pass (tests/test_graphs.py): a recording could not either.
 
-    net = Recorded(net, cuda_recorder())        # takes the place of a model, for one stream
+    net = Recorded(net, cuda_recorder)          # takes the place of a model, for one stream
 
 The other half of this file is `SideStream`: audio beside video, on a stream of its own. A second of
 audio is bound by reading its weights, a second of video by multiplication; one hides behind the
@@ -48,13 +48,14 @@ class Inputs(NamedTuple):
 class Recorded(nn.Module):
     """A model whose passes are recorded where that is possible, for one stream; answers as it does.
 
-    record   function -> (replay, its outputs), see `cuda_recorder`
+    recorder   () -> record, called anew for every stream; record: function -> (replay, its
+               outputs), see `cuda_recorder`
     """
 
-    def __init__(self, net, record):
+    def __init__(self, net, recorder):
         super().__init__()
         self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
-        self.record, self.memory = record, None
+        self.recorder = recorder
         self._forget()
 
     def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
@@ -78,6 +79,7 @@ class Recorded(nn.Module):
     def _forget(self, memory=None):
         """No recordings yet, and these caches."""
         self.memory, self.inputs, self.recordings = memory, {}, {}  # by kind; by kind and place
+        self.record = self.recorder()
         self.text = self.prompt = None  # fixed copy, and whose it is
 
     def _keep(self, kind, inputs, text):

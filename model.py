@@ -204,7 +204,7 @@ class Attention(nn.Module):
     def keys_values(self, context):
         """Text, projected once per prompt: (B, K, C') -> two of (B, K, H, D)."""
         heads, (k, v) = self.heads(), self._project(context, self.to_k, self.to_v)
-        return heads.keys(k), heads.split(v)
+        return heads.keys(k), heads.split(v.contiguous())  # a slice would keep all of its product
 
     def read(self, x, keys, values, mask):
         """Attend to keys and values that are ready: (B, Q, C) -> (B, Q, C)."""

@@ -13,6 +13,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+import files
+
 # Trap: without delay_moov the head is written before the encoder's delay (43 ms of AAC) is known,
 # and then sound and all frames but the first come that much late.
 OPTIONS = {
@@ -72,10 +74,6 @@ class Movie:
 
 def check_writable(path):
     """Raises ValueError if no film can be written there."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"{path}: folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ValueError(f"{path}: not writable; choose another --out")
+    files.check_writable(path)
     if Path(path).suffix != ".mp4":
         raise ValueError(f"{path}: expected a name that ends in .mp4")

@@ -13,6 +13,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+import cache_append_attention as kernel
 import captions
 import config
 import decoders
@@ -22,6 +23,7 @@ import memory
 import memory_plan
 import model
 import toy_codec
+from dmd import few_step_sigmas
 from masks import num_blocks
 
 # what makes the same stream faster: benchmarks/README.md says how, and what each is worth
@@ -54,6 +56,21 @@ class Order(NamedTuple):
     def num_blocks(self):
         return num_blocks(self.seconds, self.cfg)
 
+    def about(self) -> dict:
+        """What a measurement must say besides its numbers."""
+        is_gpu = self.device.type == "cuda"
+        return {
+            "config": self.cfg.name,
+            "device": torch.cuda.get_device_name(self.device) if is_gpu else self.device.type,
+            "attention": kernel.path(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "window": self.window,
+            "passes_a_block": len(few_step_sigmas(self.cfg, self.steps)) - 1,
+            "speed_up": self.speedups,
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+
 
 class Parts(NamedTuple):
     """Everything between a prompt and a film."""
@@ -67,6 +84,8 @@ class Parts(NamedTuple):
 def parts_for(order) -> Parts:
     """Load them.  Raises ValueError, in one line, for what is missing, foreign or too large."""
     parts = toy_parts(order) if order.cfg.name == "toy" else full_parts(order)
+    if order.device.type == "cuda":  # where there is a kernel, it is compiled now
+        print(f"attention by {kernel.path(order.device)}")
     return parts._replace(net=sped_up(parts.net, order.speedups, order.device))
 
 
@@ -96,7 +115,7 @@ def sped_up(net, speedups, device):
         model.join_projections(net)
     if "beside" in speedups:
         net.fork = graphs.SideStream(device)
-    return graphs.Recorded(net, graphs.cuda_recorder()) if "graph" in speedups else net
+    return graphs.Recorded(net, graphs.cuda_recorder) if "graph" in speedups else net
 
 
 def toy_parts(order) -> Parts:

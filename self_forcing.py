@@ -44,6 +44,7 @@ import cli
 import config
 import dmd
 import model
+import sharding
 import teacher
 import toy_codec
 from kv_cache import CachedView
@@ -123,7 +124,10 @@ def rolled_out(net, clips, captions, generator, window=None, codec=None, share_e
     draws = 1 if share_exit else blocks
     exits = [dmd.draw_exit_step(sigmas, generator) for _ in range(draws)]
     text = net.project_text(*captions.features)
-    history = toy_codec.encode_clips(codec, clips, teacher.SECONDS) if codec else None
+    history = None
+    if codec:
+        true = toy_codec.encode_clips(codec, clips, teacher.SECONDS)
+        history = [x.to(sharding.device()) for x in true]
     how = dict(window=window, exit_step=exits[0] if share_exit else exits, history=history)
     rolled = rollout(net, lambda k: text, blocks, sigmas, generator, len(captions), **how)
     return whole_clip(rolled)

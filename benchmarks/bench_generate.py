@@ -11,17 +11,20 @@ by side from one run,
     floor      multiply-adds of a block's passes, counted by running them without contents, at the
                rate that this GPU reaches on a large matrix product, measured just before
     passes     the transformer alone (DiT), medians from the third full block on
-    textbook   the same passes as the released inference does them: caches that grow by `cat`,
-               positions asked of the GPU in every attention
-    end to end with LTX-2's decoders and the mp4, and the stages of a block
+    end to end with LTX-2's decoders and the mp4, same blocks; and the stages of a block
+    textbook   a block with a full window, over and over, without any speed-up, and as the released
+               inference does it: caches that grow by `cat`, positions asked of the GPU in every
+               attention; a dash where these caches would not fit
 
-and peak memory beside the plan of memory_plan.py. Writes results/bench_generate.json, and unless
+and peak memory of the film beside the plan of memory_plan.py. Refuses to measure without the CUDA
+kernel. Writes results/bench_generate.json, and unless
 --tiny the tables of benchmarks/README.md.
 
 Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test the script.
 """
 
 import contextlib
+import gc
 import json
 import platform
 import sys
@@ -37,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
+import cache_append_attention as kernel  # noqa: E402
 import captions  # noqa: E402
 import cli  # noqa: E402
 import config  # noqa: E402
@@ -45,6 +49,7 @@ import dmd  # noqa: E402
 import files  # noqa: E402
 import generate  # noqa: E402
 import ltx2  # noqa: E402
+import memory  # noqa: E402
 import memory_plan  # noqa: E402
 import model  # noqa: E402
 import parts  # noqa: E402
@@ -108,30 +113,56 @@ class TextbookView:
     block = 0  # counted for whoever asks
 
     def __init__(self):
-        self.past, self.current = {}, {}  # (layer, site) -> keys and values of finished blocks
+        self.past, self.new = {}, {}  # (layer, site) -> keys and values: finished, and in work
 
     def attend(self, layer, site, q, k, v, heads):
-        where, new = (layer, site), (heads.keys(k), heads.split(v))
-        past = self.past.get(where)
+        where = layer, site
         self.position = torch.full((1,), k.shape[1], device=k.device).item()  # waits for the GPU
-        both = new if past is None else [torch.cat([p.clone(), n], 1) for p, n in zip(past, new)]
-        self.current[where] = both
-        return attention(heads.queries(q), *both)
+        self.new[where] = heads.keys(k), heads.split(v)
+        return attention(heads.queries(q), *self._with_past(where))
+
+    def _with_past(self, where):
+        new, past = self.new[where], self.past.get(where)
+        return new if past is None else [torch.cat([p.clone(), n], 1) for p, n in zip(past, new)]
 
     def next_block(self):
-        self.past, self.current, self.block = self.current, {}, self.block + 1
+        for where in self.new:
+            self.past[where] = self._with_past(where)
+        self.block += 1
 
 
 # ---- measuring ----
 
 
-def time_passes(net, blocks, window, features, device, merge=False, view=None) -> list[float]:
+def time_passes(net, blocks, window, features, device, merge=False) -> list[float]:
     """Seconds of every block's passes, the refresh of the block before included."""
-    watch, how = Stopwatch(device), dict(window=window, merge=merge, view=view)
+    watch, how = Stopwatch(device), dict(window=window, merge=merge)
     seconds = blocks * net.cfg.block_seconds
     for _ in generate.stream(net, "x", seconds, read=lambda _: features, **how):
         watch.passes.append(watch.lap())
     return watch.passes
+
+
+@torch.inference_mode()
+def time_block(net, view, k, features, device, times=5) -> float:
+    """Seconds of the passes of block k and its refresh, in its place behind k others: a median."""
+    text, like = net.project_text(*features), next(net.parameters())
+
+    def one_pass(k, sigma):
+        span = block_span(k, net.cfg)
+        noise = model.draw_noise(1, span, net.cfg, None, device, like.dtype)
+        dmd.at_sigma(net, noise, sigma, text, span, view)
+
+    for past in range(k):
+        one_pass(past, 0.0)
+        view.next_block()
+    watch, seconds = Stopwatch(device), []
+    for _ in range(times + 2):
+        watch.lap()
+        for sigma in net.cfg.sigmas:
+            one_pass(k, sigma)
+        seconds.append(watch.lap())
+    return settled_median(seconds)
 
 
 def frames_per_second(seconds, cfg):
@@ -171,11 +202,22 @@ def ladder(net, nets, features, window, blocks, device, rounds) -> tuple[list[di
         found.append(rung(name, "passes", pairs))
         won = (*won, name) if found[-1]["before_over_after"] > 1 else won
     if nets:
-        before = [time_decoding(nets, net.cfg, device) for _ in range(rounds)]
-        decoders.channels_last(nets)
-        after = [time_decoding(nets, net.cfg, device) for _ in range(rounds)]
-        found.append(rung("channels-last", "decoding", list(zip(before, after))))
+        found.append(layout_rung(nets, net.cfg, device, rounds))
+        won = (*won, "channels-last") if found[-1]["before_over_after"] > 1 else won
     return found, won
+
+
+def layout_rung(nets, cfg, device, rounds) -> dict:
+    """Both layouts of the decoder in turns; it is left in the one that wins."""
+    layouts, pairs = (torch.contiguous_format, torch.channels_last_3d), []
+    for _ in range(rounds):
+        pairs.append([])
+        for layout in layouts:
+            decoders.channels_last(nets, layout)
+            pairs[-1].append(time_decoding(nets, cfg, device))
+    found = rung("channels-last", "decoding", pairs)
+    decoders.channels_last(nets, layouts[found["before_over_after"] > 1])
+    return found
 
 
 def rung(name, of_what, pairs) -> dict:
@@ -201,45 +243,51 @@ def time_decoding(nets, cfg, device, blocks=6) -> float:
 
 def bench_window(net, nets, features, window, blocks, rate, device, speedups=()) -> dict:
     """One line of the table."""
-    cfg, merge = net.cfg, "merge" in speedups
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    cfg, merge, dtype = net.cfg, "merge" in speedups, next(net.parameters()).dtype
     fast = set_up(net, speedups, device)
     passes = full_blocks(time_passes(fast, blocks, window, features, device, merge), window)
-    median = median_high(passes)
-    plain = set_up(net, (), device)
-    short = window + 2  # the textbook's cache never forgets: compare where both hold the same
-    book = time_passes(plain, short, None, features, device, view=TextbookView())[-1]
-    ours = time_passes(plain, short, None, features, device)[-1]
-    floor = flops_of_block(cfg, window) / rate
+    floor, median = flops_of_block(cfg, window) / rate, median_high(passes)
     row = {
         "window_seconds": window,
         "floor_fps": frames_per_second(floor, cfg),
         "passes_fps": frames_per_second(median, cfg),
         "share_of_floor": floor / median,
         "first_and_last_full_block_seconds": [passes[0], passes[-1]],
-        "textbook_seconds": book,
-        "same_blocks_seconds": ours,
-        "textbook_over_ours": book / ours,
     }
     if nets:
-        fast = set_up(net, speedups, device)
-        row["end_to_end"] = bench_film(fast, nets, features, window, blocks, device, merge)
-    dtype, graph = next(net.parameters()).dtype, "graph" in speedups
-    rows = memory_plan.stream_rows(cfg, blocks + 1, window, dtype, merge=merge, graph=graph)
-    row["plan_gb"] = memory_plan.total(rows + decoder_rows(nets, cfg, dtype)) / 1e9
+        row["film"] = bench_film(fast, nets, features, window, blocks, device, merge)
+        rows = memory_plan.decoder_rows(cfg, dtype)
+        graph = "graph" in speedups
+        rows += memory_plan.stream_rows(cfg, blocks + 1, window, dtype, merge=merge, graph=graph)
+        row["plan_gb"] = memory_plan.total(rows) / 1e9
+        row["peak_gb"] = row["film"]["peak_memory_mb"] * 2**20 / 1e9
+    del fast  # recordings hold the caches of their stream
+    free_memory(device)
+    return row | beside_textbook(set_up(net, (), device), features, window, device)
+
+
+def beside_textbook(net, features, window, device) -> dict:
+    """The block that has the whole window behind it, by our caches and by the textbook's."""
+    k, dtype = window + 1, next(net.parameters()).dtype  # its cache never forgets; nor need ours
+    ours = time_block(net, CachedView(net.cfg, k + 1), k, features, device)
+    free_memory(device)
+    size = memory_plan.cache_row(net.cfg, k + 1, None, dtype).num_bytes
+    if memory.free_bytes(device) < 1.2 * size:  # it copies one attention's at a time
+        return {"same_block_seconds": ours}
+    book = time_block(net, TextbookView(), k, features, device)
+    return {"same_block_seconds": ours, "textbook_seconds": book, "textbook_over_ours": book / ours}
+
+
+def free_memory(device):
+    """What is not used any more leaves the GPU now; a recording is part of cycles."""
+    gc.collect()
     if device.type == "cuda":
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return row
-
-
-def decoder_rows(nets, cfg, dtype):
-    return memory_plan.decoder_rows(cfg, dtype) if nets else []
+        torch.cuda.empty_cache()
 
 
 def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict:
-    """The report of a whole film, as generate.py writes it."""
-    cfg, watch, forward = net.cfg, Stopwatch(device), net.forward
+    """The report of a whole film, as generate.py writes it, and the speed of its full blocks."""
+    cfg, watch = net.cfg, Stopwatch(device)
     decoder = decoders.Decoder(*nets, cfg, watch=watch.watch)
     watch.watch_passes(net, len(cfg.sigmas) - 1)
     seconds = blocks * cfg.block_seconds
@@ -250,9 +298,11 @@ def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict
         stream = generate.stream(net, "x", seconds, **how)
         generate.run(stream, decoder, movie, seconds, watch)
         movie.close()
-    net.forward = forward
+    del net.forward  # back to that of its class
     report = watch.report(movie.frames, cfg.fps)
-    return {k: v for k, v in report.items() if not k.endswith("put_seconds")}
+    whole = [sum(both) for both in zip(watch.passes, watch.output)]
+    report["full_blocks_fps"] = frames_per_second(median_high(full_blocks(whole, window)), cfg)
+    return {k: v for k, v in report.items() if k not in ("passes_seconds", "output_seconds")}
 
 
 def ladder_table(rungs) -> str:
@@ -268,15 +318,16 @@ def ladder_table(rungs) -> str:
 def window_table(rows) -> str:
     """Speed and memory by window as Markdown."""
     lines = [
-        "| window | floor | passes | share of floor | textbook ÷ ours | end to end | peak memory |",
+        "| window | floor | passes | of floor | end to end | peak, planned | textbook ÷ ours |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        film = r.get("end_to_end", {}).get("end_to_end_fps")
+        film, book = r.get("film"), r.get("textbook_over_ours")
         cells = [f"{r['window_seconds']} s", f"{r['floor_fps']:.0f} FPS"]
         cells += [f"{r['passes_fps']:.0f} FPS", f"{r['share_of_floor']:.0%}"]
-        cells += [f"{r['textbook_over_ours']:.2f}", f"{film:.0f} FPS" if film else "–"]
-        cells += [f"{r['peak_gb']:.1f} GB" if "peak_gb" in r else "–"]
+        cells += [f"{film['full_blocks_fps']:.0f} FPS" if film else "–"]
+        cells += [f"{r['peak_gb']:.1f} GB, {r['plan_gb']:.1f} GB" if film else "–"]
+        cells += [f"{book:.2f}" if book else "–"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -303,6 +354,7 @@ def main():
     dtype = torch.float32 if args.tiny else torch.bfloat16
     if args.blocks < (least := settled_after(max(args.windows)) + 1):
         raise ValueError(f"--blocks {args.blocks}: expected at least {least}")
+    path = "PyTorch" if args.tiny else kernel.require(device)
     rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
     net = ltx2.random_weights(cfg, device, dtype)
     features = captions.random_features(["x"], cfg, device, dtype)["x"]
@@ -311,15 +363,15 @@ def main():
     rounds = 1 if args.tiny else 3
     rungs, won = ladder(net, nets, features, args.windows[0], blocks, device, rounds)
     print(ladder_table(rungs))
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    about = {"device": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    about |= {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype), "matmul_flops": rate}
+    about |= {"won": won, "attention": path}
     rows = []
     for window in args.windows:
         rows.append(bench_window(net, nets, features, window, args.blocks, rate, device, won))
         print(json.dumps(rows[-1], indent=1))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = {"device": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    about |= {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype), "matmul_flops": rate}
-    about |= {"won": won}
-    files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
+        files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
     print(f"wrote {args.out}")
     if not args.tiny:
         how = f"{gpu}, torch {about['torch']}, {about['date']}, {cfg.name}, {args.blocks} blocks"

@@ -326,6 +326,8 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, size_t bytes) {
     return bytes > SHARED_BYTES ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+inline cudaError_t cudaFree(void *) { return cudaSuccess; }
+
 inline const char *cudaGetErrorString(cudaError_t) {
     return emulation::error.empty() ? "invalid argument" : emulation::error.c_str();
 }

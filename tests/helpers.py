@@ -52,7 +52,8 @@ def random_model(cfg, dtype=torch.float64, seed=0):
 def random_text(model, cfg, length=3, clips=1):
     """Random caption features as the layers read them."""
     like = model.video.patchify.weight
-    return model.project_text(torch.randn(clips, length, cfg.caption_width, dtype=like.dtype))
+    features = torch.randn(clips, length, cfg.caption_width, dtype=like.dtype)  # on the CPU: alike
+    return model.project_text(features.to(like.device))
 
 
 def random_clip(cfg, blocks, clips=1, dtype=torch.float64):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, ROOT, random_model, random_text, tiny
+from helpers import PAPER, ROOT, random_decoders, random_model, random_text, tiny
 
 import cli
 import config
@@ -60,9 +60,39 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     assert set(result["about"]["won"]) <= {"qkv", "merge"}
     assert 0 < row["share_of_floor"] < 1 and row["textbook_over_ours"] > 0
     assert row["passes_fps"] == pytest.approx(row["floor_fps"] * row["share_of_floor"])
-    assert row["plan_gb"] > 0
     assert "| `merge` | passes | " in capsys.readouterr().out
     assert bench_generate.window_table([row]).count("FPS") == 2
+
+
+def test_a_film_is_measured_with_its_decoders():
+    """Stages, the speed of full blocks, and both layouts of the decoder; the net is as it was."""
+    pytest.importorskip("diffusers")
+    cfg = replace(config.FULL, caption_width=8, **bench_generate.TINY)
+    net, nets = random_model(cfg, torch.float32), random_decoders()
+    features = bench_generate.captions.random_features(["x"], cfg, "cpu", torch.float32)["x"]
+    film = bench_generate.bench_film(net, nets, features, 1, 9, torch.device("cpu"))
+    assert {"denoise", "refresh", "video decoder", "vocoder"} <= film["stage_seconds"].keys()
+    assert film["full_blocks_fps"] > 0 and "forward" not in vars(net)
+    found = bench_generate.layout_rung(nets, cfg, torch.device("cpu"), rounds=1)
+    kernel = next(p for p in nets[0].parameters() if p.dim() == 5 and min(p.shape[:2]) > 1)
+    faster = torch.channels_last_3d if found["before_over_after"] > 1 else torch.contiguous_format
+    assert kernel.is_contiguous(memory_format=faster)
+    row = dict(window_seconds=1, floor_fps=9, passes_fps=8, share_of_floor=0.8, film=film)
+    row |= dict(peak_gb=1.5, plan_gb=2)
+    assert "| 1.5 GB, 2.0 GB | – |" in bench_generate.window_table([row])
+
+
+def test_a_block_is_timed_behind_its_past():
+    """Both caches end at the same place, with the same number of keys in each attention."""
+    net = random_model(tiny(PAPER), torch.float32)
+    features = [torch.randn(1, 3, net.cfg.caption_width)] * 2
+    ours, book = bench_generate.CachedView(net.cfg, 4), bench_generate.TextbookView()
+    for view in (ours, book):
+        assert bench_generate.time_block(net, view, 3, features, torch.device("cpu"), 1) > 0
+    assert ours.block == book.block == 3
+    for (layer, site), (keys, _) in book.past.items():
+        cache = ours.layers[layer][site]
+        assert keys.shape[1] == cache.num_filled - cache.num_new
 
 
 def test_the_page_has_a_row_for_every_speed_up_and_a_place_for_every_table():

@@ -518,6 +518,8 @@ def test_the_real_library_builds_once_and_fails_loudly_without_a_gpu(monkeypatch
     real = kernel.Kernel(path)
     if torch.cuda.is_available():
         pytest.skip("built, but there is a GPU: no launch without a driver")
+    with pytest.raises(RuntimeError, match="CUDA error 35"):
+        real.check_ready()
     monkeypatch.setattr(kernel, "emulated", real)
     for op in OPS:
         with pytest.raises(RuntimeError, match="CUDA error 35: CUDA driver version is insuff"):

@@ -138,9 +138,11 @@ def test_output_is_a_line_a_block_and_a_summary(run):
 
 def test_the_report_holds_the_timings(run):
     """JSON with every block's times, medians and both conventions."""
-    run("--seconds", 3, "--report", "times/report.json")
-    report = json.loads(Path("times/report.json").read_text())
+    run("--seconds", 3, "--report", "report.json")
+    report = json.loads(Path("report.json").read_text())
     assert report["frames"] == 73
+    how = {"config": "toy", "device": "cpu", "dtype": "float32", "window": 4, "passes_a_block": 4}
+    assert report.items() >= how.items() and report["torch"] == torch.__version__
     assert len(report["passes_seconds"]) == len(report["output_seconds"]) == 4
     assert report["median_block_seconds"] in report["passes_seconds"][2:]
     assert report["passes_fps"] == pytest.approx(73 / sum(report["passes_seconds"]))
@@ -308,7 +310,9 @@ BAD = {
     "another tensor": (["--weights", "{}/another_tensor"], "tensor more is unexpected"),
     "NaN": (["--weights", "{}/nan"], "nan: tensor video.table holds NaN or infinity"),
     "no folder": (["--out", "no/such/out.mp4"], "does not exist; create it first"),
-    "folder as film": (["--out", "."], "not writable; choose another --out"),
+    "folder as film": (["--out", "."], "not writable; choose another place"),
+    "folder as report": (["--report", "."], "not writable; choose another place"),
+    "page nowhere": (["--html", "no/page.html"], "no/page.html: folder "),
     "sheet as film": (["--out", "out.png"], "out.png: expected a name that ends in .mp4"),
     "cuda": (["--device", "cuda"], "--device cuda: not usable here"),
     "unknown device": (["--device", "tpu9"], "--device tpu9: not usable here"),

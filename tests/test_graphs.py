@@ -4,6 +4,7 @@ Instead of CUDA graphs and streams there are stand-ins (tests/tape.py) that fail
 """
 
 import contextlib
+import functools
 from collections import Counter
 from types import SimpleNamespace
 
@@ -24,13 +25,13 @@ CFG = tiny(PAPER, num_sinks=2, num_layers=1)
 class Counting(graphs.Recorded):
     """Counts what becomes of passes."""
 
-    def __init__(self, net, record=Tape.record):
+    def __init__(self, net, recorder=lambda: Tape.record):
         self.counts = Counter()
-        super().__init__(net, lambda function: self._counted(record(function)))
+        super().__init__(net, lambda: functools.partial(self._counted, recorder()))
 
-    def _counted(self, recording):
+    def _counted(self, record, function):
         self.counts["recorded"] += 1
-        replay, outputs = recording
+        replay, outputs = record(function)
         return lambda: self.counts.update(["replayed"]) or replay(), outputs
 
 
@@ -274,7 +275,7 @@ def test_recordings_share_a_pool(monkeypatch):
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("beside", [False, True])
 def test_cuda_graphs_and_streams_answer_as_a_plain_stream(merge, beside):
-    """On a GPU, in float32: recorded, replayed, with and without the second stream."""
+    """On a GPU, in float32: recorded, replayed, with and without the second CUDA stream; twice."""
     net = random_model(tiny(PAPER, num_sinks=2), torch.float32).cuda()
     features = torch.randn(2, 1, 3, net.cfg.caption_width)
     with torch.no_grad():
@@ -282,8 +283,8 @@ def test_cuda_graphs_and_streams_answer_as_a_plain_stream(merge, beside):
     how = dict(merge=merge, switch_at=8, blocks=14)
     plain = stream(net, texts, **how)
     net.fork = graphs.SideStream() if beside else net.fork
-    recorded = Counting(net, graphs.cuda_recorder())
-    for x, y in zip(plain, stream(recorded, texts, **how)):
+    recorded = Counting(net, graphs.cuda_recorder)
+    for x, y in zip(2 * plain, [x for _ in range(2) for x in stream(recorded, texts, **how)]):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
     assert recorded.counts["replayed"] > recorded.counts["recorded"] > 0
 
