@@ -666,6 +666,7 @@ def in_namespaces(sources):
         text
         + f"""extern "C" {{
         void choose(int i) {{ chosen = i; }}
+        int cache_append_ready() {{ return 0; }}
         int cache_append_args_size() {{ return n0::cache_append_args_size(); }}
         const char *cache_append_error(int code) {{ return n0::cache_append_error(code); }}
         int cache_append_attention(int dtype, int D, int whole, void *a, void *s)
