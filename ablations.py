@@ -343,7 +343,9 @@ def main():
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
     if unknown := set(args.only or ()) - set(known):
         raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
-    args.steps = args.steps or steps
+    if args.walks < (least := HELD_BACK + 1):
+        raise ValueError(f"--walks {args.walks}: expected at least {least}")
+    args.steps = steps if args.steps is None else args.steps
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
     results = measured(args.only or known, ablation(args), args)

@@ -42,6 +42,7 @@ from captions import toy_captions
 from kv_cache import MaskedView, MergedView
 from masks import Span
 
+STEPS = 150, 2000  # updates of the generator: the toy's, and at full size (paper); stage III's too
 CRITIC_UPDATES = 5  # for each update of the generator (OmniForcing, as Self-Forcing)
 LEAST_TIME, MOST_TIME = 0.02, 0.98  # of the schedule, for the scores (DMD2, OmniForcing)
 
@@ -162,6 +163,8 @@ def draw_sigmas(n, generator) -> torch.Tensor:
     """(n,) noise levels to compare at: uniform in the time of the teacher's schedule.
 
     One per clip, for video and audio alike: the scores judge whether the two belong together.
+
+    # Paper: the official table is stretched besides, to end at .1: .217 to .998, here .140 to .997.
     """
     time = LEAST_TIME + (MOST_TIME - LEAST_TIME) * torch.rand(n, generator=generator)
     return teacher.shifted(time, teacher.SHIFT)
@@ -210,7 +213,7 @@ def matching_losses(clips, captions, real, fake, guidance, generator):
 
 
 def critic_losses(fake, clips, captions, generator):
-    """Flow matching on the generator's clips, exactly as the teacher learnt from real ones."""
+    """Flow matching on the generator's clips, at the levels where the scores are compared."""
     sigma = draw_sigmas(len(captions), generator)
     video, audio = teacher.velocity_losses(fake, clips, captions, sigma, generator)
     return video.mean(), audio.mean()
@@ -255,17 +258,17 @@ def updates_of(generator, critic, real, guidance, make, draw=draw_prompts):
 
 
 # what generator and critic share, then what is each one's own
-TOY = dict(muon_lr=0, betas=(0.0, 0.95), ema=0.95)
+TOY_BOTH = dict(muon_lr=0, betas=(0.0, 0.95), ema=0.95)
 TOY_EACH = dict(adam_lr=2e-4, warmup=10), dict(adam_lr=5e-4, warmup=1)
 # Paper: both at 2e-5, constant; betas, clip and averaging of the later release's stage III. Its
 # weight decay, 0.01, shrinks weights by 4e-4 in 2000 steps, and is left out.
-FULL = dict(muon_lr=0, adam_lr=2e-5, betas=(0.0, 0.999), warmup=1, decay=0.0)
+FULL_BOTH = dict(muon_lr=0, adam_lr=2e-5, betas=(0.0, 0.999), warmup=1, decay=0.0)
 FULL_EACH = dict(ema=0.99), dict(ema=0.0)  # nobody looks at a critic's average, and it is 75 GB
 
 
 def recipes_of(steps, seed, batch=8, is_toy=True):
     """How the generator learns, and how its critic."""
-    both, each = (TOY, TOY_EACH) if is_toy else (FULL, FULL_EACH)
+    both, each = (TOY_BOTH, TOY_EACH) if is_toy else (FULL_BOTH, FULL_EACH)
     return [training.Recipe(steps, batch, seed, **both, **own) for own in each]
 
 
@@ -278,16 +281,14 @@ def learners_of(net, critic, steps, seed, batch=8, is_toy=True) -> dict:
     }
 
 
-def options(doc, steps, run, out):
+def options(doc, run, out):
     """The command line that stages I and III share."""
     p = cli.parser(doc)
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the real score")
     cli.add_guidance(p, teacher.GUIDANCE, "of the real score")
-    p.add_argument("--steps", type=int, default=steps, help="updates of the generator")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default=run, help="folder for the state; resumed if there")
     p.add_argument("--out", default=out, help="weights to write")
-    training_parts.add_options(p)
+    training_parts.add_options(p, STEPS)
     return p
 
 
@@ -300,7 +301,7 @@ def distil(p, args, start, toy_cfg, make):
     with sharding.processes(args.device or "cpu"):
         parts = training_parts.parts_for(args, toy_cfg)
         judge, student = parts.find(args.teacher), parts.find(start, parts.cfg, args.seed)
-        how = args.steps, args.seed, args.batch or 8, parts.is_toy
+        how = args.steps, args.seed, args.batch, parts.is_toy
         if not parts.is_toy:
             recipes = recipes_of(*how)
             planned = trial_of(judge.cfg, student.cfg, recipes, args.guidance, make)
@@ -332,8 +333,8 @@ def generator_loss(guidance, make, real, net, critic, captions, generator):
 
 
 def main():
-    p = options(__doc__, 150, "runs/dmd", "weights/toy_dmd.safetensors")
-    args = p.parse_args()
+    p = options(__doc__, "runs/dmd", "weights/toy_dmd.safetensors")
+    args = training_parts.parse(p, STEPS)
     distil(p, args, args.teacher, None, backward_simulation)
 
 

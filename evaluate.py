@@ -45,6 +45,7 @@ import toy_codec
 import toy_detectors as detectors
 import toy_world
 from captions import toy_captions
+from kv_cache import CachedView
 from masks import num_blocks
 from training_parts import student_from
 
@@ -336,42 +337,53 @@ def five_second_windows(seconds) -> list[tuple[int, int]]:
 
 def evaluate(args):
     """All rows: {name: metrics}, and second by second: {name: [metrics]}."""
-    codec, seeds = toy_codec.load(), held_out(args.clips)
-    once = five_second_windows(WINDOW)
-    other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
-    true = partial(true_clips, WINDOW)
-    others = judge(true, other, once, "other true clips")[0]
-    truth = judge(true, seeds, once, "truth")[0]
-    rows = {}
-
-    def add(name, make, shuffle=False):
-        rows[name] = with_intervals(judge(make, seeds, once, name, shuffle)[0], truth, others)
-
-    add("truth", true)
-    add("truth, sounds shuffled", true, shuffle=True)
-    add("truth through the codec", partial(through_codec, codec, WINDOW))
-    net = model.load(args.teacher)
-    for steps, sigmas in ((32, teacher.schedule(32)), (4, config.FOUR_STEPS)):
-        make = partial(from_teacher, net, codec, sigmas, guidance=args.guidance)
-        add(f"teacher, {steps} steps", make)
-    net = model.load(args.few_step)
-    add("stage I, 4 steps", partial(from_few_steps, net, codec))
-    untrained = student_from(net.state_dict(), config.TOY)
+    paths = {"teacher": args.teacher, "stage I": args.few_step}
+    paths |= {short_name(path): path for path in args.student}
+    nets = {name: model.load(path) for name, path in paths.items()}  # what is wrong shows now
     how = dict(window=args.window, steps=args.steps)
-    make = partial(from_stream, untrained, codec, WINDOW, **how)
-    add("stage I streamed, never trained to", make)
-    by_second = {}
-    for path in args.student:
-        net = model.load(path)
+    dmd.few_step_sigmas(config.TOY, args.steps), CachedView(config.TOY, 2, args.window)
+
+    codec, once, true = toy_codec.load(), five_second_windows(WINDOW), partial(true_clips, WINDOW)
+    other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
+    others = judge(true, other, once, "other true clips")[0]
+    truth = judge(true, held_out(args.clips), once, "truth")[0]
+    rows, by_second = {}, {}
+    for name, make in whole_clips(nets, codec, args.guidance, how).items():
+        shuffle = name.endswith("shuffled")
+        judged = judge(make, held_out(args.clips), once, name, shuffle)[0]
+        rows[name] = with_intervals(judged, truth, others)
+    for name in map(short_name, args.student):
         windows = five_second_windows(args.seconds)
         seconds = [(t, t + 1) for t in range(args.seconds)]
-        name = short_name(path)
-        make = partial(from_stream, net, codec, args.seconds, **how)
-        judged = judge(make, seeds, windows + seconds, name)
+        make = partial(from_stream, nets[name], codec, args.seconds, **how)
+        judged = judge(make, held_out(args.clips), windows + seconds, name)
         for (start, stop), w in zip(windows, judged):
             rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth, others)
         by_second[name] = [metrics(w, truth, others) for w in judged[len(windows) :]]
     return rows, by_second
+
+
+def whole_clips(nets, codec, guidance, how) -> dict:
+    """Who makes the clips of five seconds: {name of the row: function for `judge`}."""
+    by_teacher = partial(from_teacher, nets["teacher"], codec, guidance=guidance)
+    untrained = student_from(nets["stage I"].state_dict(), config.TOY)
+    return {
+        "truth": partial(true_clips, WINDOW),
+        "truth, sounds shuffled": partial(true_clips, WINDOW),
+        "truth through the codec": partial(through_codec, codec, WINDOW),
+        "teacher, 32 steps": partial(by_teacher, teacher.schedule(32)),
+        "teacher, 4 steps": partial(by_teacher, config.FOUR_STEPS),
+        "stage I, 4 steps": partial(from_few_steps, nets["stage I"], codec),
+        "stage I streamed, never trained to": partial(from_stream, untrained, codec, WINDOW, **how),
+    }
+
+
+def check(args):
+    """Raises ValueError for clips that cannot be judged."""
+    if args.seconds < WINDOW or args.seconds % WINDOW:
+        raise ValueError(f"--seconds {args.seconds}: expected a multiple of {WINDOW}")
+    if args.clips < 2:
+        raise ValueError(f"--clips {args.clips}: expected at least 2")
 
 
 def main():
@@ -386,10 +398,7 @@ def main():
     p.add_argument("--steps", type=int, help="passes a block; default as trained")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()
-    if args.seconds < WINDOW or args.seconds % WINDOW:
-        raise ValueError(f"--seconds {args.seconds}: expected a multiple of {WINDOW}")
-    if args.clips < 2:
-        raise ValueError(f"--clips {args.clips}: expected at least 2")
+    check(args)
     start = time.perf_counter()
     rows, by_second = evaluate(args)
     print(table(rows))

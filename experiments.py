@@ -270,6 +270,7 @@ def main():
     p.add_argument("--clip", type=int, default=0, help="gallery: which held-out caption")
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
+    evaluate.check(args)
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
     folder = "assets" if args.experiment == "gallery" else "results"
     args.out = args.out or f"{folder}/{args.experiment}"

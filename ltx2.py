@@ -16,6 +16,10 @@ at its initial value still runs, and only looks a little worse.
 # Trap: names and shapes do not tell a teacher's file from a student's. Rotary layout, precision of
 # the grid and scale of the gates differ (config.py). LTX-2's file states its own in its metadata,
 # which is believed; a student's file states nothing, and the config's are taken.
+
+    python ltx2.py                             some names
+    python ltx2.py FILE --config released      is it whole, and what does it state?
+    python ltx2.py FILE --interleaved OUT      the same in the students' rotary layout
 """
 
 import json
@@ -26,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+import cli
 import config
 import files
 from model import OmniTransformer, build
@@ -160,7 +165,10 @@ def shards(path) -> list[Path]:
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix != ".json":
         return [path]
-    names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path}: not an index of shards (it has no weight_map)") from None
     parts = [path.parent / Path(name).name for name in names]
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ValueError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(parts)} shards)")
@@ -319,7 +327,8 @@ def to_interleaved(weights, cfg) -> dict:
 
     Attention does not care how channels are ordered inside a head, if queries and keys agree. So
     a teacher's weights can start a student exactly where the teacher stands. (The official code
-    copies them as they are, and training has to absorb the difference.)
+    copies them as they are, and training has to absorb the difference.) At the command line:
+    `python ltx2.py FILE --interleaved OUT`.
     """
     rotated = (".self_attn.", ".cross_attn.")
     moved = (".to_q.weight", ".to_q.bias", ".to_k.weight", ".to_k.bias", ".q_norm", ".k_norm")
@@ -340,10 +349,39 @@ def _interleave_rows(w, heads):
     return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-if __name__ == "__main__":
+def show_names():
+    """What the tables say, at a glance."""
     for cfg in (config.LTX2, config.FULL, config.RELEASED):
         table = key_table(build(cfg, device="meta"))
         assert len(set(table.values())) == len(table) == 3510
         print(f"{cfg.name}: {len(table)} tensors have a name in LTX-2's files")
     for ours in ("video.layers.0.self_attn.to_q.weight", "audio.adaln_gate.linear.bias"):
         print(f"    {ours:40} {table[ours]}")
+
+
+def interleave(source, path):
+    """Write a split transformer as an interleaved one that computes the same."""
+    if source.cfg.rope_layout != "split":
+        raise ValueError(f"{source.path}: its pairs are {source.cfg.rope_layout} already")
+    weights = to_interleaved(dict(source.tensors()), source.cfg)
+    cfg = replace(source.cfg, rope_layout="interleaved")
+    save(path, weights, cfg, {"command": f"python ltx2.py {source.path} --interleaved {path}"})
+    print(f"wrote {path}")
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("file", nargs="?", help="a transformer to be checked; none: names are shown")
+    p.add_argument("--config", default="ltx2", help="its shape and sinks: ltx2, full, released")
+    p.add_argument("--interleaved", metavar="OUT", help="write it in the students' rotary layout")
+    args = p.parse_args()
+    if not args.file:
+        return show_names()
+    source = Source(args.file, cli.find_config(args.config))
+    print(f"{args.file}: {len(source.table)} tensors, each with its place in the model")
+    if args.interleaved:
+        interleave(source, args.interleaved)
+
+
+if __name__ == "__main__":
+    cli.run(main)

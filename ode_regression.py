@@ -12,8 +12,9 @@ block-causal masks of masks.py, and must name the clean end:
     block        0      1      2      3
     level       .42     0     .91    .42        loss = mean |x0(x_level) - x_0|^2, noisy blocks only
 
-Independent levels teach every situation of streaming at once; the case that streaming meets, a
-clean past before a noisy block, gets a share of its own (CLEAN_SHARE).
+Independent levels teach every mixture of noisy and clean at once. A quarter of the blocks are clean
+(CLEAN_SHARE), so that most pasts have a clean block in them; all of a long past is clean, as it is
+in streaming, seldom. # Paper: uniform over all levels, the clean one included.
 
 A block's level is shared by its video **and its own** audio. # Paper: the official code spreads
 levels over audio by rounding 126 / 16 frames instead of by block edges (edges at 8, 32, 55, 79, 102
@@ -46,6 +47,7 @@ from captions import TOY_PROMPTS
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
 
+STEPS = 2500, 3000  # the toy's, and at full size (paper)
 CLEAN_SHARE = 0.25  # share of blocks shown clean
 FIRST_SEED = 10**8  # trajectories begin from captions the teacher was not trained on
 
@@ -220,11 +222,9 @@ def options():
     cli.add_guidance(p, (1.0, 1.0), "of the walks")
     cli.add_pair(p, "--loss-weights", (1.0, 1.0), "of the two streams")
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
-    p.add_argument("--steps", type=int, default=2500, help="training steps")
-    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
     p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")
-    training_parts.add_options(p)
+    training_parts.add_options(p, STEPS)
     return p
 
 
@@ -233,7 +233,7 @@ def regress(p, args):
     parts, start = training_parts.parts_for(args, config.TOY), time.perf_counter()
     walker = parts.find(args.teacher)
     student = parts.find(args.teacher, parts.cfg, args.seed)
-    recipe = recipe_of(args.steps, args.seed, args.batch or 8, parts.is_toy)
+    recipe = recipe_of(args.steps, args.seed, args.batch, parts.is_toy)
     if not parts.is_toy:
         share = sharding.share_of(recipe.batch)
         training_plan.check([("student", student.cfg, recipe)], trial_loss, share)
@@ -252,7 +252,9 @@ def regress(p, args):
 
 def main():
     p = options()
-    args = p.parse_args()
+    args = training_parts.parse(p, STEPS)
+    if args.clips < 1:
+        raise ValueError(f"--clips {args.clips}: expected 1 or more")
     with sharding.processes(args.device or "cpu"):
         regress(p, args)
 

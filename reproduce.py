@@ -32,7 +32,7 @@ def with_minutes(how):
 
 # command, and minutes
 FULL = [
-    ("toy_codec.py", 1),
+    ("toy_codec.py --fit", 1),
     ("teacher.py", 99),
     ("dmd.py", 15),
     *MINUTES.items(),

@@ -1,7 +1,9 @@
 """Self-forcing: train on what you generate yourself, block by block, as at inference (stage III).
 
-A model trained on true pasts meets, when it streams, pasts of its own making, with errors it never
-saw: exposure bias. Self-forcing trains it on exactly what it will meet: its own rollout.
+Stage II's pasts are pieces of a bidirectional model's walk, each at a noise level of its own, and
+always right. When the student streams, its past is clean, for it is refreshed, but of its own
+making, with errors that it never saw: exposure bias. Self-forcing trains it on exactly what it will
+meet, its own rollout.
 
 One block, with the noise levels 1 > s1 > s2 > s3 > 0:
 
@@ -26,8 +28,8 @@ runs it with one. A training step is then
     4  let the critic follow, on five fresh rollouts
 
 No true clip is shown: captions are enough. The control does show them (`--history true`): there
-every block is generated behind the true past, which is how the student was trained before. It has
-the same loss, steps and cost, so what self-forcing buys is the difference between the two.
+every block is generated behind the true past. It has the same loss, steps and cost, so what
+self-forcing buys is the difference between the two.
 
 Captions get a gradient: their keys and values are computed once per rollout, and every exit pass
 reads them. # Paper: the official code caches them detached, so its caption layers learn nothing.
@@ -47,6 +49,7 @@ import model
 import sharding
 import teacher
 import toy_codec
+import training_parts
 from kv_cache import CachedView
 from masks import block_span, num_blocks
 
@@ -134,7 +137,7 @@ def rolled_out(net, clips, captions, generator, window=None, codec=None, share_e
 
 
 def main():
-    p = dmd.options(__doc__, 150, "runs/self_forcing", "weights/toy_self_forcing.safetensors")
+    p = dmd.options(__doc__, "runs/self_forcing", "weights/toy_self_forcing.safetensors")
     p.add_argument(
         "--student", default="weights/toy_ode_regression.safetensors", help="weights to start at"
     )
@@ -144,7 +147,7 @@ def main():
         "--exit", choices=("shared", "own"), default="shared",
         help="own: every block of a rollout ends after a random pass of its own",
     )  # fmt: skip
-    args = p.parse_args()
+    args = training_parts.parse(p, dmd.STEPS)
     codec = toy_codec.load() if args.history == "true" else None
     share_exit = args.exit == "shared"
     make = functools.partial(rolled_out, window=args.window, codec=codec, share_exit=share_exit)

@@ -32,7 +32,7 @@ SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
 SHIFT = 8.0  # of the sampler's noise levels towards noise, where motion is decided; LTX-2: e^2.05
 GUIDANCE = 3.0, 5.0  # for video and for audio (OmniForcing's stages I and III); 1 is none
-CLIPS_PER_SEED = 10**7  # runs of another seed see other clips; below HELD_OUT for seeds to 9
+CLIPS_PER_SEED = 10**7  # seeds to 9 see other clips, below ode_regression.FIRST_SEED
 
 
 def whole_span(cfg, seconds=SECONDS):

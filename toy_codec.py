@@ -19,14 +19,13 @@ all are scaled by one factor to E[z^2] = 1, as flow matching expects.
 # machine, may turn some around (the shipped one was made with two), and then models trained on the
 # old latents do not understand the new ones: train them anew as well.
 
-    python toy_codec.py             fits it anew, writes weights/toy_codec.safetensors
-    python toy_codec.py --out FILE  ... writes it there, and leaves the shipped one alone
+    python toy_codec.py             how well the shipped one keeps pictures and sound
+    python toy_codec.py --fit       fits it anew, over weights/toy_codec.safetensors or to --out
 """
 
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import cli
@@ -151,9 +150,12 @@ class ToyCodec(nn.Module):
 
 
 def load(cfg=config.TOY) -> ToyCodec:
-    """The codec that the shipped models were trained with, from FILE."""
+    """The codec that the shipped models were trained with, from FILE.
+
+    Raises ValueError, in one line, if the file is not whole.
+    """
     codec = ToyCodec(cfg)
-    codec.load_state_dict(load_file(FILE))
+    files.load_into(codec, files.read_weights(FILE)[0], FILE)
     return codec
 
 
@@ -196,20 +198,23 @@ def pitches() -> torch.Tensor:
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--out", help=f"weights to write; default weights/{FILE.name}")
+    p.add_argument("--fit", action="store_true", help="fit a new one")
+    p.add_argument("--out", default=str(FILE), help="with --fit: weights to write")
     args = p.parse_args()
-    out = args.out or FILE
-    codec, clips = ToyCodec(), toy_world.draw_clips(range(FIT_CLIPS))
+    clips = toy_world.draw_clips(range(FIT_CLIPS))
     video, sound = (f(clips, FIT_SECONDS) for f in (toy_world.render_video, toy_world.render_sound))
-    codec.fit(video, sound)
-    files.save_weights(out, codec.state_dict(), config.TOY, {"command": cli.command(p, args)})
+    codec = ToyCodec() if args.fit else load()
+    if args.fit:
+        codec.fit(video, sound)
+        made_by = {"command": "python toy_codec.py --fit"}
+        files.save_weights(args.out, codec.state_dict(), config.TOY, made_by)
+        print(f"wrote {args.out}")
     v, a = codec.encode(video, sound)
     for name, x, y in (
         ("video", video, codec.decode_video(v, True)),
         ("audio", sound, codec.decode_audio(a, True)),
     ):
         print(f"{name}: PSNR {-10 * (x - y).square().mean().log10():.1f} dB")
-    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

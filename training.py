@@ -42,6 +42,11 @@ class Recipe:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995  # decay of the averaged weights
 
+    def __post_init__(self):
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+
 
 def rate(step, recipe) -> float:
     """Share of the full learning rate at a step: warm-up, constant, linear decay.

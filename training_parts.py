@@ -8,6 +8,7 @@ The three stages are the same code at both sizes. What differs is here:
     precision    float32                                  layers run in bfloat16; what learns is
                                                           kept, and averaged over GPUs, in float32
     activations  kept                                     computed twice
+    steps        as shipped, batches of 8                 the paper's, batches of 32
 
 Either runs in one process or, under torchrun, in several.
 """
@@ -46,12 +47,31 @@ class Found(NamedTuple):
     mark: str  # that tells its weights from others
 
 
-def add_options(p):
-    """What the stages' command lines need at full size."""
+BATCH = 8, 32  # clips, of the toy and at full size (paper)
+
+
+def add_options(p, steps):
+    """What the stages' command lines share; `steps` of the toy and at full size, as for `parse`."""
+    p.add_argument(
+        "--steps", type=int, help=f"training steps; default {steps[0]}, at full size {steps[1]}"
+    )
+    p.add_argument("--seed", type=int, default=0)
     p.add_argument("--config", help="of the student: toy (default), or ltx2, full, released")
     p.add_argument("--prompts", help="at full size: a folder made by captions.py")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
-    p.add_argument("--batch", type=int, help="clips, of all processes together; default 8")
+    p.add_argument(
+        "--batch", type=int,
+        help=f"clips, of all processes together; default {BATCH[0]}, at full size {BATCH[1]}",
+    )  # fmt: skip
+
+
+def parse(p, steps):
+    """The command line, what depends on the size filled in."""
+    args = p.parse_args()
+    is_full = not cli.find_config(args.config or "toy").is_toy
+    args.steps = steps[is_full] if args.steps is None else args.steps
+    args.batch = BATCH[is_full] if args.batch is None else args.batch
+    return args
 
 
 def parts_for(args, toy_cfg=None) -> Parts:

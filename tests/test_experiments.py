@@ -128,5 +128,5 @@ def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch,
     run(monkeypatch, "joint", "--clips", 2, *made, "--out", tmp_path / "joint")
     result = json.loads((tmp_path / "joint.json").read_text())["result"]
     assert len(result) == 10 and "stage III, both deaf" in result
-    run(monkeypatch, "gallery", "--seconds", 7, *made, "--out", tmp_path / "gallery")
+    run(monkeypatch, "gallery", "--seconds", 10, *made, "--out", tmp_path / "gallery")
     assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")

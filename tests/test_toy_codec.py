@@ -184,16 +184,30 @@ def test_samples_never_leave_the_range():
     assert sound.shape == (24000,) and sound.abs().max() <= 1
 
 
-def test_asking_for_help_fits_nothing(tmp_path, monkeypatch, capsys):
-    """--help and an unknown flag leave the shipped file alone; --out writes elsewhere."""
+def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
+    """--help and an unknown flag write nothing, nor does looking; --fit --out writes elsewhere."""
+    monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
+    monkeypatch.setattr(sys, "argv", ["toy_codec.py"])
+    cli.run(toy_codec.main)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(" PSNR ")[0] for line in shown] == ["video:", "audio:"]
     shipped = tmp_path / "toy_codec.safetensors"
     monkeypatch.setattr(toy_codec, "FILE", shipped)
-    monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
     for arguments, status in ((["--help"], 0), (["--fast"], 2)):
         monkeypatch.setattr(sys, "argv", ["toy_codec.py", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.run(toy_codec.main)
         assert left.value.code == status and not shipped.exists()
-    monkeypatch.setattr(sys, "argv", ["toy_codec.py", "--out", str(tmp_path / "mine.safetensors")])
+    mine = tmp_path / "mine.safetensors"
+    monkeypatch.setattr(sys, "argv", ["toy_codec.py", "--fit", "--out", str(mine)])
     cli.run(toy_codec.main)
-    assert (tmp_path / "mine.safetensors").exists() and not shipped.exists()
+    assert mine.exists() and not shipped.exists()
+
+
+def test_a_codec_that_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch):
+    """Cut short: the file is named."""
+    cut = tmp_path / "toy_codec.safetensors"
+    cut.write_bytes(toy_codec.FILE.read_bytes()[:-100])
+    monkeypatch.setattr(toy_codec, "FILE", cut)
+    with pytest.raises(ValueError, match="toy_codec.safetensors: not a whole safetensors file"):
+        toy_codec.load()
