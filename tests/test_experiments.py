@@ -97,6 +97,14 @@ def test_a_control_that_is_not_trained_says_how(tmp_path, monkeypatch, capsys):
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bad", [("--clips", 0), ("--seconds", 0), ("--seconds", 7)])
+def test_streams_that_cannot_be_judged_are_refused(bad, monkeypatch, capsys):
+    """One line, before anything is made."""
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "drift", *bad)
+    assert f"{bad[0]} {bad[1]}: expected" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
 def test_a_deaf_stream_hears_nothing(streams):
     """Another clip in the other stream changes nothing for it, everything for one that hears."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, random_clip, random_model, random_text, tiny
+from helpers import PAPER, random_clip, random_model, random_text, run_here, tiny
 from safetensors.torch import save_file
 
 import config
@@ -232,6 +232,9 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
     (tmp_path / "g-00002-of-00002.safetensors").unlink()
     with pytest.raises(ValueError, match="g-00002-of-00002.safetensors is missing .1 of 2 shards"):
         load(index)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="not an index of shards"):
+        load(index)
 
 
 def test_sinks_of_a_student_are_its_own_and_of_a_teacher_fresh(tmp_path):
@@ -306,3 +309,21 @@ def test_what_is_saved_is_read_as_a_published_file(tmp_path):
     )
     assert net.cfg == replace(cfg, name=CFG.name)
     assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
+
+
+def test_a_file_is_checked_and_interleaved_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Flags are told; the copy computes the same and states its layout; twice is refused."""
+    monkeypatch.setitem(config.CONFIGS, "ltx2", CFG)
+    split = replace(CFG, rope_layout="split")
+    weights = random_model(split, torch.float32).state_dict()
+    file, out = (tmp_path / f"{name}.safetensors" for name in ("split", "interleaved"))
+    ltx2.save(file, weights, split, {})
+    status, said, _ = run_here(ltx2, [file, "--interleaved", out], monkeypatch, capsys)
+    assert status == 0 and "rope_layout=split" in said
+    assert f"{len(weights)} tensors, each with its place" in said
+    net = ltx2.load(out, CFG, dtype=torch.float32)
+    assert net.cfg.rope_layout == "interleaved"
+    for name, x in ltx2.to_interleaved(weights, split).items():
+        torch.testing.assert_close(net.state_dict()[name], x.bfloat16().float(), rtol=0, atol=0)
+    status, _, err = run_here(ltx2, [out, "--interleaved", file], monkeypatch, capsys)
+    assert status == 2 and "its pairs are interleaved already" in err

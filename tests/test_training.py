@@ -5,19 +5,23 @@ and round differently, at about 1e-7 a step; 1e-4 relative leaves room for ten s
 none for another method.
 """
 
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import PAPER, random_clip, tiny
 
+import cli
 import config
+import dmd
 import files
 import model
 import ode_regression
 import teacher
 import toy_codec
 import training
+import training_parts
 from kv_cache import MaskedView
 from masks import clip_span
 
@@ -139,6 +143,13 @@ def test_a_finished_run_is_not_trained_again(tmp_path, capsys):
     again.descend(killed_at(10, quadratic(again.model)))
     assert again.step == 10
     assert_equal_runs(run, again)
+
+
+@pytest.mark.parametrize("change", [dict(steps=0), dict(steps=-5), dict(batch=0)])
+def test_a_recipe_without_steps_or_clips_is_refused(change):
+    """It would ship what it began with as if it had been trained."""
+    with pytest.raises(ValueError, match=".+=.+: expected 1 or more"):
+        replace(RECIPE, **change)
 
 
 @pytest.mark.parametrize("change", [dict(steps=11), dict(seed=6), dict(betas=(0.9, 0.95))])
@@ -329,3 +340,20 @@ def test_muon_is_torchs_in_better_precision(shape):
         for stepper in steppers:
             stepper.step()
     assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ([], (150, 8)),
+        (["--config", "full"], (2000, 32)),
+        (["--config", "full", "--steps", "7", "--batch", "4"], (7, 4)),
+    ],
+)
+def test_steps_and_batch_are_the_toys_or_the_papers(given, expected, monkeypatch):
+    """By config, unless they are said."""
+    monkeypatch.setattr(sys, "argv", ["dmd.py", *given])
+    p = cli.parser("")
+    training_parts.add_options(p, dmd.STEPS)
+    args = training_parts.parse(p, dmd.STEPS)
+    assert (args.steps, args.batch) == expected
