@@ -363,6 +363,8 @@ def main():
     p.add_argument("--out", default="assets/masks.png", help="picture to write")
     args = p.parse_args()
     cfg = cli.find_config(args.config)
+    if args.blocks < 1:
+        raise ValueError(f"--blocks {args.blocks}: expected 1 or more")
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
     save(draw_masks(cfg, args.blocks, args.window), args.out)

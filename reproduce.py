@@ -1,4 +1,4 @@
-"""Everything that is shipped and quoted, made anew, command by command.
+"""What is shipped and quoted, made anew, command by command; other numbers name their own command.
 
     python reproduce.py             hours: codec, teacher, three stages, tables, pictures
     python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
@@ -41,6 +41,9 @@ FULL = [
     ("experiments.py joint", 4),
     ("experiments.py gallery", 1),
     ("charts.py losses", 1),
+    ("generate.py --out assets/clip.mp4", 1),
+    ("plots.py", 1),
+    ("charts.py imports", 1),
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
 ]
