@@ -63,7 +63,7 @@ class Block(NamedTuple):
 
 
 def rollout(
-    net, text_at, num_blocks, sigmas, generator, batch=1, window=None, pinned=True,
+    net, text_at, blocks, sigmas, generator, batch=1, window=None, pinned=True,
     exit_step=None, history=None, merge=False, view=None,
 ):  # fmt: skip
     """Yield the blocks of B streams, each as soon as it exists.
@@ -84,10 +84,10 @@ def rollout(
 
     The refresh happens when the next block is asked for: a finished block is not kept waiting.
     """
-    view = view or CachedView(net.cfg, num_blocks, window, pinned)
+    view = view or CachedView(net.cfg, blocks, window, pinned)
     like, past = next(net.parameters()), None
-    exits = exit_step if isinstance(exit_step, list) else [exit_step] * num_blocks
-    for k in range(num_blocks):
+    exits = exit_step if isinstance(exit_step, list) else [exit_step] * blocks
+    for k in range(blocks):
         span, text = block_span(k, net.cfg), text_at(k)
         if past and not (merge and past.text is text and not torch.is_grad_enabled()):
             with torch.no_grad():  # the cache holds data; a gradient would reach across blocks

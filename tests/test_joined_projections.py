@@ -95,3 +95,12 @@ def test_a_gradient_reaches_each_weight():
     for name, p in joined.named_parameters():
         if name.endswith(("to_q.weight", "to_k.bias", "to_v.weight")):
             assert p.grad is not None and p.grad.shape == p.shape, name
+
+
+def test_a_prompts_values_do_not_keep_the_product_that_they_were_part_of():
+    """Keys and values of a prompt take their own bytes and no more, joined or not."""
+    for net in two_models():
+        with torch.no_grad():
+            text = random_text(net, CFG)
+        for x in (x for stream in (text.video, text.audio) for pair in stream for x in pair):
+            assert x.untyped_storage().nbytes() == x.nbytes

@@ -481,7 +481,7 @@ WRONG = {
         "blocks are kept back": (
             "        yield Block(k, *x0)\n",
             "        if k:\n            yield Block(k - 1, *last)\n        last = x0\n"
-            "        if k + 1 == num_blocks:\n            yield Block(k, *x0)\n",
+            "        if k + 1 == blocks:\n            yield Block(k, *x0)\n",
             "block 0 is handed over after 9 passes",
         ),
         "never an early exit": (
