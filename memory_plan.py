@@ -92,9 +92,13 @@ def decoder_rows(cfg, dtype) -> list[Row]:
     decoder = decoders.Decoder(*nets, cfg)
     tensors = [t for net in nets for t in net.state_dict().values()]
     weights = sum(t.numel() * t.element_size() for t in tensors)
-    for k in range(4):  # until there is as much context as there ever will be
-        block = _empty_block(k, cfg, 1, device="meta", dtype=dtype)
-        peak = peak_bytes(lambda: decoder.decode(block))
+
+    def decode(k):
+        return decoder.decode(_empty_block(k, cfg, 1, device="meta", dtype=dtype))
+
+    for k in range(3):  # then there is as much context as there ever will be
+        decode(k)
+    peak = peak_bytes(lambda: decode(3))
     context, _ = decoders.Overlap().video
     how = f"{context} latents of context and {cfg.video_frames_per_block} new ones"
     return [

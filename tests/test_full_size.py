@@ -1,5 +1,6 @@
 """The full-size path of generate.py, end to end, with the smallest networks of the same classes."""
 
+import functools
 import json
 import signal
 from dataclasses import replace
@@ -25,6 +26,7 @@ FULL = replace(config.FULL, caption_width=8, **SIZES)
 RELEASED = replace(config.RELEASED, caption_width=8, **SIZES)
 
 
+DECODER_ROWS = functools.cache(memory_plan.decoder_rows)  # the same in every run here
 FLOAT32 = ["--dtype", "float32"]  # for speed: processors emulate bfloat16; other tests have it
 
 
@@ -45,6 +47,7 @@ def folder(tmp_path_factory):
 def run(tmp_path, monkeypatch, capsys):
     """Run the command line here with the tiny sizes: -> exit status, stdout, stderr."""
     kinds = tiny_decoder_kinds()
+    monkeypatch.setattr(memory_plan, "decoder_rows", DECODER_ROWS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "full", FULL)
     monkeypatch.setitem(config.CONFIGS, "released", RELEASED)
