@@ -111,25 +111,29 @@ def seeded(name, seed) -> str:
     return f"{name}, seed {seed}" if seed else name
 
 
+# names of the two students, and of their files
 SHIPPED = ("stage II", "stage III"), ("long_ode_regression", "from_long")
 SHORT = ("short II", "III from short II"), ("ode_regression", "self_forcing")
-FROM_SHORT = f"self_forcing.py --student {both_stages(*SHORT, 0)['short II'][0]}"
-CONTROLS = {
-    **dict(zip(SHIPPED[0], zip(evaluate.STUDENTS, ("ode_regression.py", "self_forcing.py")))),
-    **{name: how for s in range(1, SEEDS) for name, how in both_stages(*SHIPPED, s).items()},
-    **{
-        name: how
-        for s in range(SEEDS)
-        for name, how in both_stages(*SHORT, s, f" --steps {FEW}").items()
-    },
-    "III from short II behind the true past": trained(
-        "true_history", f"{FROM_SHORT} --history true"
-    ),
-    "III from short II, own exit for every block": trained("own_exit", f"{FROM_SHORT} --exit own"),
-    "III from stage I": trained(
-        "from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"
-    ),
+FROM_SHORT = "self_forcing.py --student runs/controls/ode_regression_0.safetensors"
+CHANGED = {  # one thing each: file, command
+    "III from short II behind the true past": ("true_history", f"{FROM_SHORT} --history true"),
+    "III from short II, own exit for every block": ("own_exit", f"{FROM_SHORT} --exit own"),
+    "III from stage I": ("from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"),
 }
+
+
+def students() -> dict:
+    """Who is compared: {name: (weights, command that makes them)}."""
+    commands = "ode_regression.py", "self_forcing.py"
+    found = dict(zip(SHIPPED[0], zip(evaluate.STUDENTS, commands)))
+    for seed in range(1, SEEDS):
+        found |= both_stages(*SHIPPED, seed)
+    for seed in range(SEEDS):
+        found |= both_stages(*SHORT, seed, f" --steps {FEW}")
+    return found | {name: trained(*how) for name, how in CHANGED.items()}
+
+
+CONTROLS = students()
 
 
 def controls(args):
