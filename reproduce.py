@@ -4,6 +4,7 @@
     python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
                                     controls`, and of `ablations.py`, and their tables
     python reproduce.py --quick     minutes: three short stages from the shipped teacher, a table
+    python reproduce.py --gpu       minutes, on a GPU: its tests, and the tables of benchmarks/README.md
     python reproduce.py --list      say it only
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
@@ -72,21 +73,33 @@ QUICK = [
         2,
     ),
 ]
+# for one GPU of 80 GB; minutes are a guess until there has been one
+GPU = [
+    (
+        "-m pytest -m 'slow or not slow' tests/test_cache_append_attention.py tests/test_graphs.py",
+        5,
+    ),
+    ("benchmarks/bench_attention.py", 2),
+    ("benchmarks/bench_generate.py", 10),
+    ("benchmarks/bench_decode.py", 3),
+]
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
     p.add_argument("--controls", action="store_true", help="trainings that are not shipped")
+    p.add_argument("--gpu", action="store_true", help="what only a GPU can tell")
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
-    steps = QUICK if args.quick else CONTROLS if args.controls else FULL
+    steps = QUICK if args.quick else CONTROLS if args.controls else GPU if args.gpu else FULL
     for i, (command, minutes) in enumerate(steps, 1):
         print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
         if not args.list:
             run(command)
     total = sum(minutes for _, minutes in steps)
-    print(f"about {total // 60} h {total % 60} min on two CPU cores")
+    where = "a GPU" if args.gpu else "two CPU cores"
+    print(f"about {total // 60} h {total % 60} min on {where}")
 
 
 def run(command):

@@ -359,7 +359,7 @@ def main():
     net = ltx2.random_weights(cfg, device, dtype)
     features = captions.random_features(["x"], cfg, device, dtype)["x"]
     nets = None if args.tiny else find_decoders(device, dtype)
-    blocks = min(args.blocks, settled_after(args.windows[0]) + 20)
+    blocks = min(args.blocks, settled_after(args.windows[0]) + 8)
     rounds = 1 if args.tiny else 3
     rungs, won = ladder(net, nets, features, args.windows[0], blocks, device, rounds)
     print(ladder_table(rungs))

@@ -17,6 +17,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -766,6 +767,18 @@ def test_sanitizers_see_planted_bugs(name, tmp_path):
     sanitizer, complaint = SEEN[name]
     status, text = sanitize(sanitizer, tmp_path, tmp_path / "bug.cu")
     assert status != 0 and complaint in text
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    """All cases on the GPU: no access out of bounds, no race in shared memory, no lost barrier."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    command += [sys.executable, "-m", "pytest", "-q", __file__, "-k", "block_by_block and gpu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
 
 
 # ---- the benchmark ----

@@ -9,7 +9,8 @@ from helpers import help_of
 import cli
 import reproduce
 
-COMMANDS = [command for command, _ in reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK]
+STEPS = reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK + reproduce.GPU
+COMMANDS = [command for command, _ in STEPS if not command.startswith("-m pytest")]
 
 
 def run(monkeypatch, *args):
@@ -50,6 +51,14 @@ def test_commands_run_in_order_until_one_fails(monkeypatch, capsys):
         run(monkeypatch, "--quick")
     assert ran == [command for command, _ in reproduce.QUICK[:3]]
     assert "exit status 2; start again to go on from there" in capsys.readouterr().err
+
+
+def test_the_gpus_tests_are_there():
+    """pytest is given files that exist, and the slow tests among them."""
+    command = reproduce.GPU[0][0]
+    paths = [word for word in command.split() if word.startswith("tests/")]
+    assert paths and all((reproduce.ROOT / path).exists() for path in paths)
+    assert "slow or not slow" in command
 
 
 def test_the_list_runs_nothing(monkeypatch, capsys):
