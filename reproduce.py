@@ -4,7 +4,7 @@
     python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
                                     controls`, and of `ablations.py`, and their tables
     python reproduce.py --quick     minutes: three short stages from the shipped teacher, a table
-    python reproduce.py --gpu       minutes, on a GPU: its tests, and the tables of benchmarks/README.md
+    python reproduce.py --gpu       minutes: tests on a GPU, and the tables of benchmarks/README.md
     python reproduce.py --list      say it only
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
@@ -73,6 +73,7 @@ QUICK = [
         2,
     ),
 ]
+GPU_TESTS = "tests/test_cache_append_attention.py", "tests/test_graphs.py"
 # for one GPU of 80 GB; minutes are a guess until there has been one
 GPU = [
     (
