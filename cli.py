@@ -1,6 +1,7 @@
 """What the command lines share: one-line errors with exit status 2, and a help that teaches."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def command(parser, args, leave_out=("run", "out")) -> str:
         if name not in leave_out and value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def find_device(name) -> torch.device:

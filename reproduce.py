@@ -48,9 +48,11 @@ FULL = [
     ("benchmarks/bench_toy.py", 5),
     ("notebooks/run.py", 3),
 ]
+MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("stage "))
 CONTROLS = [
     *(with_minutes(how) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
     ("experiments.py controls --clips 96 --seconds 20", 16),
+    (f"experiments.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute", 16),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
 ]
