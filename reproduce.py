@@ -49,10 +49,13 @@ FULL = [
     ("notebooks/run.py", 3),
 ]
 MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("stage "))
+WINDOW_2 = "runs/controls/window_2.safetensors"
 CONTROLS = [
     *(with_minutes(how) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
     ("experiments.py controls --clips 96 --seconds 20", 16),
     (f"experiments.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute", 16),
+    (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
+    (f"experiments.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
 ]
