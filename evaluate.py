@@ -347,11 +347,12 @@ def evaluate(args):
     other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
     others = judge(true, other, once, "other true clips")[0]
     truth = judge(true, held_out(args.clips), once, "truth")[0]
-    rows, by_second = {}, {}
+    shuffled = judge(true, held_out(args.clips), once, "sounds shuffled", shuffle=True)[0]
+    judged = {"truth": truth, "truth, sounds shuffled": shuffled}
     for name, make in whole_clips(nets, codec, args.guidance, how).items():
-        shuffle = name.endswith("shuffled")
-        judged = judge(make, held_out(args.clips), once, name, shuffle)[0]
-        rows[name] = with_intervals(judged, truth, others)
+        judged[name] = judge(make, held_out(args.clips), once, name)[0]
+    rows = {name: with_intervals(w, truth, others) for name, w in judged.items()}
+    by_second = {}
     for name in map(short_name, args.student):
         windows = five_second_windows(args.seconds)
         seconds = [(t, t + 1) for t in range(args.seconds)]
@@ -364,12 +365,10 @@ def evaluate(args):
 
 
 def whole_clips(nets, codec, guidance, how) -> dict:
-    """Who makes the clips of five seconds: {name of the row: function for `judge`}."""
+    """Who makes clips of five seconds, besides the world: {row: function for `judge`}."""
     by_teacher = partial(from_teacher, nets["teacher"], codec, guidance=guidance)
     untrained = student_from(nets["stage I"].state_dict(), config.TOY)
     return {
-        "truth": partial(true_clips, WINDOW),
-        "truth, sounds shuffled": partial(true_clips, WINDOW),
         "truth through the codec": partial(through_codec, codec, WINDOW),
         "teacher, 32 steps": partial(by_teacher, teacher.schedule(32)),
         "teacher, 4 steps": partial(by_teacher, config.FOUR_STEPS),

@@ -78,7 +78,6 @@ QUICK = [
         2,
     ),
 ]
-GPU_TESTS = "tests/test_cache_append_attention.py", "tests/test_graphs.py"
 # for one GPU of 80 GB; minutes are a guess until there has been one
 GPU = [
     (

@@ -70,11 +70,9 @@ def flops_of_block(cfg, window) -> int:
     """Operations of a block's passes and its refresh, the window full; a multiply-add is two."""
     net = model.build(cfg, device="meta")
     view, text = CachedView(cfg, window + 3, window), meta_text(net)
-    for _ in range(window + 1):
-        meta_pass(net, view, text)
-        view.next_block()
+    fill(net, view, text, window + 1)
     with FlopCounterMode(display=False) as counter:
-        meta_pass(net, view, text)
+        one_pass(net, view, text)
     return counter.get_total_flops() * len(cfg.sigmas)  # passes, and the refresh
 
 
@@ -83,10 +81,18 @@ def meta_text(net):
 
 
 @torch.no_grad()
-def meta_pass(net, view, text):
-    span = block_span(view.block, net.cfg)
-    noise = model.draw_noise(1, span, net.cfg, None, "meta")
-    dmd.at_sigma(net, noise, 1.0, text, span, view)
+def one_pass(net, view, text, sigma=0.0):
+    """A pass over noise, in the block where the view stands."""
+    like, span = next(net.parameters()), block_span(view.block, net.cfg)
+    noise = model.draw_noise(1, span, net.cfg, None, like.device, like.dtype)
+    dmd.at_sigma(net, noise, sigma, text, span, view)
+
+
+def fill(net, view, text, blocks):
+    """So many blocks to be remembered."""
+    for _ in range(blocks):
+        one_pass(net, view, text)
+        view.next_block()
 
 
 def matmul_rate(device, dtype, n=8192) -> float:
@@ -146,21 +152,13 @@ def time_passes(net, blocks, window, features, device, merge=False) -> list[floa
 @torch.inference_mode()
 def time_block(net, view, k, features, device, times=5) -> float:
     """Seconds of the passes of block k and its refresh, in its place behind k others: a median."""
-    text, like = net.project_text(*features), next(net.parameters())
-
-    def one_pass(k, sigma):
-        span = block_span(k, net.cfg)
-        noise = model.draw_noise(1, span, net.cfg, None, device, like.dtype)
-        dmd.at_sigma(net, noise, sigma, text, span, view)
-
-    for past in range(k):
-        one_pass(past, 0.0)
-        view.next_block()
+    text = net.project_text(*features)
+    fill(net, view, text, k)
     watch, seconds = Stopwatch(device), []
     for _ in range(times + 2):
         watch.lap()
         for sigma in net.cfg.sigmas:
-            one_pass(k, sigma)
+            one_pass(net, view, text, sigma)
         seconds.append(watch.lap())
     return settled_median(seconds)
 
