@@ -44,7 +44,7 @@ import toy_codec
 import training
 import training_parts
 from captions import toy_captions
-from masks import clip_span, four_masks, num_blocks, whole_window
+from masks import clip_span, four_masks, num_blocks
 
 
 def start_and_walks(from_teacher, args):
@@ -139,12 +139,12 @@ class Variant:
     precision: torch.dtype = torch.float32
 
 
-MERGED = replace(config.TOY, prefix_video_frames=4, prefix_audio_frames=26)
+MERGED = replace(config.TOY_RELEASED, num_sinks=16)
 NONE = replace(config.TOY, num_sinks=0)
 SINKS = {
     **{f"S = {S}": Variant(replace(config.TOY, num_sinks=S)) for S in (0, 2, 4, 8, 16, 24)},
     "S = 16, incremental": Variant(replace(config.TOY, sink_positions="incremental")),
-    "4+26, S = 0": Variant(replace(MERGED, num_sinks=0)),
+    "4+26, S = 0": Variant(config.TOY_RELEASED),
     "4+26, S = 16": Variant(MERGED),
     "S = 0, no q/k norm": Variant(NONE, without_norm),
     "S = 16, no q/k norm": Variant(change=without_norm),
@@ -276,13 +276,13 @@ class Switch:
     @property
     def window(self) -> int:
         """As far as the last block of a clip sees in training; a longer one breaks a stream."""
-        return whole_window(num_blocks(self.seconds, self.cfg))
+        return teacher.trained_window(self.cfg, self.seconds)
 
 
 SWITCHES = {
     "1+3k, 1+25k, blocks of 1 s": Switch(),
     "4+3k, 26+25k, blocks of 1 s": Switch(MERGED),
-    "4+3k, 26+25k, no sinks": Switch(replace(MERGED, num_sinks=0)),
+    "4+3k, 26+25k, no sinks": Switch(config.TOY_RELEASED),
     "1+6k, 1+50k, blocks of 2 s": Switch(replace(config.TOY, block_seconds=2), seconds=4),
     "stage I left out": Switch(from_teacher=True),
 }

@@ -5,11 +5,12 @@ what changes between them is written here and nowhere else:
 
     TOY           the default: bouncing balls with impact sounds, about 3 M parameters
     TOY_TEACHER   the same without sinks: the bidirectional teacher of the toy world
+    TOY_RELEASED  the same with the blocks of RELEASED
     FULL          the paper: blocks of 1+3k video and 1+25k audio latents, 16 audio sinks
     RELEASED      the released OmniForcing generator: blocks of 4+3k and 26+25k, no sinks
     LTX2          the bidirectional teacher LTX-2, whose weights FULL and RELEASED start from
 
-Derived values are properties, so nothing is stored twice. `python config.py` shows all five.
+Derived values are properties, so nothing is stored twice. `python config.py` shows all six.
 
 >>> FULL.video_tokens_per_block, FULL.audio_frames_per_block
 (1152, 25)
@@ -212,8 +213,11 @@ TOY = replace(
     sigmas=FOUR_STEPS,
 )
 TOY_TEACHER = replace(TOY, name="toy_teacher", num_sinks=0)
+TOY_RELEASED = replace(
+    TOY, name="toy_released", prefix_video_frames=4, prefix_audio_frames=26, num_sinks=0
+)
 
-CONFIGS = {c.name: c for c in (TOY, TOY_TEACHER, FULL, RELEASED, LTX2)}
+CONFIGS = {c.name: c for c in (TOY, TOY_TEACHER, TOY_RELEASED, FULL, RELEASED, LTX2)}
 
 if __name__ == "__main__":
     row = "{:12} {:18} {:9} {:9} {:12} {:>5} {:>7}  {}".format

@@ -292,14 +292,14 @@ def options(doc, run, out):
     return p
 
 
-def distil(p, args, start, toy_cfg, make):
+def distil(p, args, start, is_causal, make):
     """Train by distribution matching on the clips that `make` has the student make; ship it.
 
-    start     the student's weights at first
-    toy_cfg   the toy student's config; None: that of the file
+    start       the student's weights at first
+    is_causal   whether it has blocks, see `training_parts.parts_for`
     """
     with sharding.processes(args.device or "cpu"):
-        parts = training_parts.parts_for(args, toy_cfg)
+        parts = training_parts.parts_for(args, is_causal)
         judge, student = parts.find(args.teacher), parts.find(start, parts.cfg, args.seed)
         how = args.steps, args.seed, args.batch, parts.is_toy
         if not parts.is_toy:
@@ -335,7 +335,7 @@ def generator_loss(guidance, make, real, net, critic, captions, generator):
 def main():
     p = options(__doc__, "runs/dmd", "weights/toy_dmd.safetensors")
     args = training_parts.parse(p, STEPS)
-    distil(p, args, args.teacher, None, backward_simulation)
+    distil(p, args, args.teacher, False, backward_simulation)
 
 
 if __name__ == "__main__":

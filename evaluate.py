@@ -273,8 +273,9 @@ def from_few_steps(net, codec, clips, seed):
 
 
 @torch.inference_mode()
-def from_stream(net, codec, seconds, clips, seed, window=4, steps=None, pinned=True):
+def from_stream(net, codec, seconds, clips, seed, window=None, steps=None, pinned=True):
     """Stream one block at a time, as generate.py does, for many captions side by side."""
+    window = teacher.trained_window(net.cfg) if window is None else window
     text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
     sigmas = dmd.few_step_sigmas(net.cfg, steps)
     g = torch.Generator().manual_seed(seed)
@@ -393,7 +394,7 @@ def main():
     cli.add_guidance(p, teacher.GUIDANCE, "of the teacher")
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I student")
     p.add_argument("--student", nargs="*", default=STUDENTS, help="stage II and III students")
-    p.add_argument("--window", type=int, default=4, help="blocks the student remembers")
+    p.add_argument("--window", type=int, help="blocks the student remembers; default as trained")
     p.add_argument("--steps", type=int, help="passes a block; default as trained")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()
@@ -402,7 +403,7 @@ def main():
     rows, by_second = evaluate(args)
     print(table(rows))
     minutes = round((time.perf_counter() - start) / 60, 1)
-    about = {"clips": args.clips, "guidance": args.guidance, "window": args.window}
+    about = {"clips": args.clips, "guidance": args.guidance, "window": args.window or "as trained"}
     about |= {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__}
     result = {"about": about, "rows": rows, "by_second": by_second}
     files.write_json(f"{args.out}.json", result)

@@ -51,12 +51,12 @@ import plots
 import self_forcing
 import teacher
 from captions import toy_features
-from masks import block_seconds, num_blocks, whole_window
+from masks import block_seconds, num_blocks
 from movie import Movie, check_writable
 from parts import Order
 from stopwatch import Stopwatch
 
-STREAMED = ("toy", "full", "released")  # configs of students
+STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # if nothing is asked for
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
 SHEET_SECONDS, SHEET_PIXELS = 60, 64  # of a long stream, of large frames, only so much is drawn
@@ -250,14 +250,14 @@ def parse(args) -> Order:
     cfg = cli.find_config(args.config)
     if cfg.name not in STREAMED:
         raise ValueError(f"--config {cfg.name}: no student; expected one of {', '.join(STREAMED)}")
-    is_toy, seconds = cfg.name == "toy", parse_seconds(args.seconds)
+    is_toy, seconds = cfg.is_toy, parse_seconds(args.seconds)
     num_blocks(seconds, cfg), dmd.few_step_sigmas(cfg, args.steps)
     prompts = args.prompt or [TOY_PROMPT if is_toy else FULL_PROMPT]
     cues = parse_cues(prompts, seconds, toy_features if is_toy else captions.check)
-    window = whole_window(num_blocks(teacher.SECONDS, cfg)) if args.window is None else args.window
+    window = teacher.trained_window(cfg) if args.window is None else args.window
     if window < 1:
         raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
-    if not is_toy and not args.weights:
+    if cfg.name != "toy" and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
     if not is_toy and args.weights != "random" and not args.ltx2:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")

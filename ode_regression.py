@@ -168,27 +168,36 @@ def masked_mean(x, mask):
 
 
 def losses_of(
-    net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS, weights=(1, 1)
+    net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS, weights=(1, 1),
+    windows=(None,),
 ):  # fmt: skip
     """The function that `training.Run.train` minimises.
 
     weights   of video's loss and of audio's  # Paper: the first release has 1 and 0.16
+    windows   of the masks (masks.may_attend), of which every batch draws one
     """
-    blocks, device = num_blocks(seconds, net.cfg), sharding.device()
-    view = MaskedView({site: m.to(device) for site, m in four_masks(net.cfg, blocks).items()})
+    blocks = num_blocks(seconds, net.cfg)
+    views = [masked_view(net.cfg, blocks, window) for window in windows]
     batch = sharding.share_of(recipe.batch)
 
     def losses(step):
         g = training.generator(recipe.seed, step)
         rows = torch.randint(len(data["tokens"]), (batch,), generator=g).cpu()
         levels = draw_levels(batch, blocks, len(net.cfg.sigmas), g)
-        states = [data[name][rows].to(device) for name in ("video", "audio")]
+        view = views[torch.randint(len(views), (), generator=g)]
+        states = [data[name][rows].to(sharding.device()) for name in ("video", "audio")]
         chosen = prompts.captions(data["tokens"][rows]), *states
         video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, view)
         loss = weights[0] * video + weights[1] * audio
         return {"loss": loss, "video": video, "audio": audio}
 
     return losses
+
+
+def masked_view(cfg, blocks, window=None) -> MaskedView:
+    """What a clip of so many blocks may attend to, where this process computes."""
+    masks = four_masks(cfg, blocks, window)
+    return MaskedView({site: mask.to(sharding.device()) for site, mask in masks.items()})
 
 
 def recipe_of(steps, seed=0, batch=8, is_toy=True):
@@ -221,6 +230,11 @@ def options():
     p.add_argument("--clips", type=int, default=768, help="walks to draw")
     cli.add_guidance(p, (1.0, 1.0), "of the walks")
     cli.add_pair(p, "--loss-weights", (1.0, 1.0), "of the two streams")
+    p.add_argument(
+        "--windows", nargs="+", type=int, metavar="W",
+        help="blocks that may be seen besides block 0 and one's own, one of these for every batch; "
+        "default all",
+    )  # fmt: skip
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
     p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
     p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")
@@ -230,7 +244,7 @@ def options():
 
 def regress(p, args):
     """Draw the walks, train on them, ship the student."""
-    parts, start = training_parts.parts_for(args, config.TOY), time.perf_counter()
+    parts, start = training_parts.parts_for(args, is_causal=True), time.perf_counter()
     walker = parts.find(args.teacher)
     student = parts.find(args.teacher, parts.cfg, args.seed)
     recipe = recipe_of(args.steps, args.seed, args.batch, parts.is_toy)
@@ -245,7 +259,8 @@ def regress(p, args):
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
     learner = training.Learner(student.load(learns=True), recipe)
     run = training.Run({"student": learner}, cli.command(p, args), args.run)
-    losses = losses_of(learner.model, data, recipe, parts.prompts, weights=args.loss_weights)
+    how = dict(weights=args.loss_weights, windows=args.windows or [None])
+    losses = losses_of(learner.model, data, recipe, parts.prompts, **how)
     run.train(training.descent(learner, losses))
     run.ship(args.out, parts.write, parts.dtype)
 
@@ -255,6 +270,8 @@ def main():
     args = training_parts.parse(p, STEPS)
     if args.clips < 1:
         raise ValueError(f"--clips {args.clips}: expected 1 or more")
+    if args.windows and (least := min(args.windows)) < 0:
+        raise ValueError(f"--windows {least}: expected 0 or more")
     with sharding.processes(args.device or "cpu"):
         regress(p, args)
 

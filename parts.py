@@ -83,7 +83,7 @@ class Parts(NamedTuple):
 
 def parts_for(order) -> Parts:
     """Load them.  Raises ValueError, in one line, for what is missing, foreign or too large."""
-    parts = toy_parts(order) if order.cfg.name == "toy" else full_parts(order)
+    parts = toy_parts(order) if order.cfg.is_toy else full_parts(order)
     if order.device.type == "cuda":  # where there is a kernel, it is compiled now
         print(f"attention by {kernel.path(order.device)}")
     return parts._replace(net=sped_up(parts.net, order.speedups, order.device))
@@ -95,7 +95,7 @@ def find_speedups(names, cfg, device) -> tuple:
     Raises ValueError for an unknown one, or one that cannot run on this device or config.
     """
     impossible = {} if device.type == "cuda" else dict.fromkeys(("graph", "beside"), "a GPU")
-    if cfg.name == "toy":
+    if cfg.is_toy:
         impossible["channels-last"] = "a full-size config"
     if "all" in names:
         return tuple(name for name in SPEEDUPS if name not in impossible)

@@ -9,8 +9,8 @@
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
 may be interrupted and started again at any time. The full run writes over weights/ and results/
-(the same numbers, on the same kind of machine); the others touch nothing that is shipped: they
-write to runs/, and their curves to results/.
+(the same numbers, on the same kind of machine); the others write their weights to runs/, their
+tables and curves to results/.
 """
 
 import shlex
@@ -60,7 +60,7 @@ CONTROLS = [
     ("ablations.py switches", 30),
 ]
 QUICK = [
-    ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 4),
+    ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 5),
     (
         "ode_regression.py --teacher runs/quick/quick_dmd.safetensors --clips 256 --steps 200 "
         "--run runs/quick/ode --out runs/quick/quick_ode_regression.safetensors",
@@ -69,12 +69,12 @@ QUICK = [
     (
         "self_forcing.py --student runs/quick/quick_ode_regression.safetensors --steps 40 "
         "--run runs/quick/self_forcing --out runs/quick/quick_self_forcing.safetensors",
-        6,
+        8,
     ),
     (
         "evaluate.py --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
         "--student runs/quick/quick_ode_regression.safetensors "
-        "runs/quick/quick_self_forcing.safetensors --out runs/quick/evaluation",
+        "runs/quick/quick_self_forcing.safetensors --out results/quick",
         2,
     ),
 ]

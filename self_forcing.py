@@ -43,7 +43,6 @@ from typing import NamedTuple
 import torch
 
 import cli
-import config
 import dmd
 import model
 import sharding
@@ -151,7 +150,7 @@ def main():
     codec = toy_codec.load() if args.history == "true" else None
     share_exit = args.exit == "shared"
     make = functools.partial(rolled_out, window=args.window, codec=codec, share_exit=share_exit)
-    dmd.distil(p, args, args.student, config.TOY, make)
+    dmd.distil(p, args, args.student, True, make)
 
 
 if __name__ == "__main__":

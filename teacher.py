@@ -26,7 +26,7 @@ import toy_world
 import training
 from captions import toy_captions
 from kv_cache import MaskedView
-from masks import clip_span, num_blocks
+from masks import clip_span, num_blocks, whole_window
 
 SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
@@ -42,6 +42,15 @@ def whole_span(cfg, seconds=SECONDS):
     Span(video=range(0, 16), audio=range(0, 126))
     """
     return clip_span(num_blocks(seconds, cfg), cfg)
+
+
+def trained_window(cfg, seconds=SECONDS) -> int:
+    """How far back the last block of a training clip sees: with more, a stream falls apart.
+
+    >>> trained_window(config.TOY), trained_window(config.RELEASED)
+    (4, 3)
+    """
+    return whole_window(num_blocks(seconds, cfg))
 
 
 # ---- noise levels ----

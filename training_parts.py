@@ -56,7 +56,7 @@ def add_options(p, steps):
         "--steps", type=int, help=f"training steps; default {steps[0]}, at full size {steps[1]}"
     )
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--config", help="of the student: toy (default), or ltx2, full, released")
+    p.add_argument("--config", help="of the student: toy (default), toy_released, ltx2, full, ...")
     p.add_argument("--prompts", help="at full size: a folder made by captions.py")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
     p.add_argument(
@@ -74,8 +74,11 @@ def parse(p, steps):
     return args
 
 
-def parts_for(args, toy_cfg=None) -> Parts:
-    """Raises ValueError, in one line, for what is missing or does not go together."""
+def parts_for(args, is_causal) -> Parts:
+    """Raises ValueError, in one line, for what is missing or does not go together.
+
+    is_causal   the toy's student has blocks and sinks of its own; else it is as its teacher
+    """
     cfg = cli.find_config(args.config or "toy")
     if cfg.is_toy and args.prompts:
         raise ValueError(f"--prompts {args.prompts}: the toy draws its own; expected --config full")
@@ -83,7 +86,9 @@ def parts_for(args, toy_cfg=None) -> Parts:
         raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
     if not cfg.is_toy and not args.prompts:
         raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by captions.py")
-    return toy_parts(toy_cfg) if cfg.is_toy else full_parts(args.prompts, cfg)
+    if cfg.is_toy:
+        return toy_parts(cfg if is_causal else None)
+    return full_parts(args.prompts, cfg)
 
 
 def toy_parts(cfg) -> Parts:

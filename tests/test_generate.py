@@ -297,7 +297,7 @@ BAD = {
     "unknown config": (["--config", "huge"], "--config huge: unknown; expected one of toy"),
     "no student": (
         ["--config", "toy_teacher"],
-        "--config toy_teacher: no student; expected one of toy, full, released",
+        "--config toy_teacher: no student; expected one of toy, toy_released, full",
     ),
     "no weights": (["--weights", "none"], "none: no such file"),
     "truncated": (["--weights", "{}/truncated"], "truncated: not a whole safetensors file"),

@@ -156,6 +156,21 @@ def test_the_causal_mask_is_on(walk):
     assert all(torch.equal(m, expected[n]) for n, m in net.calls[0][-1].masks.items())
 
 
+def test_windows_are_drawn_batch_by_batch(walk):
+    """Each batch has the masks of one of the windows, and every window has its turn."""
+    net = Student([x[:2] for x in ends(walk)], CFG)
+    data = {"tokens": torch.tensor([[1, 5, 7]] * 2), "video": walk[1][:2], "audio": walk[2][:2]}
+    windows = 0, 2, None
+    losses = ode.losses_of(net, data, training.Recipe(steps=1, batch=2), windows=windows)
+    masks = [four_masks(CFG, BLOCKS, window)["a2v"] for window in windows]
+    drawn = []
+    for step in range(24):
+        losses(step)
+        seen = net.calls[-1][-1].masks["a2v"]
+        drawn += [i for i, mask in enumerate(masks) if torch.equal(mask, seen)]
+    assert len(drawn) == 24 and set(drawn) == {0, 1, 2}
+
+
 def test_each_stream_has_its_weight_in_the_loss(walk):
     """1 and 0.16, as in the first release: the sum, and the two losses as they are."""
     net = Student([x[:2] + 2 for x in ends(walk)], CFG)
