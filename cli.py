@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -73,6 +74,17 @@ def find_device(name) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
     return torch.device(name)
+
+
+def machine(device) -> dict:
+    """Where, with what and when: what a measurement must say besides its numbers."""
+    is_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def find_config(name) -> config.Config:

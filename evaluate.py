@@ -200,7 +200,7 @@ def identity_spread(x, truth):
     """
     if np.isnan(x).all(0).any():
         return np.nan
-    return np.mean(_between_clips(x, x) / _between_clips(truth, truth))
+    return np.mean(_between_clips(x, x) / (_between_clips(truth, truth) + 1e-9))
 
 
 def _between_clips(after, before):

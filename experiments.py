@@ -5,6 +5,8 @@
     python experiments.py controls  what of stage III is due to self-forcing? The same training
                                     behind the true past, from a shorter stage II and from stage I,
                                     and with other seeds; names the trainings that must run first
+    python experiments.py memory    does a stream remember its identity for longer if block 0 is a
+                                    whole second, or if training often hides the near past?
     python experiments.py joint     what the two streams hear of each other is switched off, or two
                                     clips are put together that were made apart
     python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
@@ -134,11 +136,27 @@ def students() -> dict:
 
 
 CONTROLS = students()
+HIDING = trained(
+    "hiding_ode_regression", "ode_regression.py --config toy_released --windows 0 1 2 3"
+)
+MEMORY = {
+    "stage II": CONTROLS["stage II"],
+    "stage II, 4+3k": trained("released_ode_regression", "ode_regression.py --config toy_released"),
+    "stage II, 4+3k, past often hidden": HIDING,
+    "stage III": CONTROLS["stage III"],
+    "stage III, 4+3k, past often hidden": trained(
+        "hiding_self_forcing", f"self_forcing.py --config toy_released --student {HIDING[0]}"
+    ),
+}
+COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
-def controls(args):
+def compare(args):
     """{student, seconds: metrics with intervals} of the first and the last five seconds."""
-    chosen = {name: CONTROLS[name] for name in args.only or CONTROLS}
+    everyone = COMPARED[args.experiment]
+    if unknown := set(args.only or ()) - set(everyone):
+        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(everyone)}")
+    chosen = {name: everyone[name] for name in args.only or everyone}
     if missing := [how for path, how in chosen.values() if not Path(path).exists()]:
         raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
@@ -268,9 +286,7 @@ def main():
         "--student", nargs="*", default=evaluate.STUDENTS, help="weights, stage by stage"
     )
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
-    p.add_argument(
-        "--only", nargs="*", choices=CONTROLS, metavar="WHO", help="controls: only these"
-    )
+    p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these")
     p.add_argument("--clip", type=int, default=0, help="gallery: which held-out caption")
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
@@ -285,7 +301,7 @@ def main():
         print(f"wrote {args.out}.png")
 
 
-EXPERIMENTS = {"drift": drift, "controls": controls, "joint": joint}
+EXPERIMENTS = {"drift": drift, "controls": compare, "memory": compare, "joint": joint}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -15,6 +15,7 @@ import torch
 
 import cache_append_attention as kernel
 import captions
+import cli
 import config
 import decoders
 import graphs
@@ -58,17 +59,14 @@ class Order(NamedTuple):
 
     def about(self) -> dict:
         """What a measurement must say besides its numbers."""
-        is_gpu = self.device.type == "cuda"
         return {
+            **cli.machine(self.device),
             "config": self.cfg.name,
-            "device": torch.cuda.get_device_name(self.device) if is_gpu else self.device.type,
             "attention": kernel.path(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "window": self.window,
             "passes_a_block": len(few_step_sigmas(self.cfg, self.steps)) - 1,
             "speed_up": self.speedups,
-            "torch": torch.__version__,
-            "date": time.strftime("%Y-%m-%d"),
         }
 
 

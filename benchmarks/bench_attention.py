@@ -263,10 +263,7 @@ def main():
         measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
         report(shape.name, measured)
         result["shapes"][shape.name] = measured
-    result["machine"] = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    result["machine"] = cli.machine(device)
     out = args.out or (None if args.tiny else ROOT / "results" / "bench_attention.json")
     if out:
         files.write_json(out, result)

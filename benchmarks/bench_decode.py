@@ -24,7 +24,6 @@ Writes results/bench_decode.json and the table of benchmarks/README.md, unless -
 """
 
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,18 +218,15 @@ def main():
     cfg, blocks, make_decoder = tiny_clip(args.seconds, cfg) if args.tiny else clip(args)
     sample_rate = make_decoder(lambda _, f: f, Overlap()).sample_rate
     found = rows(make_decoder, blocks, cfg, sample_rate, args.block_seconds, device)
-    about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "config": cfg.name,
-        "weights": args.weights, "tiny": args.tiny, "block_seconds": args.block_seconds,
-    }  # fmt: skip
+    about = cli.machine(device) | {"config": cfg.name, "weights": args.weights}
+    about |= {"tiny": args.tiny, "block_seconds": args.block_seconds}
     print(table(found))
     if args.weights == "random":
         print("random weights: the errors say nothing about pictures, only that this script works")
     files.write_json(args.out, {"about": about, "rows": found})
     print(f"wrote {args.out}")
     if not args.tiny:
-        how = f"{about['device']}, torch {about['torch']}, {about['date']}, {args.weights} weights"
+        how = "{device}, torch {torch}, {date}, {weights} weights".format(**about)
         files.fill_in(ROOT / "benchmarks" / "README.md", "decode", f"{how}\n\n{table(found)}")
 
 

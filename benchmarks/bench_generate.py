@@ -26,10 +26,8 @@ Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test t
 import contextlib
 import gc
 import json
-import platform
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
@@ -361,10 +359,8 @@ def main():
     rounds = 1 if args.tiny else 3
     rungs, won = ladder(net, nets, features, args.windows[0], blocks, device, rounds)
     print(ladder_table(rungs))
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    about = {"device": gpu, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    about |= {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype), "matmul_flops": rate}
-    about |= {"won": won, "attention": path}
+    about = cli.machine(device) | {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype)}
+    about |= {"matmul_flops": rate, "won": won, "attention": path}
     rows = []
     for window in args.windows:
         rows.append(bench_window(net, nets, features, window, args.blocks, rate, device, won))
@@ -372,7 +368,8 @@ def main():
         files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
     print(f"wrote {args.out}")
     if not args.tiny:
-        how = f"{gpu}, torch {about['torch']}, {about['date']}, {cfg.name}, {args.blocks} blocks"
+        how = "{device}, torch {torch}, {date}, {config}, ".format(**about)
+        how += f"{args.blocks} blocks"
         page = ROOT / "benchmarks" / "README.md"
         first = f"{how}, window {args.windows[0]} s\n\n{ladder_table(rungs)}"
         files.fill_in(page, "ladder", first)

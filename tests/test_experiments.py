@@ -75,7 +75,7 @@ def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
     """First and last five seconds of each; in the table, seeds are one row, their mean."""
     monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
     made = {n: (weights["toy"], "x.py") for n in ("II", "II, seed 1", "II, seed 2", "control")}
-    monkeypatch.setattr(experiments, "CONTROLS", made)
+    monkeypatch.setitem(experiments.COMPARED, "controls", made)
     out = "--out", tmp_path / "controls"
     run(monkeypatch, "controls", "--clips", 2, "--seconds", 10, *out)
     result = json.loads((tmp_path / "controls.json").read_text())["result"]
@@ -95,6 +95,13 @@ def test_a_control_that_is_not_trained_says_how(tmp_path, monkeypatch, capsys):
         run(monkeypatch, "controls", "--only", "III from stage I")
     wanted = "train first: python self_forcing.py --student weights/toy_dmd.safetensors --run runs"
     assert wanted in capsys.readouterr().err
+
+
+def test_an_unknown_student_is_refused(monkeypatch, capsys):
+    """The line says who is compared."""
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "memory", "--only", "nobody")
+    assert "--only nobody: expected some of stage II, stage II, 4+3k" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [("--clips", 0), ("--seconds", 0), ("--seconds", 7)])
