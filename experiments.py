@@ -20,6 +20,7 @@ of the same captions here, so they cannot be compared with those of `evaluate.py
 import copy
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -90,10 +91,18 @@ def drift_table(by_time) -> str:
 # ---- controls ----
 
 
-def trained(name, command):
-    """Weights that are not shipped: where they are, and the command that makes them."""
+class Student(NamedTuple):
+    """Whose streams are compared."""
+
+    path: str  # of the weights
+    command: str  # that makes them
+    window: int | None = None  # of the streams; None: as far as clips of training reach
+
+
+def trained(name, command) -> Student:
+    """One that is not shipped."""
     path = f"runs/controls/{name}.safetensors"
-    return path, f"{command} --run runs/controls/{name} --out {path}"
+    return Student(path, f"{command} --run runs/controls/{name} --out {path}")
 
 
 SEEDS = 3
@@ -101,11 +110,11 @@ FEW = 500  # steps of stage II, a fifth of the shipped one's
 
 
 def both_stages(names, files, seed, options="") -> dict:
-    """Stages II and III once more, with a seed of their own: {name: (weights, command)}."""
+    """Stages II and III once more, with a seed of their own: {name: Student}."""
     second, third = (f"{file}_{seed}" for file in files)
     second = trained(second, f"ode_regression.py{options} --seed {seed}")
-    third = trained(third, f"self_forcing.py --student {second[0]} --seed {seed}")
-    return {seeded(name, seed): how for name, how in zip(names, (second, third))}
+    third = trained(third, f"self_forcing.py --student {second.path} --seed {seed}")
+    return {seeded(name, seed): student for name, student in zip(names, (second, third))}
 
 
 def seeded(name, seed) -> str:
@@ -125,9 +134,9 @@ CHANGED = {  # one thing each: file, command
 
 
 def students() -> dict:
-    """Who is compared: {name: (weights, command that makes them)}."""
+    """Who is compared by `controls`."""
     commands = "ode_regression.py", "self_forcing.py"
-    found = dict(zip(SHIPPED[0], zip(evaluate.STUDENTS, commands)))
+    found = dict(zip(SHIPPED[0], map(Student, evaluate.STUDENTS, commands)))
     for seed in range(1, SEEDS):
         found |= both_stages(*SHIPPED, seed)
     for seed in range(SEEDS):
@@ -136,17 +145,21 @@ def students() -> dict:
 
 
 CONTROLS = students()
-HIDING = trained(
-    "hiding_ode_regression", "ode_regression.py --config toy_released --windows 0 1 2 3"
-)
+
+MERGED = "--config toy_released"  # a whole second in block 0
+SEEN = trained("released_ode_regression", f"ode_regression.py {MERGED}")
+HIDDEN = trained("hiding_ode_regression", f"ode_regression.py {MERGED} --windows 0 1 2 3")
+FORGETFUL = f"self_forcing.py {MERGED} --student {HIDDEN.path} --window 1"
 MEMORY = {
     "stage II": CONTROLS["stage II"],
-    "stage II, 4+3k": trained("released_ode_regression", "ode_regression.py --config toy_released"),
-    "stage II, 4+3k, past often hidden": HIDING,
+    "stage II, 4+3k": SEEN,
+    "stage II, 4+3k, window 1": SEEN._replace(window=1),
+    "stage II, 4+3k, past often hidden": HIDDEN,
+    "stage II, 4+3k, past often hidden, window 1": HIDDEN._replace(window=1),
     "stage III": CONTROLS["stage III"],
-    "stage III, 4+3k, past often hidden": trained(
-        "hiding_self_forcing", f"self_forcing.py --config toy_released --student {HIDING[0]}"
-    ),
+    "stage III, 4+3k, past often hidden, window 1": trained(
+        "hiding_self_forcing", FORGETFUL
+    )._replace(window=1),
 }
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
@@ -157,14 +170,15 @@ def compare(args):
     if unknown := set(args.only or ()) - set(everyone):
         raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(everyone)}")
     chosen = {name: everyone[name] for name in args.only or everyone}
-    if missing := [how for path, how in chosen.values() if not Path(path).exists()]:
+    if missing := [s.command for s in chosen.values() if not Path(s.path).exists()]:
         raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     windows = [(0, 5), (args.seconds - 5, args.seconds)]
     truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
     results = {}
-    for name, (path, _) in chosen.items():
-        make = partial(evaluate.from_stream, model.load(path), codec, args.seconds)
+    for name, student in chosen.items():
+        net, how = model.load(student.path), dict(window=student.window)
+        make = partial(evaluate.from_stream, net, codec, args.seconds, **how)
         results |= by_window(name, make, seeds, windows, truth)
     shown = over_seeds(results)
     return results | shown, evaluate.table(shown), charts.draw_streams(shown)

@@ -26,9 +26,13 @@ ROOT = Path(__file__).parent
 MINUTES = {"ode_regression.py": 30, "self_forcing.py": 20}  # of a training, on two CPU cores
 
 
-def with_minutes(how):
-    """A training for comparison and its minutes; only stage II is ever cut short."""
-    return how, 7 if "--steps" in how else MINUTES[how.split()[0]]
+def trainings(students) -> list:
+    """Commands of those that are not shipped, and minutes; only stage II is ever cut short."""
+    unshipped = (s.command for s in students.values() if s.path.startswith("runs/"))
+    return [
+        (how, 7 if "--steps" in how else MINUTES[how.split()[0]])
+        for how in dict.fromkeys(unshipped)
+    ]
 
 
 # command, and minutes
@@ -51,11 +55,13 @@ FULL = [
 MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("stage "))
 WINDOW_2 = "runs/controls/window_2.safetensors"
 CONTROLS = [
-    *(with_minutes(how) for path, how in experiments.CONTROLS.values() if path.startswith("runs/")),
+    *trainings(experiments.CONTROLS),
     ("experiments.py controls --clips 96 --seconds 20", 16),
     (f"experiments.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute", 16),
     (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
     (f"experiments.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
+    *trainings(experiments.MEMORY),
+    ("experiments.py memory --clips 96", 20),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
 ]

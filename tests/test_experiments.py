@@ -74,7 +74,8 @@ def test_without_refresh_a_clean_pass_writes_nothing():
 def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
     """First and last five seconds of each; in the table, seeds are one row, their mean."""
     monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
-    made = {n: (weights["toy"], "x.py") for n in ("II", "II, seed 1", "II, seed 2", "control")}
+    student = experiments.Student(weights["toy"], "x.py")
+    made = dict.fromkeys(("II", "II, seed 1", "II, seed 2", "control"), student)
     monkeypatch.setitem(experiments.COMPARED, "controls", made)
     out = "--out", tmp_path / "controls"
     run(monkeypatch, "controls", "--clips", 2, "--seconds", 10, *out)
