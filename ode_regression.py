@@ -21,6 +21,10 @@ levels over audio by rounding 126 / 16 frames instead of by block edges (edges a
 instead of 1, 26, 51, 76, 101), so a few audio tokens of every block carry their neighbour's level.
 Both streams take the level of `masks.frame_blocks` here.
 
+In a clip of five seconds the blocks just before tell all that the past has to say, so nothing
+teaches a student to look back at block 0, the only one that a long stream never forgets. With
+`--windows 0 1 2 3` every batch hides another part of what lies between (not in the paper).
+
 The walk may as well be the many-step teacher's own, as in the later release of the paper's code,
 which left stage I out; then it needs guidance, and small steps in between:
 
