@@ -341,14 +341,13 @@ def main():
     p.add_argument("--out", help="default results/ABLATION")
     args = p.parse_args()
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
-    if unknown := set(args.only or ()) - set(known):
-        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
+    names = cli.chosen(args.only, known)
     if args.walks < (least := HELD_BACK + 1):
         raise ValueError(f"--walks {args.walks}: expected at least {least}")
     args.steps = steps if args.steps is None else args.steps
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
-    results = measured(args.only or known, ablation(args), args)
+    results = measured(names, ablation(args), args)
     experiments.write(args, results, table(results), draw(results))
 
 

@@ -76,6 +76,19 @@ def find_device(name) -> torch.device:
     return torch.device(name)
 
 
+def chosen(only, known) -> list:
+    """The known names that --only asks for, or all if it does not.
+
+    Raises ValueError for one that is unknown.
+
+    >>> chosen(["b"], {"a": 1, "b": 2}), chosen(None, {"a": 1, "b": 2})
+    (['b'], ['a', 'b'])
+    """
+    if unknown := set(only or ()) - set(known):
+        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
+    return list(only or known)
+
+
 def machine(device) -> dict:
     """Where, with what and when: what a measurement must say besides its numbers."""
     is_gpu = device.type == "cuda"

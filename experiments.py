@@ -36,8 +36,8 @@ import toy_world
 
 # ---- drift ----
 
-STREAMS = {  # what differs from evaluate.from_stream's defaults: 4 blocks remembered, 4 passes
-    "window 4": {},
+STREAMS = {  # what differs from evaluate.from_stream's defaults: window and passes as trained
+    "window 4": dict(window=4),
     "window 2": dict(window=2),
     "window 8": dict(window=8),
     "2 steps": dict(steps=2),
@@ -99,10 +99,10 @@ class Student(NamedTuple):
     window: int | None = None  # of the streams; None: as far as clips of training reach
 
 
-def trained(name, command) -> Student:
+def trained(name, command, window=None) -> Student:
     """One that is not shipped."""
     path = f"runs/controls/{name}.safetensors"
-    return Student(path, f"{command} --run runs/controls/{name} --out {path}")
+    return Student(path, f"{command} --run runs/controls/{name} --out {path}", window)
 
 
 SEEDS = 3
@@ -146,10 +146,10 @@ def students() -> dict:
 
 CONTROLS = students()
 
-MERGED = "--config toy_released"  # a whole second in block 0
-SEEN = trained("released_ode_regression", f"ode_regression.py {MERGED}")
-HIDDEN = trained("hiding_ode_regression", f"ode_regression.py {MERGED} --windows 0 1 2 3")
-FORGETFUL = f"self_forcing.py {MERGED} --student {HIDDEN.path} --window 1"
+RELEASED = "--config toy_released"  # a whole second in block 0
+SEEN = trained("released_ode_regression", f"ode_regression.py {RELEASED}")
+HIDDEN = trained("hiding_ode_regression", f"ode_regression.py {RELEASED} --windows 0 1 2 3")
+FORGETFUL = f"self_forcing.py {RELEASED} --student {HIDDEN.path} --window 1"
 MEMORY = {
     "stage II": CONTROLS["stage II"],
     "stage II, 4+3k": SEEN,
@@ -158,8 +158,8 @@ MEMORY = {
     "stage II, 4+3k, past often hidden, window 1": HIDDEN._replace(window=1),
     "stage III": CONTROLS["stage III"],
     "stage III, 4+3k, past often hidden, window 1": trained(
-        "hiding_self_forcing", FORGETFUL
-    )._replace(window=1),
+        "hiding_self_forcing", FORGETFUL, window=1
+    ),
 }
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
@@ -167,9 +167,7 @@ COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 def compare(args):
     """{student, seconds: metrics with intervals} of the first and the last five seconds."""
     everyone = COMPARED[args.experiment]
-    if unknown := set(args.only or ()) - set(everyone):
-        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(everyone)}")
-    chosen = {name: everyone[name] for name in args.only or everyone}
+    chosen = {name: everyone[name] for name in cli.chosen(args.only, everyone)}
     if missing := [s.command for s in chosen.values() if not Path(s.path).exists()]:
         raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
@@ -177,8 +175,8 @@ def compare(args):
     truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
     results = {}
     for name, student in chosen.items():
-        net, how = model.load(student.path), dict(window=student.window)
-        make = partial(evaluate.from_stream, net, codec, args.seconds, **how)
+        net = model.load(student.path)
+        make = partial(evaluate.from_stream, net, codec, args.seconds, window=student.window)
         results |= by_window(name, make, seeds, windows, truth)
     shown = over_seeds(results)
     return results | shown, evaluate.table(shown), charts.draw_streams(shown)

@@ -56,7 +56,10 @@ def test_only_plots_imports_matplotlib():
     assert importing == ["plots.py"]
 
 
-@pytest.mark.parametrize("name", ["evaluation", "minute", "controls", "sinks", "switches", "quick"])
+TABLES = "evaluation", "minute", "memory", "controls", "sinks", "switches", "quick"
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_result_tables_are_the_scripts(name):
     """A table of results is, to the letter, what the script wrote."""
     assert (ROOT / "results" / f"{name}.md").read_text().strip() in README + RESULTS
