@@ -11,8 +11,10 @@
                                     clips are put together that were made apart
     python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
                                     minute by the students of stages II and III
+    python experiments.py identity  a minute by both shipped students of stage III, of which one
+                                    keeps its identity
 
-Each writes results/NAME.json, .md and .png; gallery writes assets/gallery.png. Nothing is trained
+Each writes results/NAME.json, .md and .png; the last two only assets/NAME.png. Nothing is trained
 here; `ablations.py` is for questions that need a training. Frechet distances are to the true clips
 of the same captions here, so they cannot be compared with those of `evaluate.py`.
 """
@@ -99,9 +101,9 @@ class Student(NamedTuple):
     window: int | None = None  # of the streams; None: as far as clips of training reach
 
 
-def trained(name, command, window=None) -> Student:
-    """One that is not shipped."""
-    path = f"runs/controls/{name}.safetensors"
+def trained(name, command, window=None, path=None) -> Student:
+    """One that the full run of `reproduce.py` does not make."""
+    path = path or f"runs/controls/{name}.safetensors"
     return Student(path, f"{command} --run runs/controls/{name} --out {path}", window)
 
 
@@ -109,11 +111,13 @@ SEEDS = 3
 FEW = 500  # steps of stage II, a fifth of the shipped one's
 
 
-def both_stages(names, files, seed, options="") -> dict:
+def both_stages(names, files, seed, options=("", ""), window=None) -> dict:
     """Stages II and III once more, with a seed of their own: {name: Student}."""
     second, third = (f"{file}_{seed}" for file in files)
-    second = trained(second, f"ode_regression.py{options} --seed {seed}")
-    third = trained(third, f"self_forcing.py --student {second.path} --seed {seed}")
+    in_second, in_third = options
+    second = trained(second, f"ode_regression.py{in_second} --seed {seed}", window)
+    how = f"self_forcing.py{in_third} --student {second.path} --seed {seed}"
+    third = trained(third, how, window)
     return {seeded(name, seed): student for name, student in zip(names, (second, third))}
 
 
@@ -140,27 +144,42 @@ def students() -> dict:
     for seed in range(1, SEEDS):
         found |= both_stages(*SHIPPED, seed)
     for seed in range(SEEDS):
-        found |= both_stages(*SHORT, seed, f" --steps {FEW}")
+        found |= both_stages(*SHORT, seed, (f" --steps {FEW}", ""))
     return found | {name: trained(*how) for name, how in CHANGED.items()}
 
 
 CONTROLS = students()
 
-RELEASED = "--config toy_released"  # a whole second in block 0
-SEEN = trained("released_ode_regression", f"ode_regression.py {RELEASED}")
-HIDDEN = trained("hiding_ode_regression", f"ode_regression.py {RELEASED} --windows 0 1 2 3")
-FORGETFUL = f"self_forcing.py {RELEASED} --student {HIDDEN.path} --window 1"
-MEMORY = {
-    "stage II": CONTROLS["stage II"],
-    "stage II, 4+3k": SEEN,
-    "stage II, 4+3k, window 1": SEEN._replace(window=1),
-    "stage II, 4+3k, past often hidden": HIDDEN,
-    "stage II, 4+3k, past often hidden, window 1": HIDDEN._replace(window=1),
-    "stage III": CONTROLS["stage III"],
-    "stage III, 4+3k, past often hidden, window 1": trained(
-        "hiding_self_forcing", FORGETFUL, window=1
-    ),
-}
+RELEASED = " --config toy_released"  # a whole second in block 0
+HIDING = f"{RELEASED} --windows 0 1 2 3", f"{RELEASED} --window 1"  # options of stages II and III
+SEEN = trained("released_ode_regression", f"ode_regression.py{RELEASED}")
+HIDDEN = trained("hiding_ode_regression", f"ode_regression.py{HIDING[0]}")
+REMEMBERS = "weights/toy_released_self_forcing.safetensors"  # shipped, too
+REMEMBERING = "stage III, 4+3k, past often hidden, window 1"
+
+
+def memory() -> dict:
+    """Who is compared by `memory`."""
+    hidden = "stage II, 4+3k, past often hidden, window 1", REMEMBERING
+    how = f"self_forcing.py{HIDING[1]} --student {HIDDEN.path}"
+    third = trained("hiding_self_forcing", how, path=REMEMBERS)
+    found = {
+        "stage II": CONTROLS["stage II"],
+        "stage II, 4+3k": SEEN,
+        "stage II, 4+3k, window 1": SEEN._replace(window=1),
+        "stage II, 4+3k, past often hidden": HIDDEN,
+        hidden[0]: HIDDEN._replace(window=1),
+        "stage III": CONTROLS["stage III"],
+        "stage III, 4+3k, past often hidden": third,
+        hidden[1]: third._replace(window=1),
+    }
+    names = "hiding_ode_regression", "hiding_self_forcing"
+    for seed in range(1, SEEDS):
+        found |= both_stages(hidden, names, seed, HIDING, window=1)
+    return found
+
+
+MEMORY = memory()
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
@@ -263,7 +282,7 @@ def joint(args):
 
 
 def gallery(args):
-    """A held-out caption, and {who: (frames, levels, second to start at)}, five seconds each."""
+    """A held-out caption, five seconds each: frames and sound."""
     codec, seconds = toy_codec.load(), args.seconds
     clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
     shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
@@ -272,8 +291,30 @@ def gallery(args):
     for path in args.student:
         stream = evaluate.from_stream(model.load(path), codec, seconds, clips, 0)
         shown[evaluate.short_name(path)] = (*stream, seconds - 5)
-    prompt = " ".join(toy_world.VOCABULARY[t] for t in toy_world.caption_tokens(clips)[0])
-    return prompt, {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
+    firsts = {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
+    return plots.draw_gallery(words_of(clips)[0], firsts)
+
+
+def words_of(clips) -> list[str]:
+    """Their captions."""
+    tokens = toy_world.caption_tokens(clips)
+    return [" ".join(toy_world.VOCABULARY[t] for t in caption) for caption in tokens]
+
+
+def identity(args):
+    """Three held-out captions by both shipped students of stage III: a frame every three seconds.
+
+    Clips of a caption begin at the same noise.
+    """
+    first = toy_world.HELD_OUT + args.clip
+    clips, codec = toy_world.draw_clips(range(first, first + 3)), toy_codec.load()
+    shown = {}
+    for who, name in (("1+3k", "stage III"), ("4+3k", REMEMBERING)):
+        student = MEMORY[name]
+        how = model.load(student.path), codec, args.seconds, clips, 0, student.window
+        for words, frames in zip(words_of(clips), evaluate.from_stream(*how)[0]):
+            shown[f"{words}, {who}"] = frames
+    return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3)
 
 
 # ---- command line ----
@@ -291,7 +332,7 @@ def write(args, result, table, figure):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("experiment", choices=(*EXPERIMENTS, "gallery"))
+    p.add_argument("experiment", choices=(*EXPERIMENTS, *PICTURES))
     p.add_argument("--clips", type=int, default=32, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=60, help="of the streams, in fives")
     p.add_argument(
@@ -299,21 +340,22 @@ def main():
     )
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
     p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these")
-    p.add_argument("--clip", type=int, default=0, help="gallery: which held-out caption")
+    p.add_argument("--clip", type=int, default=0, help="gallery, identity: which held-out caption")
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
     evaluate.check(args)
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
-    folder = "assets" if args.experiment == "gallery" else "results"
+    folder = "assets" if args.experiment in PICTURES else "results"
     args.out = args.out or f"{folder}/{args.experiment}"
     if args.experiment in EXPERIMENTS:
         write(args, *EXPERIMENTS[args.experiment](args))
     else:
-        plots.save(plots.draw_gallery(*gallery(args)), f"{args.out}.png")
+        plots.save(PICTURES[args.experiment](args), f"{args.out}.png")
         print(f"wrote {args.out}.png")
 
 
 EXPERIMENTS = {"drift": drift, "controls": compare, "memory": compare, "joint": joint}
+PICTURES = {"gallery": gallery, "identity": identity}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -235,7 +235,7 @@ def options():
     )
     p.add_argument("--report", help="write the timings to this JSON file")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
-    p.add_argument("--weights", help="the student; default: the shipped toy; random: to measure")
+    p.add_argument("--weights", help="default: a toy's shipped student; random: to measure")
     p.add_argument("--ltx2", help="folder of LTX-2's text path and decoders, at full size")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     kinds = f"of the transformer, {', '.join(DTYPES)}; default: float32 (toy), bfloat16 (full size)"
@@ -257,7 +257,7 @@ def parse(args) -> Order:
     window = teacher.trained_window(cfg) if args.window is None else args.window
     if window < 1:
         raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
-    if cfg.name != "toy" and not args.weights:
+    if cfg.name not in parts.WEIGHTS and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
     if not is_toy and args.weights != "random" and not args.ltx2:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")

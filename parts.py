@@ -36,7 +36,11 @@ SPEEDUPS = {
     "channels-last": "the video decoder's channels innermost in memory, at full size",
 }
 
-WEIGHTS = Path(__file__).parent / "weights" / "toy_self_forcing.safetensors"  # the toy's
+# of the students that are shipped
+WEIGHTS = {
+    name: Path(__file__).parent / "weights" / f"{name}_self_forcing.safetensors"
+    for name in ("toy", "toy_released")
+}
 
 
 class Order(NamedTuple):
@@ -117,11 +121,12 @@ def sped_up(net, speedups, device):
 
 
 def toy_parts(order) -> Parts:
-    """The shipped student, or another of this project, and the toy's codec."""
+    """A shipped student, or another of this project, and the toy's codec."""
     if order.weights == "random":
         net = ltx2.random_weights(order.cfg, order.device, order.dtype)
     else:
-        net = load_student(order.weights or WEIGHTS, order.cfg, order.device, order.dtype)
+        path = order.weights or WEIGHTS[order.cfg.name]
+        net = load_student(path, order.cfg, order.device, order.dtype)
     codec = toy_codec.load(order.cfg)
     return Parts(net, captions.toy_features, lambda watch: decoders.ToyDecoder(codec, watch))
 

@@ -215,7 +215,7 @@ def _draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
 
 
 def _draw_strip(ax, frames, start, width, per_second, cfg):
-    step = cfg.fps // per_second
+    step = round(cfg.fps / per_second)
     first = start * cfg.fps + step // 2
     pictures = frames[first : int((start + width) * cfg.fps) + 1 : step]
     if len(pictures):
@@ -258,7 +258,7 @@ def draw_strips(clips, per_second=3, cfg=config.TOY):
     for ax, (label, frames) in zip(axes[:, 0], clips.items()):
         _draw_strip(ax, frames, 0, seconds, per_second, cfg)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    axes[-1, 0].set_xticks(np.arange(int(seconds) + 1))
+    axes[-1, 0].set_xticks(np.arange(int(seconds) + 1, step=max(1, int(seconds) // 12)))
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
     return figure
 

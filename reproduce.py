@@ -9,8 +9,8 @@
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
 may be interrupted and started again at any time. The full run writes over weights/ and results/
-(the same numbers, on the same kind of machine); the others write their weights to runs/, their
-tables and curves to results/.
+(the same numbers, on the same kind of machine); the others write their weights to runs/ (all but
+those of --config toy_released, which are shipped too), their tables and curves to results/.
 """
 
 import shlex
@@ -27,12 +27,9 @@ MINUTES = {"ode_regression.py": 30, "self_forcing.py": 20}  # of a training, on 
 
 
 def trainings(students) -> list:
-    """Commands of those that are not shipped, and minutes; only stage II is ever cut short."""
-    unshipped = (s.command for s in students.values() if s.path.startswith("runs/"))
-    return [
-        (how, 7 if "--steps" in how else MINUTES[how.split()[0]])
-        for how in dict.fromkeys(unshipped)
-    ]
+    """Commands that the full run lacks, and minutes; only stage II is ever cut short."""
+    commands = dict.fromkeys(s.command for s in students.values() if s.command not in MINUTES)
+    return [(how, 7 if "--steps" in how else MINUTES[how.split()[0]]) for how in commands]
 
 
 # command, and minutes
@@ -45,6 +42,7 @@ FULL = [
     ("experiments.py drift", 7),
     ("experiments.py joint", 4),
     ("experiments.py gallery", 1),
+    ("experiments.py identity", 1),
     ("charts.py losses", 1),
     ("generate.py --out assets/clip.mp4", 1),
     ("plots.py", 1),
@@ -61,7 +59,7 @@ CONTROLS = [
     (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
     (f"experiments.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
     *trainings(experiments.MEMORY),
-    ("experiments.py memory --clips 96", 20),
+    ("experiments.py memory --clips 96", 30),
     ("ablations.py sinks", 40),
     ("ablations.py switches", 30),
 ]

@@ -173,7 +173,7 @@ def main():
     p.add_argument("--out", help="default results/bench_toy, if all are run; writes .json and .png")
     args = p.parse_args()
     out = args.out or (None if args.only else ROOT / "results" / "bench_toy")
-    net = parts.load_student(parts.WEIGHTS, config.TOY)
+    net = parts.load_student(parts.WEIGHTS["toy"], config.TOY)
     captions = toy_captions(toy_world.parse_prompt("red fast metal"))
     with torch.inference_mode():
         text = net.project_text(*captions.features)

@@ -146,3 +146,16 @@ def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch,
     assert len(result) == 10 and "stage III, both deaf" in result
     run(monkeypatch, "gallery", "--seconds", 10, *made, "--out", tmp_path / "gallery")
     assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_identity_streams_both_shipped_students(tmp_path, monkeypatch, capsys):
+    """Six strips, two of every caption, as long as asked for; another caption changes them."""
+    drawn = []
+    monkeypatch.setattr(experiments.plots, "draw_strips", lambda clips, **how: drawn.append(clips))
+    monkeypatch.setattr(experiments.plots, "save", lambda figure, path: None)
+    for clip in (0, 3):
+        run(monkeypatch, "identity", "--seconds", 5, "--clip", clip, "--out", tmp_path / "identity")
+    captions = [name.rsplit(", ", 1)[0] for name in drawn[0]]
+    assert len(captions) == 6 and captions[::2] == captions[1::2]
+    assert {len(frames) for frames in drawn[0].values()} == {5 * config.TOY.fps + 1}
+    assert not torch.equal(*(next(iter(clips.values())) for clips in drawn))

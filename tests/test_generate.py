@@ -59,7 +59,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     """Run the command line here, in an empty folder: -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "toy", SMALL)
-    monkeypatch.setattr(parts, "WEIGHTS", weights / "good")
+    monkeypatch.setitem(parts.WEIGHTS, "toy", weights / "good")
 
     def main(*args):
         return run_here(generate, args, monkeypatch, capsys)
@@ -108,7 +108,7 @@ def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, 
 def test_the_film_shows_and_sounds_what_was_generated(run):
     """Pictures and sound of the file are the decoded blocks, up to what the codecs lose."""
     run("--seconds", 2, "--seed", 4, "--prompt", "blue slow wood")
-    net = parts.load_student(parts.WEIGHTS, SMALL)
+    net = parts.load_student(parts.WEIGHTS["toy"], SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = map(decoder.decode, generate.stream(net, "blue slow wood", 2, seed=4))
     frames, _, samples = zip(*pieces)
@@ -344,7 +344,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_file(run, weights, tmp_path, a
 
 def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
     """Without the file of the default student, the message names it."""
-    monkeypatch.setattr(parts, "WEIGHTS", tmp_path / "student.safetensors")
+    monkeypatch.setitem(parts.WEIGHTS, "toy", tmp_path / "student.safetensors")
     status, _, err = run()
     assert status == 2 and "student.safetensors: no such file" in err and err.count("\n") == 1
 
