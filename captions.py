@@ -30,7 +30,9 @@ from tqdm import tqdm
 
 import cli
 import files
+import ltx2
 import toy_world
+from stopwatch import Stopwatch
 
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
@@ -41,7 +43,7 @@ TOKENS = 1024  # of the features of every prompt
 class Captions:
     """What the captions of a batch say, and what saying nothing is, which guidance steers from."""
 
-    features: tuple  # of (B, L, C_text): one for both streams, or video's and audio's
+    features: tuple  # of (B, K, C_text): one for both streams, or video's and audio's
     nothing: tuple  # the same of B empty captions
 
     def __len__(self):
@@ -96,8 +98,8 @@ TOY_PROMPTS = ToyPrompts()
 class Features(NamedTuple):
     """What the two streams read of one prompt."""
 
-    video: torch.Tensor  # (1, L, C_text)
-    audio: torch.Tensor  # (1, L, C_text)
+    video: torch.Tensor  # (1, K, C_text)
+    audio: torch.Tensor  # (1, K, C_text)
 
 
 def check(prompt):
@@ -107,10 +109,22 @@ def check(prompt):
 
 
 def check_folder(folder, parts=TEXT_PARTS):
-    """Raises ValueError for a folder that lacks one of these parts (default: the text path)."""
-    for part in parts:
-        if not Path(folder, part).is_dir():
-            raise ValueError(f"{folder}: no {part}/; expected LTX-2's folder in diffusers' format")
+    """Look at the parts of LTX-2's folder (default: the text path) without reading weights.
+
+    Raises ValueError for a part that is missing, and for weights that are missing or cut short.
+    """
+    places = [Path(folder, part) for part in parts]
+    for place in places:
+        if not place.is_dir():
+            raise ValueError(
+                f"{folder}: no {place.name}/; expected LTX-2's folder in diffusers' format"
+            )
+    for place in places:
+        found = [*place.glob("*.safetensors.index.json"), *place.glob("*.safetensors")]
+        if not found and place.name != "tokenizer":
+            raise ValueError(f"{place}: no .safetensors file in it; download the folder again")
+        for file in {shard for path in found for shard in ltx2.shards(path)}:
+            ltx2.opened(file)
 
 
 def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
@@ -153,15 +167,20 @@ def load_text_path(folder, dtype=torch.bfloat16):
         raise ValueError(f"{folder}: no text encoder in diffusers' format ({error})") from None
 
 
-def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
-    """Load the text path, encode, and give its memory back; see `load_text_path`."""
-    pipeline = load_text_path(folder, dtype)
-    features = encode(pipeline.to(device), prompts, device)
+def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tuple[dict, float]:
+    """Load the text path, encode, and give its memory back; see `load_text_path`.
+
+    -> {prompt: Features}, and the seconds of encoding, without those of loading
+    """
+    pipeline = load_text_path(folder, dtype).to(device)
+    watch = Stopwatch(torch.device(device))
+    features = encode(pipeline, prompts, device)
+    seconds = watch.lap()
     del pipeline
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-    return features
+    return features, seconds
 
 
 # ---- a folder of features, to train on ----
@@ -169,7 +188,10 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> dict
 
 def read_lines(path) -> list[str]:
     """The prompts of a text file, one a line.  Raises ValueError for an empty line, or for none."""
-    lines = [line.strip() for line in Path(path).read_text().splitlines()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8 ({error.reason})") from None
     if not lines:
         raise ValueError(f"{path}: no prompts; expected one a line")
     if "" in lines:
@@ -212,7 +234,10 @@ class EncodedPrompts:
             raise ValueError(f"{folder}: no prompts.json; captions.py makes such a folder")
         contents = index.read_bytes()
         self.cfg, self.mark = cfg, hashlib.sha256(contents).hexdigest()[:12]
-        places = list(_places(folder, json.loads(contents)))
+        try:
+            places = list(_places(folder, json.loads(contents)))
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{index}: not an index of prompts; captions.py makes one") from None
         if missing := [path.name for _, path in places if not path.is_file()]:
             raise ValueError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "

@@ -26,7 +26,7 @@ from fractions import Fraction
 class Config:
     """Shape of the model, of the latents and of the blocks.  Defaults are LTX-2's (19B).
 
-    Raises ValueError for blocks, widths or words that do not fit, and says why.
+    Raises ValueError for sizes, blocks, widths or words that do not fit, and says why.
     """
 
     name: str = "ltx2"
@@ -109,8 +109,18 @@ class Config:
         return self.video_frames_per_block * self.tokens_per_frame
 
     def __post_init__(self):
+        self._check_size()
         self._check_blocks()
         self._check_widths()
+
+    def _check_size(self):
+        """Refuse pictures that cut a latent in two: the rest of it would silently be lost."""
+        for side, pixels in (("height", self.height), ("width", self.width)):
+            if pixels < self.pixel_stride or pixels % self.pixel_stride:
+                raise ValueError(
+                    f"{side}={pixels}: a latent covers {self.pixel_stride} x {self.pixel_stride} "
+                    f"pixels; expected a multiple of {self.pixel_stride}"
+                )
 
     def _check_blocks(self):
         """Refuse blocks that cut a latent in two, or a first block off the grid of seconds."""

@@ -19,6 +19,7 @@ The networks are those of Hugging Face diffusers. They do not undo the normalisa
 (trap: the reference's do), so it is undone here.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -171,7 +172,22 @@ class Decoder:
 
     def _sound(self, mel):
         """(B, 2, M, 64) -> (B, 2, samples)."""
-        return self.vocoder(mel.float())
+        with whole_float32():
+            return self.vocoder(mel.float())
+
+
+@contextmanager
+def whole_float32():
+    """A context in which convolutions of float32 numbers read all of their bits.
+
+    # Trap: on a GPU they do not by default, but round what they read to 10 bits (TF32).
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def denormalised(latents, vae, shape):
@@ -202,11 +218,14 @@ def kinds() -> dict:
 def load(folder, device="cpu", dtype=torch.bfloat16) -> list:
     """The three networks of a local folder in diffusers' format (vae/, audio_vae/, vocoder/).
 
+    dtype   of the first two; the vocoder's weights are read as float32
+
     Raises ValueError if diffusers is not installed or the folder lacks one of them.
     """
 
     def part(name, kind):
-        options = dict(subfolder=name, dtype=dtype, local_files_only=True)
+        own = torch.float32 if name == "vocoder" else dtype
+        options = dict(subfolder=name, dtype=own, local_files_only=True)
         try:
             found = kind.from_pretrained(folder, **options)
         except OSError:

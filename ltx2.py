@@ -14,12 +14,15 @@ Translation is strict. A key too few or too many is refused by name: a model wit
 at its initial value still runs, and only looks a little worse.
 
 # Trap: names and shapes do not tell a teacher's file from a student's. Rotary layout, precision of
-# the grid and scale of the gates differ (config.py). LTX-2's file states its own in its metadata,
-# which is believed; a student's file states nothing, and the config's are taken.
+# the grid and scale of the gates differ (config.py). LTX-2's file and ours state them in their
+# metadata, which is believed over any config: `--config full` of a student that was trained from
+# LTX-2's split pairs runs split pairs. A released student's file states nothing and gets the flags
+# of its config. Where neither can know, the file is refused (`check_flags`).
 
     python ltx2.py                             some names
     python ltx2.py FILE --config released      is it whole, and what does it state?
     python ltx2.py FILE --interleaved OUT      the same in the students' rotary layout
+    python ltx2.py FILE --split OUT            the same in LTX-2's
 """
 
 import json
@@ -113,7 +116,7 @@ def to_ltx2(weights, model) -> dict:
     return _renamed(without_sinks, key_table(model))
 
 
-def _renamed(weights, names):
+def _renamed(weights, names, source="the weight file"):
     for trouble, keys in (
         ("has no", [k for k in names if k not in weights]),
         ("has an unexpected", [k for k in weights if k not in names]),
@@ -121,7 +124,7 @@ def _renamed(weights, names):
         if keys:
             more = f" ({len(keys)} such keys)" if len(keys) > 1 else ""
             raise ValueError(
-                f"the weight file {trouble} {keys[0]}{more}: expected the {len(names)} tensors "
+                f"{source} {trouble} {keys[0]}{more}: expected the {len(names)} tensors "
                 f"of an LTX-2 transformer of this config"
             )
     return {names[key]: w for key, w in weights.items()}
@@ -134,11 +137,13 @@ OTHER_PARTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
 CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 SINKS = "audio_sink_tokens"  # paper-era students carry them, (1, S, 2048)
 
-# In the metadata: name -> our field, and how its value is written in ours
+# In the metadata: name -> our field, what is expected there, and its value in ours
+LAYOUTS = {"split": "split", "interleaved": "interleaved"}
+PRECISIONS = {"float64": True, "float32": False}
 FLAGS = {
-    "rope_type": ("rope_layout", str),
-    "frequencies_precision": ("rope_float64", lambda value: value == "float64"),
-    "av_ca_timestep_scale_multiplier": ("gate_timestep_scale", float),
+    "rope_type": ("rope_layout", " or ".join(LAYOUTS), LAYOUTS.__getitem__),
+    "frequencies_precision": ("rope_float64", " or ".join(PRECISIONS), PRECISIONS.__getitem__),
+    "av_ca_timestep_scale_multiplier": ("gate_timestep_scale", "a number", float),
 }
 LATER = {  # switches of LTX-2.3 and 2.5, and the value each has in LTX-2
     "apply_gated_attention": False,
@@ -167,9 +172,12 @@ def shards(path) -> list[Path]:
         return [path]
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path}: not an index of shards (it has no weight_map)") from None
-    parts = [path.parent / Path(name).name for name in names]
+        parts = [path.parent / Path(name).name for name in names]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{path}: not an index of shards; expected JSON with a weight_map from tensors to "
+            f"files; download it again"
+        ) from None
     if missing := [part.name for part in parts if not part.is_file()]:
         raise ValueError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(parts)} shards)")
     return parts
@@ -190,41 +198,74 @@ def transformer_name(key) -> str | None:
     return None if name.startswith(CONNECTORS) else name
 
 
+def opened(file, device="cpu"):
+    """A safetensors file whose header was read.  Raises ValueError if it is cut short or none."""
+    try:
+        return safe_open(file, "pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: not a whole safetensors file ({error}); download it again"
+        ) from None
+
+
 class Checkpoint:
     """Where the transformer's tensors lie; they are read one at a time, straight to the device."""
 
     def __init__(self, path):
-        """Raises ValueError for a file that is cut short or no safetensors."""
-        self.path, self.metadata, self.where = path, {}, {}  # LTX-2's name -> (file, key)
+        """Reads headers only.  Raises ValueError for a file that is cut short or no safetensors."""
+        self.path, self.metadata = path, {}
+        self.where, self.shapes = {}, {}  # of LTX-2's name: (file, key), and shape
         for file in shards(path):
-            try:
-                with safe_open(file, "pt") as f:
-                    self.metadata |= f.metadata() or {}
-                    names = {transformer_name(key): (file, key) for key in f.keys()}
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
-            self.where |= {name: place for name, place in names.items() if name}
+            with opened(file) as f:
+                self.metadata |= f.metadata() or {}
+                for key in f.keys():
+                    if name := transformer_name(key):
+                        self.where[name] = file, key
+                        self.shapes[name] = tuple(f.get_slice(key).get_shape())
+
+    def settings(self) -> dict:
+        """What the metadata say of the transformer; empty if they say nothing.
+
+        Raises ValueError for metadata that cannot be read.
+        """
+        text = self.metadata.get("config", "{}")
+        try:
+            return dict(**json.loads(text).get("transformer", {}))
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(
+                f"{self.path}: its metadata have the config {text[:40]!r}; expected JSON with a "
+                f"dictionary under 'transformer'; take the file as it was published"
+            ) from None
 
     def flags(self) -> dict:
         """The flags that the file states, as fields of Config.
 
-        Raises ValueError for a later generation of LTX-2, naming the switch that tells.
+        Raises ValueError for a later generation of LTX-2, naming the switch that tells, and for a
+        flag that says something unheard of.
         """
-        stated = json.loads(self.metadata.get("config", "{}")).get("transformer", {})
+        stated = self.settings()
         for switch, ours in LATER.items():
             if stated.get(switch, ours) != ours:
                 raise ValueError(
                     f"{self.path}: {switch}={stated[switch]} belongs to a later LTX than this "
                     f"project implements; expected an LTX-2 19B file"
                 )
-        return {
-            field: read(stated[name]) for name, (field, read) in FLAGS.items() if name in stated
-        }
+        return {FLAGS[name][0]: self._flag(name, stated[name]) for name in FLAGS if name in stated}
+
+    def _flag(self, name, value):
+        _, expected, read = FLAGS[name]
+        try:
+            return read(value)
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{self.path}: its metadata have {name}={value!r}; expected {expected}; take the "
+                f"file as it was published"
+            ) from None
 
     def read(self, device, dtype):
         """Yield (LTX-2's name, tensor), file by file.  Raises ValueError for NaN or infinity."""
         for file in sorted({file for file, _ in self.where.values()}):
-            with safe_open(file, "pt", device=str(device)) as f:
+            with opened(file, device) as f:
                 for name, (place, key) in self.where.items():
                     if place != file:
                         continue
@@ -234,8 +275,50 @@ class Checkpoint:
                     yield name, tensor
 
 
+def check_flags(path, stated, cfg):
+    """Raises ValueError for flags that neither the file nor the config can know.
+
+    stated   what the file says, as fields of Config. It wins: whoever made the weights wrote it,
+             and a student that starts from LTX-2 keeps LTX-2's flags
+    cfg      says the rest; not if the file contradicts it, for then it describes other weights
+
+    A file that states nothing is a student's (LTX-2's own states all) and runs with students' flags
+    only.
+    # Trap: a file of LTX-2's that was saved again without its metadata is taken for a student's.
+    """
+    unstated = [field for field, *_ in FLAGS.values() if field not in stated]
+    others = [field for field in stated if stated[field] != getattr(cfg, field)]
+    if unstated and others:
+        raise ValueError(
+            f"{path}: states {others[0]}={stated[others[0]]}, unlike config {cfg.name}, and no "
+            f"{unstated[0]}; expected a config that agrees with it, or a file that states all three"
+        )
+    if not stated and cfg.rope_layout != "interleaved":
+        raise ValueError(
+            f"{path}: states no {', '.join(unstated)}, as LTX-2's own file does, so "
+            f"config {cfg.name} cannot read it; a student's file needs --config full or released"
+        )
+
+
+def told(cfg, stated) -> str:
+    """Each flag, and who says so.
+
+    >>> told(config.FULL, {"rope_layout": "split"})[:71]
+    'rope_layout=split (stated by the file, over interleaved of config full)'
+    """
+
+    def of(field):
+        ours, theirs = getattr(cfg, field), stated.get(field)
+        if theirs is None:
+            return f"{field}={ours} (of config {cfg.name}; not in the file)"
+        over = f", over {ours} of config {cfg.name}" if theirs != ours else ""
+        return f"{field}={theirs} (stated by the file{over})"
+
+    return ", ".join(of(field) for field, *_ in FLAGS.values())
+
+
 class Source:
-    """A published transformer whose every name and flag has been checked, ready to be read."""
+    """A published transformer whose every name, shape and flag was checked, ready to be read."""
 
     def __init__(self, path, cfg, say=print):
         """Reads no weights yet, so that a wrong file is refused in the first second.
@@ -243,32 +326,49 @@ class Source:
         cfg   shape, blocks and sinks; the three flags are the file's, where it states them
         say   is told the flags that are used
 
-        Raises ValueError for a file that is not whole, lacks a tensor, or has one too many.
+        Raises ValueError for a file that is not whole, lacks a tensor, has one too many or one of
+        another shape, or whose flags nobody knows.
         """
         self.path, self.checkpoint, self.say = path, Checkpoint(path), say
         stated = self.checkpoint.flags()
         self.cfg = replace(cfg, **stated)
-        source = "stated by the file" if stated else f"of config {cfg.name}; the file states none"
-        flags = ", ".join(f"{field}={getattr(self.cfg, field)}" for field, _ in FLAGS.values())
-        say(f"{path}: {flags} ({source})")
-        self.table = {theirs: ours for ours, theirs in key_table(self._empty()).items()}
-        where = self.checkpoint.where
-        for name in [name for name in where if SINKS in name]:
-            if cfg.num_sinks:
-                self.table[name] = "sinks.tokens"
-            else:
-                del where[name]
-        _renamed(where, self.table)  # complains by name
+        net = self._empty()
+        self.table = self._places(net)
+        self._check_shapes(net)
+        check_flags(path, stated, cfg)
+        say(f"{path}: {told(cfg, stated)}")
 
     def _empty(self):
         return build(self.cfg, device="meta")
+
+    def _places(self, net) -> dict[str, str]:
+        """LTX-2's name -> ours, of every tensor of the file."""
+        table = {theirs: ours for ours, theirs in key_table(net).items()}
+        where = self.checkpoint.where
+        for name in [name for name in where if SINKS in name]:
+            if self.cfg.num_sinks:
+                table[name] = "sinks.tokens"
+            else:
+                self.say(f"{self.path}: its sinks stay out, config {self.cfg.name} has none")
+                del where[name]
+        _renamed(where, table, self.path)  # complains by name
+        return table
+
+    def _check_shapes(self, net):
+        shapes = {name: tuple(x.shape) for name, x in net.state_dict().items()}
+        for name, ours in self.table.items():
+            if (found := self.checkpoint.shapes[name]) != shapes[ours]:
+                raise ValueError(
+                    f"{self.path}: tensor {name} is {found}, expected {shapes[ours]}; choose the "
+                    f"config that the file was made for, config {self.cfg.name} is not"
+                )
 
     def fingerprint(self) -> str:
         """A short hash of the exits, which every training moves."""
         exits, found = [n for n, ours in self.table.items() if "unpatchify" in ours], {}
         for name in exits:
             file, key = self.checkpoint.where[name]
-            with safe_open(file, "pt") as f:
+            with opened(file) as f:
                 found[name] = f.get_tensor(key).float()
         return files.fingerprint(found)
 
@@ -330,12 +430,20 @@ def to_interleaved(weights, cfg) -> dict:
     copies them as they are, and training has to absorb the difference.) At the command line:
     `python ltx2.py FILE --interleaved OUT`.
     """
+    return _reordered(weights, lambda w: _interleave_rows(w, cfg.num_heads))
+
+
+def to_split(weights, cfg) -> dict:
+    """Inverse of `to_interleaved`, bit by bit; at the command line, `--split OUT`."""
+    return _reordered(weights, lambda w: _split_rows(w, cfg.num_heads))
+
+
+def _reordered(weights, reorder):
+    """Weights with other rows in whatever makes queries and keys that rotate."""
     rotated = (".self_attn.", ".cross_attn.")
     moved = (".to_q.weight", ".to_q.bias", ".to_k.weight", ".to_k.bias", ".q_norm", ".k_norm")
     return {
-        name: _interleave_rows(w, cfg.num_heads)
-        if any(part in name for part in rotated) and name.endswith(moved)
-        else w
+        name: reorder(w) if any(part in name for part in rotated) and name.endswith(moved) else w
         for name, w in weights.items()
     }
 
@@ -349,6 +457,15 @@ def _interleave_rows(w, heads):
     return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
+def _split_rows(w, heads):
+    """Rows 2i and 2i + 1 of every head become row i and row i + half.
+
+    >>> _split_rows(torch.tensor([0, 2, 1, 3, 4, 6, 5, 7]), 2)
+    tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    """
+    return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
 def show_names():
     """What the tables say, at a glance."""
     for cfg in (config.LTX2, config.FULL, config.RELEASED):
@@ -359,13 +476,20 @@ def show_names():
         print(f"    {ours:40} {table[ours]}")
 
 
-def interleave(source, path):
-    """Write a split transformer as an interleaved one that computes the same."""
-    if source.cfg.rope_layout != "split":
-        raise ValueError(f"{source.path}: its pairs are {source.cfg.rope_layout} already")
-    weights = to_interleaved(dict(source.tensors()), source.cfg)
-    cfg = replace(source.cfg, rope_layout="interleaved")
-    save(path, weights, cfg, {"command": f"python ltx2.py {source.path} --interleaved {path}"})
+REORDER = {"interleaved": to_interleaved, "split": to_split}
+
+
+def convert(source, layout, path):
+    """Write a transformer in the other rotary layout: it computes the same, in bfloat16.
+
+    Raises ValueError if it has that layout, or if no file can be written there.
+    """
+    if source.cfg.rope_layout == layout:
+        raise ValueError(f"{source.path}: its pairs are {layout} already; nothing to convert")
+    files.check_writable(path)
+    weights = REORDER[layout](dict(source.tensors()), source.cfg)
+    made_by = {"command": f"python ltx2.py {source.path} --{layout} {path}"}
+    save(path, weights, replace(source.cfg, rope_layout=layout), made_by)
     print(f"wrote {path}")
 
 
@@ -374,13 +498,15 @@ def main():
     p.add_argument("file", nargs="?", help="a transformer to be checked; none: names are shown")
     p.add_argument("--config", default="ltx2", help="its shape and sinks: ltx2, full, released")
     p.add_argument("--interleaved", metavar="OUT", help="write it in the students' rotary layout")
+    p.add_argument("--split", metavar="OUT", help="write it in LTX-2's rotary layout")
     args = p.parse_args()
     if not args.file:
         return show_names()
     source = Source(args.file, cli.find_config(args.config))
     print(f"{args.file}: {len(source.table)} tensors, each with its place in the model")
-    if args.interleaved:
-        interleave(source, args.interleaved)
+    for layout in REORDER:
+        if path := getattr(args, layout):
+            convert(source, layout, path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ gone before the transformer arrives. What can be refused is refused before anyth
 "random" weights take the place of any file, to measure speed and memory.
 """
 
-import time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -18,6 +17,7 @@ import captions
 import cli
 import config
 import decoders
+import files
 import graphs
 import ltx2
 import memory
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
     net: model.OmniTransformer
     read: Callable  # words -> caption features
     make_decoder: Callable  # Stopwatch.watch -> decoder
-    text_seconds: float = 0.0  # of reading the prompts
+    text_seconds: float = 0.0  # of encoding the prompts
 
 
 def parts_for(order) -> Parts:
@@ -141,13 +141,11 @@ def full_parts(order) -> Parts:
         captions.check_folder(order.ltx2, captions.TEXT_PARTS + decoders.PARTS)
         source = ltx2.Source(order.weights, order.cfg)
     check_memory(order)
-    start, prompts = time.perf_counter(), [cue.prompt for cue in order.cues]
-    at = order.device, order.dtype
+    prompts, at = [cue.prompt for cue in order.cues], (order.device, order.dtype)
     if is_random:
-        features = captions.random_features(prompts, order.cfg, *at)
+        features, seconds = captions.random_features(prompts, order.cfg, *at), 0.0
     else:
-        features = captions.encode_and_free(order.ltx2, prompts, *at)
-    seconds = time.perf_counter() - start
+        features, seconds = captions.encode_and_free(order.ltx2, prompts, *at)
     net = ltx2.random_weights(order.cfg, *at) if is_random else source.load(*at)
     nets = decoders.random_weights(*at) if is_random else decoders.load(order.ltx2, *at)
     if "channels-last" in order.speedups:
@@ -175,11 +173,5 @@ def check_memory(order):
 def load_student(path, cfg, device="cpu", dtype=torch.float32):
     """A student for this config.  Raises ValueError for a file that does not fit it."""
     net = model.load(path)
-    ours, theirs = cfg.to_dict(), net.cfg.to_dict()
-    if differing := [n for n in ours if ours[n] != theirs[n] and n != "name"]:
-        n = differing[0]
-        raise ValueError(
-            f"{path}: made for config {net.cfg.name!r} with {n}={theirs[n]!r}; "
-            f"--config {cfg.name} needs {n}={ours[n]!r}"
-        )
+    files.check_config(path, net.cfg, cfg)
     return net.to(device, dtype)

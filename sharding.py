@@ -50,6 +50,8 @@ def processes(kind):
     """Join the processes that torchrun started; without torchrun, stay alone.
 
     kind   "cuda": one GPU a process, by NCCL; "cpu": by gloo
+
+    Raises ValueError for a GPU that is not there, or that is wanted without torchrun.
     """
     if "WORLD_SIZE" not in os.environ:
         if kind != "cpu":
@@ -285,6 +287,8 @@ def fill(net, tensors):
     """Copy whole tensors, as they come, into a sharded net: each process cuts out its own part.
 
     tensors   iterable of (name, tensor)
+
+    Raises ValueError, naming it, for a parameter that was not among them.
     """
     from torch.distributed.tensor import distribute_tensor
 
@@ -333,7 +337,11 @@ def states(folder) -> list[Path]:
 
 
 def about(state) -> dict:
-    return json.loads((state / "about.json").read_text())
+    """What a state says of itself.  Raises ValueError if that cannot be read."""
+    try:
+        return dict(json.loads((state / "about.json").read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{state}: not a whole state ({error}); remove it") from None
 
 
 def saved_shapes(state) -> dict:

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -94,6 +96,13 @@ def help_of(script) -> str:
     return out.getvalue()
 
 
+def options_of(script) -> set[str]:
+    """The options that a script takes, as its --help lists them below its text."""
+    return set(
+        re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_of(script).split("\noptions:")[-1], re.M)
+    )
+
+
 def tiny_decoder_kinds():
     """`decoders.kinds` with the smallest networks of the same classes."""
     (vae, _), (audio_vae, _), (vocoder, _) = decoders.kinds().values()
@@ -114,3 +123,35 @@ def random_decoders():
         net.latents_mean.normal_()
         net.latents_std.uniform_(0.5, 2)
     return [net.eval().requires_grad_(False) for net in nets]
+
+
+def save_text_path(folder, width):
+    """LTX-2's folder in diffusers' format with a tiny random text path: Gemma 3, letters as tokens.
+
+    Its index names the other parts too, as the published one does; they are not there.
+    """
+    from diffusers import LTX2Pipeline
+    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    heads = dict(num_attention_heads=2, num_hidden_layers=2, hidden_size=width, intermediate_size=8)
+    text = dict(heads, vocab_size=128, num_key_value_heads=1, head_dim=8)
+    vision = dict(heads, image_size=28, patch_size=14)
+    gemma = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    letters = Tokenizer(models.WordLevel({chr(n): n for n in range(128)}, unk_token="?"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=chr(0), unk_token="?")
+    sizes = dict(num_attention_heads=2, attention_head_dim=width // 2, num_layers=1)
+    sizes = {f"{s}_connector_{n}": size for s in ("video", "audio") for n, size in sizes.items()}
+    connectors = LTX2TextConnectors(width, 3, rope_type="split", **sizes)
+    others = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder", "scheduler"))
+    encoder = Gemma3ForConditionalGeneration(gemma)
+    pipeline = LTX2Pipeline(
+        text_encoder=encoder, tokenizer=tokenizer, connectors=connectors, **others
+    )
+    pipeline.save_pretrained(folder)
+    index = Path(folder, "model_index.json")
+    named = {part: ["diffusers", "ModelMixin"] for part in others}
+    index.write_text(json.dumps({**json.loads(index.read_text()), **named}))

@@ -1,58 +1,41 @@
 """Caption features: the published text path, tiny and random, in our order."""
 
-from types import SimpleNamespace
+import json
+import shutil
+import weakref
 
 import pytest
 import torch
+from helpers import save_text_path
+from safetensors.torch import load_file
 
 import captions
 
-diffusers = pytest.importorskip("diffusers")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
 
-WIDTH, LAYERS, LENGTH = 16, 2, 128  # LENGTH is a multiple of the registers
-
-
-class Tokenizer:
-    """Letters as tokens, padded on the left."""
-
-    padding_side, pad_token, model_max_length = "left", "0", LENGTH
-
-    def __call__(self, prompts, max_length, **_):
-        ids = torch.zeros(len(prompts), LENGTH, dtype=torch.long)
-        for row, prompt in zip(ids, prompts):
-            row[LENGTH - len(prompt) :] = torch.tensor([ord(c) % 64 for c in prompt])
-        return SimpleNamespace(input_ids=ids, attention_mask=(ids > 0).long())
+WIDTH, LENGTH = 16, captions.TOKENS
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+def folder(tmp_path_factory):
+    """LTX-2's folder, its text path tiny and random."""
+    folder = tmp_path_factory.mktemp("ltx2")
+    save_text_path(folder, WIDTH)
+    return folder
 
-    torch.manual_seed(0)
-    gemma = transformers.Gemma3TextModel(
-        transformers.Gemma3TextConfig(
-            vocab_size=64,
-            hidden_size=WIDTH,
-            intermediate_size=32,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-        )  # fmt: skip
-    )
-    sizes = {
-        f"{stream}_connector_{what}": n
-        for stream in ("video", "audio")
-        for what, n in (("num_attention_heads", 2), ("attention_head_dim", 8), ("num_layers", 1))
-    }
-    connectors = LTX2TextConnectors(
-        caption_channels=WIDTH, text_proj_in_factor=LAYERS + 1, rope_type="split", **sizes
-    )
-    absent = dict.fromkeys(("scheduler", "vae", "audio_vae", "transformer", "vocoder"))
-    return diffusers.LTX2Pipeline(
-        text_encoder=gemma.eval(), tokenizer=Tokenizer(), connectors=connectors.eval(), **absent
-    )
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return captions.load_text_path(folder, torch.float32)
+
+
+FOLDERS = {
+    "part": "copy: no tokenizer/; expected LTX-2's folder",
+    "weights": "text_encoder: no .safetensors file in it",
+    "shard": "model-00002.safetensors is missing .1 of 2 shards",
+    "half": "text_encoder/model.safetensors: not a whole safetensors file",
+}
 
 
 def test_every_prompt_has_features_for_both_streams(pipeline):
@@ -72,7 +55,58 @@ def test_a_prompt_does_not_depend_on_its_neighbours(pipeline):
     assert all(torch.equal(a, b) for a, b in zip(alone, among))
 
 
+def test_the_text_path_is_read_from_its_folder(folder, pipeline):
+    """Gemma, tokenizer and connectors are those that were saved; the parts beside them stay out."""
+    for part in ("text_encoder", "connectors"):
+        (file,) = (folder / part).glob("*.safetensors")
+        saved, found = load_file(file), getattr(pipeline, part).state_dict()
+        assert saved and all(any(torch.equal(x, y) for y in found.values()) for x in saved.values())
+    assert pipeline.tokenizer("dog").input_ids == [ord(letter) for letter in "dog"]
+    assert pipeline.vae is pipeline.transformer is pipeline.vocoder is None
+
+
+def test_prompts_are_encoded_and_the_encoder_is_gone(folder, pipeline, monkeypatch):
+    """From the folder to features of every prompt, those of the loaded pipeline; no Gemma stays."""
+    real, alive = captions.load_text_path, []
+
+    def watched(*args):
+        loaded = real(*args)
+        alive.append(weakref.ref(loaded.text_encoder))
+        return loaded
+
+    monkeypatch.setattr(captions, "load_text_path", watched)
+    found, seconds = captions.encode_and_free(folder, ["a dog barks", "rain"], "cpu", torch.float32)
+    assert len(alive) == 1 and alive[0]() is None and seconds > 0
+    for prompt, features in captions.encode(pipeline, ["a dog barks", "rain"], "cpu").items():
+        assert all(torch.equal(a, b) for a, b in zip(found[prompt], features))
+
+
+def test_features_have_the_dtype_asked_for(folder):
+    """bfloat16 unless told otherwise, whatever the folder's weights are."""
+    found = captions.encode_and_free(folder, ["rain"])[0]["rain"]
+    assert [x.dtype for x in found] == [torch.bfloat16] * 2
+
+
 def test_a_folder_without_text_path_is_refused(tmp_path):
     """One line that says what is missing."""
     with pytest.raises(ValueError, match="no text encoder in diffusers' format"):
         captions.encode_and_free(tmp_path, ["rain"])
+
+
+@pytest.mark.parametrize("wrong", ["part", "weights", "shard", "half"])
+def test_a_folder_is_looked_at_before_it_is_read(folder, tmp_path, wrong):
+    """A part, its weights, a shard that an index names, or the second half of a file is missing."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    captions.check_folder(copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    if wrong == "part":
+        shutil.rmtree(copy / "tokenizer")
+    elif wrong == "weights":
+        file.unlink()
+    elif wrong == "half":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        index = {"weight_map": {"a": file.name, "b": "model-00002.safetensors"}}
+        file.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=FOLDERS[wrong]):
+        captions.check_folder(copy)

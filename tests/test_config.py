@@ -42,6 +42,27 @@ def test_impossible_configs_are_refused_with_the_reason(change, message):
         replace(config.TOY, **change)
 
 
+@pytest.mark.parametrize(
+    "cfg, change, message",
+    [
+        (config.FULL, dict(height=500), "height=500: a latent covers 32 x 32 pixels; expected a"),
+        (config.FULL, dict(width=700), "width=700: .* expected a multiple of 32"),
+        (config.LTX2, dict(height=16), "height=16: "),
+        (config.LTX2, dict(width=0), "width=0: "),
+        (config.TOY, dict(width=36), "width=36: .* expected a multiple of 8"),
+    ],
+)
+def test_a_resolution_must_be_whole_latents(cfg, change, message):
+    """Multiples of 32 pixels at full size and of 8 in the toy; anything else is one line."""
+    with pytest.raises(ValueError, match=f"^{message}[^\n]*$"):
+        replace(cfg, **change)
+
+
+def test_any_whole_number_of_latents_is_a_resolution():
+    """480 x 704 pixels are 15 x 22 latents, although neither is a power of two."""
+    assert replace(config.FULL, height=480, width=704).grid == (15, 22)
+
+
 @pytest.mark.parametrize("cfg", config.CONFIGS.values(), ids=lambda c: c.name)
 def test_config_survives_a_round_trip_through_plain_values(cfg):
     """from_dict undoes to_dict, also after a list has replaced the tuple, as in JSON."""

@@ -160,3 +160,40 @@ def test_channels_last_changes_the_layout_only(networks):
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
     for one, other in zip(plain[:2], decoded(faster, Overlap())):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+# ---- the vocoder in float32 ----
+
+
+def settings():
+    """What cuDNN may do."""
+    b = torch.backends.cudnn
+    return b.enabled, b.benchmark, b.deterministic, b.allow_tf32, b.conv.fp32_precision
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_sound_is_made_of_all_bits_of_float32(networks, monkeypatch, allowed):
+    """No TF32 while the vocoder runs, and afterwards all is as it was, after an error too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    *others, vocoder = copy.deepcopy(networks)
+    before, seen = settings(), []
+    vocoder.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    decoder = Decoder(*others, vocoder, CFG)
+    decoder.decode(next(blocks()))
+    decoder.finish()
+    assert seen and settings() == before
+    assert all(s[:3] == before[:3] and s[3] is False and s[4] != "tf32" for s in seen)
+    with pytest.raises(ZeroDivisionError), decoders.whole_float32():
+        raise ZeroDivisionError
+    assert settings() == before
+
+
+def test_the_vocoder_is_read_as_it_was_saved(networks, tmp_path):
+    """Its float32 weights arrive bit by bit, while the two others are read as bfloat16."""
+    for net, name in zip(networks, decoders.PARTS):
+        net.save_pretrained(tmp_path / name)
+    *others, vocoder = decoders.load(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for net in others for p in net.parameters()} == {torch.bfloat16}
+    saved = networks[2].state_dict()
+    assert all(torch.equal(x, saved[name]) for name, x in vocoder.state_dict().items())
+    assert not any(torch.equal(x, x.bfloat16().float()) for x in saved.values())

@@ -97,3 +97,18 @@ def test_a_text_file_holds_one_prompt_a_line(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="no prompts; expected one a line"):
         captions.read_lines(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{"])
+def test_a_foreign_index_is_refused_by_file(folder, text):
+    """One line that names it."""
+    (folder / "prompts.json").write_text(text)
+    with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
+        captions.EncodedPrompts(folder, CFG)
+
+
+def test_prompts_in_another_encoding_are_refused_by_file(tmp_path):
+    """Latin-1 is not taken for text."""
+    (tmp_path / "prompts.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="prompts.txt: expected text in UTF-8"):
+        captions.read_lines(tmp_path / "prompts.txt")

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from helpers import random_decoders, random_model, run_here, tiny_decoder_kinds
+from helpers import random_decoders, random_model, run_here, save_text_path, tiny_decoder_kinds
 from safetensors.torch import save_file
 
 import captions
@@ -22,8 +23,8 @@ import memory_plan
 
 pytest.importorskip("diffusers")
 SIZES = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)
-FULL = replace(config.FULL, caption_width=8, **SIZES)
-RELEASED = replace(config.RELEASED, caption_width=8, **SIZES)
+FULL = replace(config.FULL, caption_width=16, **SIZES)
+RELEASED = replace(config.RELEASED, caption_width=16, **SIZES)
 
 
 DECODER_ROWS = functools.cache(memory_plan.decoder_rows)  # the same in every run here
@@ -32,12 +33,11 @@ FLOAT32 = ["--dtype", "float32"]  # for speed: processors emulate bfloat16; othe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """LTX-2's folder with tiny decoders (its text path is replaced), and a generator's file."""
+    """LTX-2's folder with a tiny text path and tiny decoders, and a generator's file."""
     folder = tmp_path_factory.mktemp("ltx2")
+    save_text_path(folder, RELEASED.caption_width)
     for net, name in zip(random_decoders(), ("vae", "audio_vae", "vocoder")):
         net.save_pretrained(folder / name)
-    for name in captions.TEXT_PARTS:
-        (folder / name).mkdir()
     net = random_model(RELEASED, torch.bfloat16)
     save_file(ltx2.to_ltx2(net.state_dict(), net), folder / "generator.safetensors")
     return folder
@@ -53,10 +53,11 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(config.CONFIGS, "released", RELEASED)
     monkeypatch.setattr(decoders, "kinds", lambda: kinds)
 
+    encode_and_free = captions.encode_and_free
+
     def read(folder, prompts, *at):
         print("read", *prompts, sep="|")
-        torch.manual_seed(0)
-        return captions.random_features(prompts, RELEASED, *at)
+        return encode_and_free(folder, prompts, *at)
 
     monkeypatch.setattr(captions, "encode_and_free", read)
 
@@ -118,7 +119,7 @@ def test_a_prompt_becomes_a_film(run, folder):
     status, out, err = run(*args, "--out", "a.mp4")
     assert status == 0, err
     assert "read|a dog barks|rain" in out
-    assert "rope_layout=interleaved" in out and "the file states none" in out
+    assert "rope_layout=interleaved (of config released; not in the file)" in out
     assert "before all that: the text encoder" in out
     assert properties("a.mp4")[0] == 73
     run(*args, "--out", "b.mp4")
@@ -142,8 +143,8 @@ def test_what_was_held_back_is_written_after_an_interruption(run, monkeypatch):
     ))  # fmt: skip
     stream = generate.stream
 
-    def interrupted(*args):
-        for block in stream(*args):
+    def interrupted(*args, **how):
+        for block in stream(*args, **how):
             if block.index == 3:
                 signal.raise_signal(signal.SIGINT)
             yield block
@@ -187,6 +188,18 @@ def test_a_missing_part_is_noticed_before_prompts_are_read(run, folder, tmp_path
     weights = folder / "generator.safetensors"
     status, out, err = run("--config", "released", "--weights", weights, "--ltx2", "ltx2")
     assert status == 2 and f"ltx2: no {part}/" in err and "read" not in out
+
+
+@pytest.mark.parametrize("part", ["text_encoder", *decoders.PARTS])
+def test_half_a_file_is_noticed_before_prompts_are_read(run, folder, tmp_path, part):
+    """Weights of any part that were cut short: one line, before the first of them is loaded."""
+    copy = shutil.copytree(folder, tmp_path / "ltx2")
+    (file,) = (copy / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    weights = folder / "generator.safetensors"
+    status, out, err = run("--config", "released", "--weights", weights, "--ltx2", "ltx2")
+    assert status == 2 and f"{file.name}: not a whole safetensors file" in err
+    assert err.count("\n") == 1 and "read" not in out
 
 
 def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):

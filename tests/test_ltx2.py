@@ -110,11 +110,13 @@ def test_missing_keys_are_refused_by_name():
 
 # ---- files ----
 
-CFG = tiny(PAPER, num_sinks=0)
+TEACHER = tiny(PAPER, num_sinks=0)  # split, float64, 1000
+STUDENT_FLAGS = dict(rope_layout="interleaved", rope_float64=False, gate_timestep_scale=1.0)
+CFG = replace(TEACHER, **STUDENT_FLAGS)
 LTX2_FLAGS = {
-    "rope_type": "interleaved",
-    "frequencies_precision": "float32",
-    "av_ca_timestep_scale_multiplier": 1,
+    "rope_type": "split",
+    "frequencies_precision": "float64",
+    "av_ca_timestep_scale_multiplier": 1000,
 }
 
 
@@ -178,14 +180,85 @@ def test_a_sharded_checkpoint_is_read_by_index_or_folder(tmp_path, by):
 
 
 def test_the_files_flags_are_believed_and_told(tmp_path):
-    """Metadata overrides the config's three flags; without it the config's are used."""
+    """A student that was made from LTX-2 has LTX-2's flags whatever its config, and that is said;
+    a released student's file states none and has those of its config."""
     said, path = [], tmp_path / "x.safetensors"
     net = load(single_file(path, theirs(), flags=LTX2_FLAGS), said=said)
-    assert (net.cfg.rope_layout, net.cfg.rope_float64) == ("interleaved", False)
-    assert net.cfg.gate_timestep_scale == 1.0
-    assert "rope_layout=interleaved" in said[0] and "stated by the file" in said[0]
+    assert net.cfg == replace(TEACHER, name=CFG.name)
+    assert "rope_layout=split (stated by the file, over interleaved of config paper)" in said[0]
+    assert "gate_timestep_scale=1000.0 (stated by the file, over 1.0 of config paper)" in said[0]
     net = load(single_file(path, theirs()), said=said)
-    assert net.cfg == CFG and "the file states none" in said[1]
+    assert net.cfg == CFG and said[1].count("(of config paper; not in the file)") == 3
+    load(single_file(path, theirs(), flags=LTX2_FLAGS), TEACHER, said)
+    assert said[2].count("(stated by the file)") == 3
+
+
+def test_every_flag_is_told_where_it_came_from(tmp_path):
+    """One that the file states, two of the config, which agrees with the one."""
+    said, flags = [], {"rope_type": "split"}
+    net = load(single_file(tmp_path / "x.safetensors", theirs(), flags=flags), TEACHER, said)
+    assert net.cfg == TEACHER
+    assert said[0].endswith(
+        "rope_layout=split (stated by the file), "
+        "rope_float64=True (of config paper; not in the file), "
+        "gate_timestep_scale=1000.0 (of config paper; not in the file)"
+    )
+
+
+@pytest.mark.parametrize(
+    "cfg, flags, message",
+    [
+        (
+            TEACHER,
+            None,
+            "states no rope_layout, .*; a student's file needs --config full or released",
+        ),
+        (CFG, {"rope_type": "split"}, "states rope_layout=split, unlike .* no rope_float64"),
+        (TEACHER, {"rope_type": "interleaved"}, "expected a config that agrees with it, or a file"),
+        (CFG, {"av_ca_timestep_scale_multiplier": 1000}, "states gate_timestep_scale=1000.0"),
+    ],
+)
+def test_flags_that_nobody_knows_are_refused(tmp_path, cfg, flags, message):
+    """Interleaved weights under a teacher's config, and gaps that a config of others would fill:
+    one line, before a weight is read."""
+    path = single_file(tmp_path / "x.safetensors", theirs(), flags=flags)
+    with pytest.raises(ValueError, match=f"^{path}: [^\n]*{message}[^\n]*$"):
+        ltx2.Source(path, cfg, say=None)
+
+
+METADATA = {
+    "no JSON": ("nonsense", "the config 'nonsense'; expected JSON with a dictionary"),
+    "list": ("[]", "the config '.*'; expected JSON with a dictionary under 'transformer'"),
+    "null": ('{"transformer": null}', "expected JSON with a dictionary under 'transformer'"),
+    "words": ('{"transformer": "ltx"}', "expected JSON with a dictionary under 'transformer'"),
+    "layout": ('{"transformer": {"rope_type": 3}}', "rope_type=3; expected split or interleaved"),
+    "precision": (
+        '{"transformer": {"frequencies_precision": "half"}}',
+        "frequencies_precision='half'; expected float64 or float32",
+    ),
+    "multiplier": (
+        '{"transformer": {"av_ca_timestep_scale_multiplier": null}}',
+        "av_ca_timestep_scale_multiplier=None; expected a number",
+    ),
+}
+
+
+@pytest.mark.parametrize("config, message", METADATA.values(), ids=METADATA.keys())
+def test_foreign_metadata_are_refused(tmp_path, config, message):
+    """One line with the file, what it says, what was expected and what to do."""
+    path = tmp_path / "x.safetensors"
+    save_file({f"model.{n}": w.contiguous() for n, w in theirs().items()}, path, {"config": config})
+    with pytest.raises(ValueError, match=f"^{path}: [^\n]*{message}[^\n]*as it was published$"):
+        load(path)
+
+
+@pytest.mark.parametrize("index", ["", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_a_foreign_index_is_refused(tmp_path, index):
+    """No JSON, or JSON that does not say in which file a tensor is."""
+    path = tmp_path / "g.safetensors.index.json"
+    path.write_text(index)
+    with pytest.raises(ValueError, match=f"^{path}: not an index of shards; expected JSON with a"):
+        load(path)
 
 
 @pytest.mark.parametrize(
@@ -212,9 +285,19 @@ def test_wrong_tensors_are_refused_by_name(tmp_path, wrong):
         weights[name] = torch.zeros(3)
     else:
         weights[name] = weights[name] * float("nan")
-    named = "video.layers.1.self_attn.to_q.bias" if wrong == "shape" else name
-    with pytest.raises(ValueError, match=named.replace(".", "[.]")):
-        load(single_file(tmp_path / "x.safetensors", weights))
+    path = single_file(tmp_path / "x.safetensors", weights)
+    with pytest.raises(ValueError, match=f"x.safetensors[^\n]*{name}"):
+        load(path)
+
+
+def test_shapes_are_compared_before_a_weight_is_read(tmp_path, monkeypatch):
+    """One line that names the first wrong tensor, its shape and the one expected."""
+    weights, name = theirs(), "transformer_blocks.1.attn1.to_q.bias"
+    weights[name] = torch.zeros(3)
+    path = single_file(tmp_path / "x.safetensors", weights)
+    monkeypatch.setattr(ltx2.Checkpoint, "read", None)
+    with pytest.raises(ValueError, match=rf"^{path}: tensor {name} is \(3,\), expected \(32,\); "):
+        ltx2.Source(path, CFG)
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path):
@@ -243,8 +326,9 @@ def test_sinks_of_a_student_are_its_own_and_of_a_teacher_fresh(tmp_path):
     own = {"model.audio_sink_tokens": torch.rand(1, 4, CFG.audio_width)}
     path = single_file(tmp_path / "x.safetensors", theirs(), "model.", **own)
     assert torch.equal(load(path, with_sinks).sinks.tokens, own["model.audio_sink_tokens"])
-    assert load(path).sinks is None
-    path = single_file(tmp_path / "x.safetensors", theirs())
+    assert load(path, said=said).sinks is None
+    assert "its sinks stay out, config paper has none" in said[0]
+    path, said = single_file(tmp_path / "x.safetensors", theirs()), []
     assert load(path, with_sinks, said).sinks.tokens.std() == pytest.approx(0.02, rel=0.2)
     assert "4 fresh ones take their place" in said[1]
 
@@ -277,19 +361,29 @@ def test_only_the_transformer_is_read(tmp_path, monkeypatch):
     assert sorted(read) == sorted("model.diffusion_model." + name for name in weights)
 
 
-def test_an_interleaved_model_can_start_as_a_split_one():
+@pytest.mark.parametrize("layouts", [("split", "interleaved"), ("interleaved", "split")])
+def test_a_model_can_start_as_one_of_the_other_layout(layouts):
     """Reordered rows under the other layout: the same velocities in float64; as they are, not."""
-    split = replace(CFG, rope_layout="split")
-    inter = replace(CFG, rope_layout="interleaved")
-    source, target = random_model(split), build(inter).double()
+    old, new = (replace(CFG, rope_layout=layout) for layout in layouts)
+    source, target = random_model(old), build(new).double()
     clip, text, half = random_clip(CFG, 2), random_text(source, CFG), torch.full((1,), 0.5).double()
     rest = (half, half, text, clip_span(2, CFG), MaskedView())
     wanted = source(*clip, *rest)
-    target.load_state_dict(ltx2.to_interleaved(source.state_dict(), split))
+    target.load_state_dict(ltx2.REORDER[layouts[1]](source.state_dict(), old))
     for a, b in zip(target(*clip, *rest), wanted):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
     target.load_state_dict(source.state_dict())
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(target(*clip, *rest), wanted))
+
+
+def test_layouts_there_and_back_are_the_same_bits():
+    """Each conversion moves rows and undoes the other."""
+    weights = random_model(CFG, torch.float32).state_dict()
+    for there, back in ((ltx2.to_interleaved, ltx2.to_split), (ltx2.to_split, ltx2.to_interleaved)):
+        moved = there(weights, CFG)
+        assert any(not torch.equal(moved[name], x) for name, x in weights.items())
+        returned = back(moved, CFG)
+        assert all(torch.equal(returned[name], x) for name, x in weights.items())
 
 
 def test_random_weights_fill_every_tensor():
@@ -301,7 +395,7 @@ def test_random_weights_fill_every_tensor():
 
 def test_what_is_saved_is_read_as_a_published_file(tmp_path):
     """Names, sinks and the three flags come back, over those of another config."""
-    cfg = replace(CFG, num_sinks=4, rope_layout="interleaved", gate_timestep_scale=1.0)
+    cfg = replace(CFG, num_sinks=4, rope_layout="split", gate_timestep_scale=1000.0)
     weights = random_model(cfg, torch.float32).state_dict()
     ltx2.save(tmp_path / "student.safetensors", weights, cfg, {"steps": 3})
     net = ltx2.load(
@@ -311,19 +405,28 @@ def test_what_is_saved_is_read_as_a_published_file(tmp_path):
     assert all(torch.equal(x, weights[name]) for name, x in net.state_dict().items())
 
 
-def test_a_file_is_checked_and_interleaved_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """Flags are told; the copy computes the same and states its layout; twice is refused."""
-    monkeypatch.setitem(config.CONFIGS, "ltx2", CFG)
-    split = replace(CFG, rope_layout="split")
-    weights = random_model(split, torch.float32).state_dict()
-    file, out = (tmp_path / f"{name}.safetensors" for name in ("split", "interleaved"))
-    ltx2.save(file, weights, split, {})
-    status, said, _ = run_here(ltx2, [file, "--interleaved", out], monkeypatch, capsys)
+def test_a_file_is_checked_and_converted_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Flags are told; each copy states its layout, there and back is the same file but for who
+    made it; twice is refused, and so is a place where nothing can be written."""
+    monkeypatch.setitem(config.CONFIGS, "ltx2", TEACHER)
+    weights = random_model(TEACHER, torch.bfloat16).state_dict()
+    file, inter, back = (tmp_path / f"{name}.safetensors" for name in ("old", "inter", "back"))
+    ltx2.save(file, weights, TEACHER, {})
+    status, said, _ = run_here(ltx2, [file, "--interleaved", inter], monkeypatch, capsys)
     assert status == 0 and "rope_layout=split" in said
     assert f"{len(weights)} tensors, each with its place" in said
-    net = ltx2.load(out, CFG, dtype=torch.float32)
-    assert net.cfg.rope_layout == "interleaved"
-    for name, x in ltx2.to_interleaved(weights, split).items():
-        torch.testing.assert_close(net.state_dict()[name], x.bfloat16().float(), rtol=0, atol=0)
-    status, _, err = run_here(ltx2, [out, "--interleaved", file], monkeypatch, capsys)
-    assert status == 2 and "its pairs are interleaved already" in err
+    net = ltx2.load(inter, TEACHER, say=lambda line: None)
+    assert net.cfg == replace(TEACHER, rope_layout="interleaved")
+    for name, x in ltx2.to_interleaved(weights, TEACHER).items():
+        assert torch.equal(net.state_dict()[name], x)
+    status, *_ = run_here(ltx2, [inter, "--split", back], monkeypatch, capsys)
+    assert status == 0
+    one, two = (ltx2.load(path, TEACHER, say=lambda line: None) for path in (file, back))
+    assert one.cfg == two.cfg
+    assert all(torch.equal(x, two.state_dict()[name]) for name, x in one.state_dict().items())
+    for path, layout in ((inter, "interleaved"), (back, "split")):
+        status, _, err = run_here(ltx2, [path, f"--{layout}", file], monkeypatch, capsys)
+        assert status == 2 and f"its pairs are {layout} already" in err
+    lost = tmp_path / "no" / "x.safetensors"
+    status, _, err = run_here(ltx2, [file, "--interleaved", lost], monkeypatch, capsys)
+    assert status == 2 and "does not exist; create it first" in err
