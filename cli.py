@@ -70,8 +70,8 @@ def find_device(name) -> torch.device:
     """A usable torch device.  Raises ValueError if it is unknown or not there."""
     try:
         torch.empty(0, device=name).cpu()  # "meta" exists, but nothing comes back from it
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on for a paragraph
         raise ValueError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
     return torch.device(name)
 
@@ -83,9 +83,13 @@ def chosen(only, known) -> list:
 
     >>> chosen(["b"], {"a": 1, "b": 2}), chosen(None, {"a": 1, "b": 2})
     (['b'], ['a', 'b'])
+    >>> chosen(["c"], ["a", "b, long"])
+    Traceback (most recent call last):
+    ValueError: --only c: expected some of a 'b, long'
     """
     if unknown := set(only or ()) - set(known):
-        raise ValueError(f"--only {unknown.pop()}: expected some of {', '.join(known)}")
+        names = shlex.join(known)  # which may hold spaces and commas
+        raise ValueError(f"--only {shlex.quote(unknown.pop())}: expected some of {names}")
     return list(only or known)
 
 

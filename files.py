@@ -7,6 +7,8 @@ A `.safetensors` file holds tensors and a few strings. Ours carry the config und
 import hashlib
 import json
 import os
+import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -29,12 +31,22 @@ def write_beside(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path):
-    """Raises ValueError if no file can be written there."""
+def check_writable(path, makes_folders=False):
+    """Raises ValueError if no file can be written there.
+
+    makes_folders   those that are missing will be made, as `write_beside` does
+    """
     folder = Path(path).resolve().parent
-    if not folder.is_dir():
+    while makes_folders and not folder.exists():
+        folder = folder.parent
+    if not folder.exists():
         raise ValueError(f"{path}: folder {folder} does not exist; create it first")
-    if not os.access(folder, os.W_OK) or Path(path).is_dir():
+    try:  # permissions do not tell: root has them all, in /proc too
+        with tempfile.TemporaryFile(dir=folder):
+            is_writable = not Path(path).is_dir()
+    except OSError:
+        is_writable = False
+    if not is_writable:
         raise ValueError(f"{path}: not writable; choose another place")
 
 
@@ -68,8 +80,8 @@ def save_weights(path, tensors, cfg, made_by):
 def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     """Tensors, config and made_by of a file that `save_weights` wrote.
 
-    Raises ValueError, in one line, for a file that is missing, cut short, no safetensors, not of
-    this project, or that holds a NaN.
+    Raises ValueError, in one line that names it, for a file that is missing, cut short, no
+    safetensors, not of this project, or that holds a NaN.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
@@ -86,8 +98,37 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
-    cfg = Config.from_dict(json.loads(metadata["config"]))
-    return tensors, cfg, json.loads(metadata.get("made_by", "{}"))
+    try:
+        cfg, made_by = read_config(metadata["config"]), json.loads(metadata.get("made_by", "{}"))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: its metadata is not this project's ({error})") from None
+    return tensors, cfg, made_by
+
+
+def read_config(text) -> Config:
+    """A config from its JSON.  Raises ValueError, which names no file yet, if it is none.
+
+    >>> read_config('{"num_layers": "four"}')
+    Traceback (most recent call last):
+    ValueError: num_layers='four'
+    """
+    if not isinstance(values := json.loads(text), dict):
+        raise ValueError(f"a config of {values!r}")
+    kinds = {float: (int, float), tuple[float, ...]: list}  # as JSON has them
+    for f in fields(Config):
+        if f.name in values and not isinstance(values[f.name], kinds.get(f.type, f.type)):
+            raise ValueError(f"{f.name}={values[f.name]!r}")
+    return Config.from_dict(values)
+
+
+def check_config(path, theirs, ours):
+    """Raises ValueError, naming a field, if a file's config is not `ours`; names may differ."""
+    for name, value in ours.to_dict().items():
+        if name != "name" and getattr(theirs, name) != value:
+            raise ValueError(
+                f"{path}: made for config {theirs.name!r} with {name}={getattr(theirs, name)!r}; "
+                f"--config {ours.name} needs {name}={value!r}"
+            )
 
 
 def fingerprint(tensors) -> str:

@@ -53,7 +53,8 @@ from masks import clip_span, four_masks, frame_blocks, num_blocks
 
 STEPS = 2500, 3000  # the toy's, and at full size (paper)
 CLEAN_SHARE = 0.25  # share of blocks shown clean
-FIRST_SEED = 10**8  # trajectories begin from captions the teacher was not trained on
+# trajectories begin from captions the teacher was not trained on
+FIRST_SEED = teacher.SEEDS * teacher.CLIPS_PER_SEED
 
 
 # ---- trajectories ----
@@ -73,6 +74,11 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
 
 def draw_trajectories(net, sigmas, seeds, guidance=(1, 1), between=1, prompts=TOY_PROMPTS):
     """Teacher states at exactly the levels `sigmas`, for the captions of these seeds.
+
+    # Simpler: evenly spaced steps, plain guidance. Both releases take 40 steps of LTX-2's schedule.
+    The later one, whose walker is LTX-2 itself, also pushes away from what it says without the
+    self-attention of layer 29 (by 1) and without listening to the other stream (by 3), and rescales
+    the result (0.7). What the ends of walks lose by that is not measured.
 
     between   Euler steps from one kept level to the next
     ->        tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a);
@@ -94,6 +100,8 @@ def load_trajectories(
     """Trajectories from a file, or drawn and written there: "tokens", "video", "audio".
 
     mark   tells the walker from others; by default a hash of its weights
+
+    Raises ValueError for a file that is not whole, or whose trajectories are others.
     """
     # others in any of these, other trajectories
     about = {"count": count, "guidance": list(guidance), "between": between}
@@ -205,7 +213,12 @@ def masked_view(cfg, blocks, window=None) -> MaskedView:
 
 
 def recipe_of(steps, seed=0, batch=8, is_toy=True):
-    """How the student learns.  # Paper: AdamW at 2e-5, constant after a warm-up of 100 steps."""
+    """How the student learns.
+
+    # Paper: AdamW at 2e-5; betas, and constant after a warm-up of 100 steps, as in the first
+    release. Gradients are clipped at 1, as in the later one; the first clips at 10. Neither
+    averages weights here, as far as we know; we ship a mean of the last hundred steps or so.
+    """
     if is_toy:
         return training.Recipe(steps, batch, seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
     full = dict(muon_lr=0, adam_lr=2e-5, betas=(0.9, 0.999), warmup=100, decay=0.0, ema=0.99)
@@ -241,7 +254,8 @@ def options():
     )  # fmt: skip
     p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
     p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
-    p.add_argument("--out", default="weights/toy_ode_regression.safetensors", help="to write")
+    out = "weights/toy_ode_regression.safetensors"
+    p.add_argument("--out", default=out, help=training.ABOUT_OUT)
     training_parts.add_options(p, STEPS)
     return p
 
@@ -249,22 +263,25 @@ def options():
 def regress(p, args):
     """Draw the walks, train on them, ship the student."""
     parts, start = training_parts.parts_for(args, is_causal=True), time.perf_counter()
+    recipe = recipe_of(args.steps, args.seed, args.batch, parts.is_toy)
     walker = parts.find(args.teacher)
     student = parts.find(args.teacher, parts.cfg, args.seed)
-    recipe = recipe_of(args.steps, args.seed, args.batch, parts.is_toy)
     if not parts.is_toy:
         share = sharding.share_of(recipe.batch)
         training_plan.check([("student", student.cfg, recipe)], trial_loss, share)
-    how = args.clips, args.guidance, args.between
     data = load_trajectories(
-        f"{args.run}/trajectories.safetensors", walker.load(learns=False), *how,
+        f"{args.run}/trajectories.safetensors", walker.load(learns=False),
+        count=args.clips, guidance=args.guidance, between=args.between,
         sigmas=student.cfg.sigmas, prompts=parts.prompts, mark=walker.mark,
     )  # fmt: skip
     print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
     learner = training.Learner(student.load(learns=True), recipe)
-    run = training.Run({"student": learner}, cli.command(p, args), args.run)
-    how = dict(weights=args.loss_weights, windows=args.windows or [None])
-    losses = losses_of(learner.model, data, recipe, parts.prompts, **how)
+    marks = {args.teacher: walker.mark}
+    run = training.Run({"student": learner}, cli.command(p, args), args.run, marks)
+    losses = losses_of(
+        learner.model, data, recipe, parts.prompts,
+        weights=args.loss_weights, windows=args.windows or [None],
+    )  # fmt: skip
     run.train(training.descent(learner, losses))
     run.ship(args.out, parts.write, parts.dtype)
 
@@ -272,10 +289,12 @@ def regress(p, args):
 def main():
     p = options()
     args = training_parts.parse(p, STEPS)
-    if args.clips < 1:
-        raise ValueError(f"--clips {args.clips}: expected 1 or more")
+    for name, value in (("--clips", args.clips), ("--between", args.between)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected 1 or more")
     if args.windows and (least := min(args.windows)) < 0:
         raise ValueError(f"--windows {least}: expected 0 or more")
+    training.check_places(args.run, args.out)
     with sharding.processes(args.device or "cpu"):
         regress(p, args)
 

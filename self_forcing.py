@@ -147,6 +147,8 @@ def main():
         help="own: every block of a rollout ends after a random pass of its own",
     )  # fmt: skip
     args = training_parts.parse(p, dmd.STEPS)
+    if args.history == "true" and not cli.find_config(args.config or "toy").is_toy:
+        raise ValueError(f"--history true: --config {args.config} has prompts, but no true clips")
     codec = toy_codec.load() if args.history == "true" else None
     share_exit = args.exit == "shared"
     make = functools.partial(rolled_out, window=args.window, codec=codec, share_exit=share_exit)

@@ -20,6 +20,7 @@ import torch
 
 import cli
 import config
+import files
 import model
 import toy_codec
 import toy_world
@@ -32,7 +33,7 @@ SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
 SHIFT = 8.0  # of the sampler's noise levels towards noise, where motion is decided; LTX-2: e^2.05
 GUIDANCE = 3.0, 5.0  # for video and for audio (OmniForcing's stages I and III); 1 is none
-CLIPS_PER_SEED = 10**7  # seeds to 9 see other clips, below ode_regression.FIRST_SEED
+SEEDS, CLIPS_PER_SEED = 10, 10**7  # of the teacher: every seed has clips of its own to train on
 
 
 def whole_span(cfg, seconds=SECONDS):
@@ -102,16 +103,33 @@ def velocity_losses(net, latents, captions, sigma, generator):
     return [(p - (n - x)).square().mean((1, 2)) for p, n, x in zip(v, noise, latents)]
 
 
+def clips_of(recipe) -> range:
+    """Seeds of the clips that a training will see, in order.
+
+    Raises ValueError for more than CLIPS_PER_SEED, and for a seed that would train on clips which
+    are kept for ode_regression.py or for the evaluation.
+
+    >>> clips_of(training.Recipe(steps=6000, seed=1))
+    range(10000000, 10096000)
+    """
+    if recipe.seed >= SEEDS:
+        raise ValueError(f"--seed {recipe.seed}: the teacher has clips for 0 to {SEEDS - 1}")
+    if (count := recipe.steps * recipe.batch) > CLIPS_PER_SEED:
+        raise ValueError(f"--steps {recipe.steps}: {count} clips; a seed has {CLIPS_PER_SEED}")
+    first = recipe.seed * CLIPS_PER_SEED
+    return range(first, first + count)
+
+
 def losses_of(net, codec, recipe):
     """The function that `training.Run.train` minimises: fresh clips at every step."""
+    seeds, batch = clips_of(recipe), recipe.batch
 
     def losses(step):
         g = training.generator(recipe.seed, step)
-        first = recipe.seed * CLIPS_PER_SEED + step * recipe.batch
-        clips = toy_world.draw_clips(range(first, first + recipe.batch))
+        clips = toy_world.draw_clips(seeds[step * batch : (step + 1) * batch])
         latents = toy_codec.encode_clips(codec, clips, SECONDS)
         captions = toy_captions(hide_words(toy_world.caption_tokens(clips), g))
-        sigma = draw_sigmas(recipe.batch, g)
+        sigma = draw_sigmas(batch, g)
         video, audio = velocity_losses(net, latents, captions, sigma, g)
         return {"loss": video.mean() + audio.mean(), **by_level(video, audio, sigma)}
 
@@ -186,14 +204,19 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--init", help="weights to go on from instead of a fresh model")
     p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
-    p.add_argument("--out", default="weights/toy_teacher.safetensors", help="weights to write")
+    p.add_argument("--out", default="weights/toy_teacher.safetensors", help=training.ABOUT_OUT)
     args = p.parse_args()
-    recipe = training.Recipe(args.steps, seed=args.seed)
+    training.check_places(args.run, args.out)
+    recipe, codec = training.Recipe(args.steps, seed=args.seed), toy_codec.load()
     net = model.load(args.init) if args.init else model.build(config.TOY_TEACHER, args.seed)
+    losses = losses_of(net, codec, recipe)
     learner = training.Learner(net, recipe)
-    run = training.Run({"teacher": learner}, cli.command(p, args), args.run)
+    marks = {toy_codec.FILE.name: files.fingerprint(codec.state_dict())}
+    if args.init:
+        marks[args.init] = files.fingerprint(net.state_dict())
+    run = training.Run({"teacher": learner}, cli.command(p, args), args.run, marks)
     print(f"{net.num_parameters():,} parameters, from step {run.step}")
-    run.train(training.descent(learner, losses_of(net, toy_codec.load(), recipe)))
+    run.train(training.descent(learner, losses))
     run.ship(args.out)
 
 

@@ -201,6 +201,8 @@ def main():
     p.add_argument("--fit", action="store_true", help="fit a new one")
     p.add_argument("--out", default=str(FILE), help="with --fit: weights to write")
     args = p.parse_args()
+    if args.fit:
+        files.check_writable(args.out, makes_folders=True)
     clips = toy_world.draw_clips(range(FIT_CLIPS))
     video, sound = (f(clips, FIT_SECONDS) for f in (toy_world.render_video, toy_world.render_sound))
     codec = ToyCodec() if args.fit else load()

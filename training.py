@@ -13,6 +13,7 @@ clearly faster than with AdamW alone.
 """
 
 import json
+import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -25,10 +26,16 @@ from safetensors.torch import save_file
 import files
 import sharding
 
+SEEDS = 4294  # of a training, from 0 on; `generator` says why
+ABOUT_OUT = "weights to write; curve in results/, or beside them outside the current folder"
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train.  Defaults are the toy teacher's, our choice."""
+    """How long and how fast to train.  Defaults are the toy teacher's, our choice.
+
+    Raises ValueError for no steps, no clips, or a seed that would draw another one's numbers.
+    """
 
     steps: int
     batch: int = 16  # clips
@@ -46,6 +53,8 @@ class Recipe:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed={self.seed}: expected 0 to {SEEDS - 1}")
 
 
 def rate(step, recipe) -> float:
@@ -63,7 +72,8 @@ def generator(seed, step) -> torch.Generator:
 
     Each (seed, step) has a number of its own: runs have less than a million steps.
 
-    # Trap: a CPU generator uses the lowest 32 bits of its number only; keep seeds below 4294.
+    # Trap: a CPU generator uses the lowest 32 bits of its number only. From SEEDS on, a seed would
+    draw what a smaller one draws; `Recipe` refuses it.
     """
     return torch.Generator().manual_seed(seed * 10**6 + step)
 
@@ -155,7 +165,10 @@ class Learner:
         """
         value = sharding.averaged(loss.detach())
         if not torch.isfinite(value):
-            raise ValueError(f"step {step}: the loss is {value.item()}; lower the learning rate")
+            raise ValueError(
+                f"step {step}: the loss is {value.item()}; try another seed, or a recipe with a "
+                f"lower learning rate"
+            )
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
@@ -211,19 +224,43 @@ class Learner:
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
 
 
+def state_of(folder) -> Path:
+    """The file of a run's state."""
+    return Path(folder) / "state.safetensors"
+
+
+def curve_of(out) -> Path:
+    """Where the curve goes of a training that writes its weights to `out`.
+
+    >>> str(curve_of("weights/x.safetensors")), str(curve_of("../x.safetensors"))
+    ('results/x_curve.json', '../x_curve.json')
+    """
+    is_here = Path(os.path.abspath(out)).is_relative_to(Path.cwd())
+    return (Path("results") if is_here else Path(out).parent) / f"{Path(out).stem}_curve.json"
+
+
+def check_places(folder, out):
+    """Raises ValueError if a training cannot write its state, its weights or its curve."""
+    for path in (state_of(folder), out, curve_of(out)):
+        files.check_writable(path, makes_folders=True)
+
+
 class Run:
     """One training: who learns, the log, the next step; saved as one file, resumed from it."""
 
-    def __init__(self, learners, command, folder=None):
+    def __init__(self, learners, command, folder=None, marks=None):
         """learners   by name; the first is the one that is shipped, and its recipe the run's
         command    line that makes such a run; a state of another command is not resumed
         folder     for the state; None: nothing is saved
+        marks      of the weights it begins with, by name of their files: others, another run
+
+        Raises ValueError for a folder whose state is not whole, or not of this run.
         """
-        self.learners, self.command = learners, command
+        self.learners, self.command, self.marks = learners, command, marks or {}
         self.shipped = next(iter(learners.values()))
         self.steps = self.shipped.recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
-        self.file = Path(folder) / "state.safetensors" if folder else None
+        self.file = state_of(folder) if folder else None
         if self.file and sharding.is_sharded():
             self._load_shards()
         elif self.file and sharding.states(self.file.parent):
@@ -241,7 +278,7 @@ class Run:
         if not self.file:
             return
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
-        about["of"] = self._identity()
+        about |= {"of": self._identity(), "marks": self.marks}
         if sharding.is_sharded():
             sharding.save(self.file.parent, self._tensors(), about)
             return
@@ -256,9 +293,9 @@ class Run:
     def _load(self):
         try:
             with safe_open(self.file, "pt") as f:
-                about = json.loads(f.metadata()["run"])
+                about = dict(json.loads((f.metadata() or {})["run"]))
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.file}: not a whole state file ({error})") from None
         self._go_on(about, tensors, self.file)
 
@@ -279,6 +316,12 @@ class Run:
     def _check(self, about, path):
         if about.get("of") != self._identity():
             raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
+        began = about.get("marks", self.marks)  # states of before there were marks have none
+        for name, mark in self.marks.items():
+            if began.get(name) != mark:
+                raise ValueError(
+                    f"{path}: began when {name} held other weights; remove it to start anew"
+                )
 
     def _go_on(self, about, tensors, path):
         self._check(about, path)
@@ -325,7 +368,7 @@ class Run:
         if not sharding.is_first():
             return
         write(path, half, self.shipped.model.cfg, self.made_by())
-        curve = Path("results") / f"{Path(path).stem}_curve.json"
+        curve = curve_of(path)
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")
 

@@ -80,15 +80,24 @@ def parts_for(args, is_causal) -> Parts:
     is_causal   the toy's student has blocks and sinks of its own; else it is as its teacher
     """
     cfg = cli.find_config(args.config or "toy")
-    if cfg.is_toy and args.prompts:
-        raise ValueError(f"--prompts {args.prompts}: the toy draws its own; expected --config full")
-    if not cfg.is_toy and not sharding.is_sharded():
-        raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
-    if not cfg.is_toy and not args.prompts:
-        raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by captions.py")
     if cfg.is_toy:
+        _check_toy(cfg, args.prompts, is_causal)
         return toy_parts(cfg if is_causal else None)
+    if not sharding.is_sharded():
+        raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
+    if not args.prompts:
+        raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by captions.py")
     return full_parts(args.prompts, cfg)
+
+
+def _check_toy(cfg, prompts, is_causal):
+    """Refuse what would be ignored: other prompts, and configs that no student would have."""
+    if prompts:
+        raise ValueError(f"--prompts {prompts}: the toy draws its own; expected --config full")
+    if not is_causal and cfg != config.TOY:
+        raise ValueError(f"--config {cfg.name}: this student is as its teacher; leave --config out")
+    if is_causal and cfg == config.TOY_TEACHER:
+        raise ValueError(f"--config {cfg.name} has no blocks; expected toy or toy_released")
 
 
 def toy_parts(cfg) -> Parts:
@@ -97,7 +106,9 @@ def toy_parts(cfg) -> Parts:
     def find(path, cfg=None, seed=0):
         net = model.load(path)
         if cfg:
-            net = student_from(net.state_dict(), cfg, seed)
+            if net.cfg.name != config.TOY_TEACHER.name:  # a student's: its blocks are settled
+                files.check_config(path, net.cfg, cfg)
+            net = student_from(net.state_dict(), cfg, seed, path)
 
         def load(learns):  # another net every time: the teacher's file makes the critic as well
             own = copy.deepcopy(net).requires_grad_(learns)
@@ -130,10 +141,13 @@ def full_net(source, learns):
     return net
 
 
-def student_from(tensors, cfg, seed=0):
-    """A student that starts as the teacher; its sinks are new and keep their initial values."""
+def student_from(tensors, cfg, seed=0, path="teacher"):
+    """A student that starts as these weights; sinks that they lack are new.
+
+    path   of their file, for what is to be said if they do not fit
+    """
     net = model.build(cfg, seed)
-    files.load_into(net, {**_own_sinks(net), **tensors}, "teacher")
+    files.load_into(net, {**_own_sinks(net), **tensors}, path)
     return net
 
 

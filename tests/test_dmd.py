@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_clip, random_model
+from helpers import random_clip, random_model, run_here
 
 import config
 import dmd
@@ -272,6 +272,20 @@ def test_ten_golden_losses_of_stage_iii():
         return self_forcing.rolled_out(*args, window=2)
 
     assert losses_recorded(make, TINY_CAUSAL) == pytest.approx(STAGE_III_LOSSES, **GOLDEN)
+
+
+def test_full_size_has_the_papers_2000_steps():
+    """The official loop's: its critic moves in each, its generator in every fifth."""
+    assert dmd.STEPS[1] * dmd.CRITIC_UPDATES == 2000
+
+
+@pytest.mark.parametrize("name", ["toy_released", "toy_teacher"])
+def test_blocks_that_stage_i_has_not_are_refused(name, tmp_path, monkeypatch, capsys):
+    """Its student is as its teacher; a config that says otherwise was ignored, and recorded."""
+    options = ["--config", name, "--steps", 1, "--run", tmp_path, "--out", tmp_path / "x"]
+    status, _, err = run_here(dmd, options, monkeypatch, capsys)
+    message = f"--config {name}: this student is as its teacher; leave --config out"
+    assert (status, err) == (2, f"dmd.py: {message}\n")
 
 
 def test_prompts_are_those_of_the_training_world():

@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import PAPER, random_clip, random_model, tiny
+from helpers import PAPER, random_clip, random_model, run_here, tiny
 from test_teacher import PerfectNet
 
 import config
+import files
 import model
 import ode_regression as ode
 import training
@@ -268,6 +269,16 @@ def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, cap
         ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
 
 
+@pytest.mark.parametrize("option", ["--between", "--clips"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_walks_without_steps_or_clips_are_refused(option, value, tmp_path, monkeypatch, capsys):
+    """One line, and nothing is drawn or written."""
+    options = [option, value, "--run", tmp_path / "run", "--out", tmp_path / "x.safetensors"]
+    status, _, err = run_here(ode, options, monkeypatch, capsys)
+    assert (status, err) == (2, f"ode_regression.py: {option} {value}: expected 1 or more\n")
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the start ----
 
 
@@ -287,3 +298,20 @@ def test_a_teacher_that_does_not_fit_is_refused_by_tensor():
     del weights["video.table"]
     with pytest.raises(ValueError, match="tensor video.table is missing"):
         training_parts.student_from(weights, CFG)
+
+
+def test_weights_that_do_not_fit_are_refused_by_file(tmp_path):
+    """A teacher with too few layers: the message begins with the path that was given."""
+    path = tmp_path / "flat.safetensors"
+    flat = tiny(config.TOY_TEACHER)
+    files.save_weights(path, model.build(flat).state_dict(), flat, {})
+    with pytest.raises(ValueError, match=f"^{path}: tensor .* is missing"):
+        training_parts.toy_parts(config.TOY).find(path, config.TOY)
+
+
+def test_the_teachers_config_is_no_students(tmp_path, monkeypatch, capsys):
+    """`--config toy_teacher` would make a student that the next stage takes for a teacher."""
+    options = ["--config", "toy_teacher", "--run", tmp_path, "--out", tmp_path / "x.safetensors"]
+    status, _, err = run_here(ode, options, monkeypatch, capsys)
+    message = "--config toy_teacher has no blocks; expected toy or toy_released"
+    assert (status, err) == (2, f"ode_regression.py: {message}\n")

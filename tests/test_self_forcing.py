@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, block_rows, random_model, tiny
+from helpers import PAPER, ROOT, block_rows, random_model, run_here, tiny
 from test_kv_cache import ForgetfulView
 
 import config
@@ -13,6 +13,7 @@ import model
 import self_forcing
 import toy_codec
 import toy_world
+import training_parts
 from captions import toy_captions
 from kv_cache import CachedView
 from masks import SITES, block_span, clip_span
@@ -384,3 +385,44 @@ def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec, share):
         net, lambda k: text, 6, cfg.sigmas, g, 2, 2, exit_step=exit_step, history=history
     )
     assert all_equal(made, self_forcing.whole_clip(blocks))
+
+
+# ---- where it starts ----
+
+WEIGHTS = ROOT / "weights"
+
+
+@pytest.mark.parametrize(
+    "name, cfg, message",
+    [
+        ("toy_released_self_forcing", "toy", "made for config 'toy_released' with prefix_video_fr"),
+        ("toy_ode_regression", "toy_released", "made for config 'toy' with prefix_video_frames=1"),
+    ],
+)
+def test_a_student_with_other_blocks_is_refused(name, cfg, message, tmp_path, monkeypatch, capsys):
+    """Either way round, one line that begins with its file: sinks would be new, or unexpected."""
+    path = WEIGHTS / f"{name}.safetensors"
+    options = ["--student", path, "--teacher", WEIGHTS / "toy_teacher.safetensors"]
+    options += ["--config", cfg, "--steps", 1, "--run", tmp_path, "--out", tmp_path / "x"]
+    status, _, err = run_here(self_forcing, options, monkeypatch, capsys)
+    assert status == 2 and err.startswith(f"self_forcing.py: {path}: {message}")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["toy_teacher", "toy_dmd", "toy_ode_regression"])
+def test_a_student_may_start_at_any_stage(name):
+    """A bidirectional file has no blocks yet and gets the config's; a student has them."""
+    path = WEIGHTS / f"{name}.safetensors"
+    found = training_parts.toy_parts(config.TOY).find(path, config.TOY)
+    assert found.cfg == config.TOY
+    weights = found.load(learns=True).state_dict()
+    for n, w in model.load(path).state_dict().items():
+        assert torch.equal(weights[n], w)
+
+
+def test_the_true_past_is_the_toys_alone(tmp_path, monkeypatch, capsys):
+    """At full size there are prompts only: one line, and nothing is read."""
+    options = ["--history", "true", "--config", "full", "--run", tmp_path, "--out", tmp_path / "x"]
+    status, _, err = run_here(self_forcing, options, monkeypatch, capsys)
+    message = "--history true: --config full has prompts, but no true clips"
+    assert (status, err) == (2, f"self_forcing.py: {message}\n")

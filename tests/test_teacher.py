@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import PAPER, random_clip, tiny
+from helpers import PAPER, random_clip, run_here, tiny
 
 import model
+import ode_regression
 import teacher
 import toy_world
+import training
 from captions import toy_captions
 from kv_cache import MaskedView
 
@@ -83,6 +85,50 @@ def test_training_levels_cover_both_ends_and_favour_noise():
 def losses_of_perfect_net(latents, sigma, net):
     captions = toy_captions(TOKENS[: len(sigma)])
     return teacher.velocity_losses(net, latents, captions, sigma, torch.Generator().manual_seed(1))
+
+
+def test_a_seed_has_clips_of_its_own():
+    """Those of seed 0 end where those of seed 1 begin, and none is one of a trajectory."""
+    most = teacher.CLIPS_PER_SEED // 16
+    for seed in range(teacher.SEEDS):
+        clips = teacher.clips_of(training.Recipe(most, 16, seed))
+        assert (clips.start, clips.stop) == (seed * 10**7, (seed + 1) * 10**7)
+    assert clips.stop == ode_regression.FIRST_SEED
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--seed", 10], "--seed 10: the teacher has clips for 0 to 9"),
+        (["--seed", 100], "--seed 100: the teacher has clips for 0 to 9"),
+        (["--seed", -1], "seed=-1: expected 0 to 4293"),
+        (["--steps", 625001], "--steps 625001: 10000016 clips; a seed has 10000000"),
+    ],
+)
+def test_clips_that_others_are_kept_for_are_not_trained_on(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    """Seed 100 would be the held-out clips, seed 10 the trajectories', and too many steps those of
+    the next seed: one line, and nothing is begun."""
+    options += ["--run", tmp_path / "run", "--out", tmp_path / "x.safetensors"]
+    monkeypatch.setattr(training, "Run", None)
+    status, _, err = run_here(teacher, options, monkeypatch, capsys)
+    assert (status, err) == (2, f"teacher.py: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_draws_its_own_clips(monkeypatch):
+    """Step 2 of 16 clips, third seed: 20000032 to 20000047."""
+    seen = []
+
+    def draw(seeds):
+        seen.extend(seeds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(toy_world, "draw_clips", draw)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.losses_of(None, None, training.Recipe(steps=5, seed=2))(2)
+    assert seen == list(range(20000032, 20000048))
 
 
 def test_a_perfect_velocity_has_no_loss():

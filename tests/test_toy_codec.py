@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from helpers import run_here
 
 import cli
 import config
@@ -202,6 +203,15 @@ def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy_codec.py", "--fit", "--out", str(mine)])
     cli.run(toy_codec.main)
     assert mine.exists() and not shipped.exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_fit(tmp_path, monkeypatch, capsys):
+    """A file where a folder should be: one line, and no clip has been drawn."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(world, "draw_clips", None)
+    out = tmp_path / "file" / "x.safetensors"
+    status, _, err = run_here(toy_codec, ["--fit", "--out", out], monkeypatch, capsys)
+    assert status == 2 and err == f"toy_codec.py: {out}: not writable; choose another place\n"
 
 
 def test_a_codec_that_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch):

@@ -205,12 +205,12 @@ def test_two_balls_are_not_persistent(truth):
 @pytest.mark.parametrize("strength", [0.2, 3.0])
 def test_a_ball_that_fades_or_grows_is_not_persistent(truth, strength):
     """A fifth of the brightness is no whole ball, nor is one of three times the area."""
-    clips = world.Clips(*(x[:4] for x in CLIPS))
+    clips = world.Clips(*(x[:4].clone() for x in CLIPS))
     if strength < 1:
         video = world.BACKGROUND + strength * (truth.video[:4] - world.BACKGROUND)
     else:
         clips.identity[:, 1] = (strength**0.5 - 1) / world.RADIUS_RANGE
-        video = world.render_video(world.Clips(*(x.clone() for x in clips)), 1)
+        video = world.render_video(clips, 1)
     assert not detectors.persistence(detectors.see_ball(video)).any()
 
 

@@ -7,6 +7,7 @@ import torch
 
 import config
 import ode_regression
+import teacher
 import toy_world as world
 
 CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 32))
@@ -43,9 +44,10 @@ def test_every_word_is_drawn_about_equally_often():
 
 
 def test_held_out_seeds_are_out_of_reach_of_training():
-    """A million steps of 16 clips and a billion trajectories-to-be end below the held-out seeds."""
-    assert 16 * 10**6 < ode_regression.FIRST_SEED
-    assert ode_regression.FIRST_SEED + 10**8 < world.HELD_OUT
+    """Trajectories begin where the clips of the teacher's last seed end, and there is room for 900
+    million of them below the held-out seeds."""
+    assert ode_regression.FIRST_SEED == teacher.SEEDS * teacher.CLIPS_PER_SEED
+    assert ode_regression.FIRST_SEED + 9 * 10**8 <= world.HELD_OUT
 
 
 # ---- motion ----
@@ -154,12 +156,11 @@ def test_levels_stay_between_0_and_1_point_2():
 
 def test_metal_rings_longer_than_wood():
     """The same clip keeps 1/e of its level 60 ms after an impact of wood, 180 ms of metal."""
-    clip = world.Clips(*(x[:1] for x in CLIPS))
+    clip = world.Clips(*(x[:1].clone() for x in CLIPS))
     hit = next(t for t in world.impacts(clip, 0, 4).times[0].tolist() if t > 1)
     for material, seconds in enumerate(world.MATERIALS.values()):
         clip.words[0, 2] = material
-        alone = clip._replace(start=clip.start.clone())
-        level = world.render_sound(alone, 5)[0].amax(1)
+        level = world.render_sound(clip, 5)[0].amax(1)
         start = int(hit * 100) + 2
         kept = level[start + round(100 * seconds)] / level[start]
         assert kept == pytest.approx(0.37, abs=0.06)

@@ -5,12 +5,14 @@ and round differently, at about 1e-7 a step; 1e-4 relative leaves room for ten s
 none for another method.
 """
 
+import json
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, random_clip, tiny
+from helpers import PAPER, ROOT, random_clip, run_here, tiny
+from safetensors.torch import save_file
 
 import cli
 import config
@@ -18,6 +20,7 @@ import dmd
 import files
 import model
 import ode_regression
+import self_forcing
 import teacher
 import toy_codec
 import training
@@ -63,9 +66,9 @@ def new_learner(recipe=RECIPE):
 class OneRun(training.Run):
     """A run of one learner by its losses."""
 
-    def __init__(self, folder=None, recipe=RECIPE, command="python x.py"):
+    def __init__(self, folder=None, recipe=RECIPE, command="python x.py", marks=None):
         self.learner = new_learner(recipe)
-        super().__init__({"net": self.learner}, command, folder)
+        super().__init__({"net": self.learner}, command, folder, marks)
         self.model = self.learner.model
 
     def descend(self, losses, **options):
@@ -169,6 +172,84 @@ def test_the_state_of_another_command_is_refused(tmp_path, capsys):
         new_run(tmp_path, command="python x.py --guidance 3")
 
 
+def test_the_state_of_a_run_from_other_weights_is_refused(tmp_path, capsys):
+    """After the teacher was trained anew, its old student is not shipped as the new one's; with
+    the same weights the run goes on."""
+    run = new_run(tmp_path, marks={"teacher.safetensors": "a", "student.safetensors": "b"})
+    run.descend(quadratic(run.model))
+    assert new_run(tmp_path, marks=run.marks).step == 10
+    with pytest.raises(ValueError) as error:
+        new_run(tmp_path, marks={**run.marks, "student.safetensors": "c"})
+    told = "began when student.safetensors held other weights; remove it to start anew"
+    assert str(error.value) == f"{run.file}: {told}"
+
+
+def test_a_state_that_tells_no_weights_is_resumed(tmp_path, monkeypatch, capsys):
+    """States that were saved before they did are still good."""
+    run = new_run(tmp_path)
+    dumps = json.dumps
+
+    def without_marks(value):
+        return dumps({n: x for n, x in value.items() if n != "marks"})
+
+    monkeypatch.setattr(training.json, "dumps", without_marks)
+    run.descend(quadratic(run.model))
+    monkeypatch.undo()
+    assert b"marks" not in run.file.read_bytes()
+    assert new_run(tmp_path, marks={"teacher.safetensors": "a"}).step == 10
+
+
+WEIGHTS = {
+    name: str(ROOT / "weights" / f"toy_{name}.safetensors")
+    for name in ("teacher", "dmd", "ode_regression")
+}
+
+
+@pytest.mark.parametrize(
+    "script, given",
+    [
+        (dmd, {"--teacher": "teacher"}),
+        (ode_regression, {"--teacher": "dmd"}),
+        (self_forcing, {"--teacher": "teacher", "--student": "ode_regression"}),
+        (teacher, {"--init": "teacher"}),
+    ],
+)
+def test_a_run_knows_all_weights_that_it_begins_with(script, given, tmp_path, monkeypatch, capsys):
+    """Every file on the command line is told to the run, with a hash of what it holds."""
+    told = []
+
+    def run(learners, command, folder, marks):
+        told.append(marks)
+        raise ValueError("begun")
+
+    monkeypatch.setattr(training, "Run", run)
+    monkeypatch.setattr(ode_regression, "load_trajectories", lambda *args, **kwargs: None)
+    options = [word for option, name in given.items() for word in (option, WEIGHTS[name])]
+    options += ["--run", tmp_path, "--out", tmp_path / "x.safetensors"]
+    assert run_here(script, options, monkeypatch, capsys)[0] == 2
+    for path in (WEIGHTS[name] for name in given.values()):
+        assert told[0][path] == files.fingerprint(model.load(path).state_dict())
+    assert script is not teacher or "toy_codec.safetensors" in told[0]
+
+
+@pytest.mark.parametrize("about", [None, {}, {"run": "{"}, {"run": "3"}, {"run": "[1]"}])
+def test_a_foreign_state_is_refused_by_file(about, tmp_path):
+    """Metadata that are missing, no JSON or no table: one line that names the file."""
+    file = training.state_of(tmp_path)
+    save_file({"x": torch.zeros(1)}, file, about)
+    with pytest.raises(ValueError, match=f"^{file}: not a whole state file "):
+        new_run(tmp_path)
+
+
+@pytest.mark.parametrize("seed", [-1, 4294, 5 + 2**32, 2**70])
+def test_a_seed_that_would_draw_anothers_numbers_is_refused(seed):
+    """Generators use 32 bits, which the last seed that is accepted does not exceed."""
+    with pytest.raises(ValueError, match=f"^seed={seed}: expected 0 to 4293$"):
+        replace(RECIPE, seed=seed)
+    last = replace(RECIPE, seed=4293).seed
+    assert training.generator(last, 10**6 - 1).initial_seed() < 2**32
+
+
 def test_randomness_of_a_step_depends_on_seed_and_step_only():
     """Neighbouring steps and seeds draw different numbers, the same pair the same."""
     draws = [torch.rand(4, generator=training.generator(*p)) for p in ((0, 1), (1, 0), (0, 0))]
@@ -189,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(value, capsys):
         values = losses(step)
         return {"loss": values["loss"] * value} if step == 4 else values
 
-    with pytest.raises(ValueError, match=f"^step 4: the loss is {value}; lower the learning rate"):
+    with pytest.raises(ValueError, match=f"^step 4: the loss is {value}; try another seed, or"):
         run.descend(bad)
     assert run.step == 4 and all(p.isfinite().all() for p in run.model.parameters())
 
@@ -328,6 +409,82 @@ def test_shipped_weights_say_how_they_were_made(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "results" / "net_curve.json").is_file()
 
 
+def test_the_curve_of_weights_elsewhere_stays_with_them(tmp_path, monkeypatch, capsys):
+    """results/ of the current folder is for what is trained in it, not for a try in /tmp."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    run = new_run()
+    run.descend(quadratic(run.model))
+    for out in (elsewhere / "net.safetensors", "../elsewhere/other.safetensors"):
+        run.ship(out)
+    names = {p.name for p in elsewhere.iterdir()}
+    assert {"net_curve.json", "other_curve.json"} < names and not list(here.iterdir())
+    run.ship("runs/controls/net.safetensors")
+    assert (here / "results" / "net_curve.json").is_file()
+
+
+# ---- command lines ----
+
+
+@pytest.mark.parametrize("script", [dmd, ode_regression, self_forcing, teacher])
+@pytest.mark.parametrize("option", ["--out", "--run"])
+@pytest.mark.parametrize("folder", ["/proc/x", "file"])
+def test_a_place_that_cannot_be_written_is_refused_first(
+    script, option, folder, tmp_path, monkeypatch, capsys
+):
+    """Before anything is read or drawn: one line that names it, and no folder is left."""
+    (tmp_path / "file").touch()
+    place = tmp_path / folder / "x"  # /proc/x/x where folder is absolute
+    options = {"--run": tmp_path / "run", "--out": tmp_path / "new" / "x", option: place}
+    monkeypatch.setattr(model, "load", None)
+    monkeypatch.setattr(model, "build", None)
+    words = [word for pair in options.items() for word in pair]
+    status, _, err = run_here(script, words, monkeypatch, capsys)
+    assert status == 2 and len(err.splitlines()) == 1
+    assert f"{place}" in err and "not writable; choose another place" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def config_with(**changes):
+    """What a file says of its config, with some of it changed."""
+    return json.dumps(TINY_STUDENT.to_dict() | changes)
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"config": "3"}, "a config of 3"),
+        ({"config": "{"}, "Expecting property name"),
+        ({"config": "{}"}, "config fields missing or unknown: audio_channels, "),
+        ({"config": config_with(num_layers="four")}, "num_layers='four'"),
+        ({"config": config_with(sigmas=1.0)}, "sigmas=1.0"),
+        ({"config": config_with(pixel_stride=0)}, ""),
+        ({"config": config_with(), "made_by": "{"}, "Expecting property name"),
+    ],
+)
+def test_foreign_metadata_are_refused_by_file(metadata, message, tmp_path):
+    """No JSON, another kind of value or of table: one line that names the file."""
+    path = tmp_path / "x.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata)
+    with pytest.raises(ValueError, match=f"^{path}: its metadata is not this project's .{message}"):
+        files.read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["hpu", "xla", "privateuseone"])
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(name):
+    """Also where torch looks for a module, or explains itself for a paragraph."""
+    with pytest.raises(ValueError, match=f"^--device {name}: not usable here ") as error:
+        cli.find_device(name)
+    assert str(error.value).endswith("; try --device cpu") and len(str(error.value)) < 160
+
+
+def test_known_names_are_told_as_they_are_typed():
+    """A name with a comma and spaces in it is quoted, and so can be copied."""
+    with pytest.raises(ValueError, match="^--only c: expected some of a 'S = 16, float16'$"):
+        cli.chosen(["c"], ["a", "S = 16, float16"])
+
+
 @pytest.mark.parametrize("shape", [(40, 10), (10, 40), (16, 16)])
 def test_muon_is_torchs_in_better_precision(shape):
     """Five steps end where torch.optim.Muon's do, within the rounding of its bfloat16."""
@@ -346,7 +503,7 @@ def test_muon_is_torchs_in_better_precision(shape):
     "given, expected",
     [
         ([], (150, 8)),
-        (["--config", "full"], (2000, 32)),
+        (["--config", "full"], (400, 32)),
         (["--config", "full", "--steps", "7", "--batch", "4"], (7, 4)),
     ],
 )
