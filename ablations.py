@@ -14,7 +14,8 @@ after the first ten steps; *A0 norm*: the same for the loss of block 0's audio a
 paper's layout is A0, the latent with a single key besides the sinks; *loss*: x0 loss of one pass,
 when clean ends of walks are noised to sigma = 0.5 throughout, on walks that no step has seen;
 *entropy*: of A0's attention, in nats; *share*: of A0's attention that goes to the sinks; both are
-means over layers and heads. Max norm and loss are the paper's columns.
+means over layers and heads. Max norm and loss are the paper's columns. Those of `switches` are what
+they are in `experiments.py`.
 """
 
 import json
@@ -318,13 +319,24 @@ def switches(args) -> Callable:
     def rows(name):
         switch = SWITCHES[name]
         net = train_switch(switch, args)
-        make = partial(evaluate.from_stream, net, codec, STREAMED, window=switch.window)
+        make = evaluate.streams_of(net, codec, STREAMED, window=switch.window)
         return experiments.by_window(name, make, seeds, windows, truth)
 
     return rows
 
 
 # ---- command line ----
+
+
+def check(args):
+    """Raises ValueError for what cannot be trained, judged or written, before anything is."""
+    least = BURN_IN + 1 if args.ablation == "sinks" else 1  # gradients count behind BURN_IN only
+    if args.steps < least:
+        raise ValueError(f"--steps {args.steps}: expected at least {least}")
+    if args.walks <= HELD_BACK:
+        raise ValueError(f"--walks {args.walks}: expected at least {HELD_BACK + 1}")
+    evaluate.check_clips(args.clips)
+    evaluate.check_out(args.out)
 
 
 def main():
@@ -342,13 +354,12 @@ def main():
     args = p.parse_args()
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
     names = cli.chosen(args.only, known)
-    if args.walks < (least := HELD_BACK + 1):
-        raise ValueError(f"--walks {args.walks}: expected at least {least}")
     args.steps = steps if args.steps is None else args.steps
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
+    check(args)
     results = measured(names, ablation(args), args)
-    experiments.write(args, results, table(results), draw(results))
+    evaluate.write(args, {"result": results}, table(results), draw(results))
 
 
 def measured(names, measure, args) -> dict:

@@ -1,25 +1,30 @@
 """The toy JavisBench: what do a model's clips show, do they sound in sync, and for how long?
 
-Every row is scored on the same held-out captions by the same detectors (toy_detectors.py):
+Every row is scored on the same held-out captions by the same detectors. What these see and hear,
+and how F1, DeSync and wall are counted, is in toy_detectors.py; all else is defined here:
 
     F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
-    DeSync    ms between the two; `capped` counts a missing partner as 300 ms
+    DeSync    ms between the two, within 250 ms; `capped` counts a missing partner as 300 ms
     wall      the sound comes from the wall that was hit
-    impacts, onsets   events seen and heard per second, as shares of the true clips' of the same
-              captions and seeds: F1 does not punish silence
+    impacts, onsets   events seen and heard per second, as shares of those in the first five seconds
+              of the true clips of the same captions and seeds: F1 does not punish silence
     caption   colour, speed and material as asked for (mean of the three; each is in the JSON)
     whole     frames with exactly one whole ball
-    kept      identity the caption does not tell (hue, radius, pitch): 1 if it is as in the first 2
-              seconds, 0 if it is as unlike as another clip's
-    spread    how unlike the identities of two clips are, as a share of two true clips'
+    kept      identity the caption does not tell (hue, radius, pitch), in the second half of the
+              judged seconds: 1 if it is as in the clip's first 2 s, 0 if it is as unlike as another
+              clip's. So 0-5 s compares 2.5-5 s with 0-2 s, and 15-20 s compares 17.5-20 s
+    spread    how unlike the identities of two clips are in that second half, as a share of two
+              true clips' in theirs, 2.5-5 s
     Frechet   distance between the distributions of 14 measured features in these clips and in
-              other true ones, computed as FVD and FAD are; see UNITS for the features
+              the first five seconds of other true ones, computed as FVD and FAD are; see UNITS
+              for the features
 
 Numbers stand with 95 % intervals from resampling the clips. Streams are scored in stretches of 5 s,
 so that drift over time would show, and second by second in the plot.
 
     python evaluate.py                     the shipped teacher and students, some minutes
     python evaluate.py --clips 16 --seconds 10
+    python evaluate.py --student            no students and no plot: the teacher and stage I only
 """
 
 import math
@@ -273,9 +278,11 @@ def from_few_steps(net, codec, clips, seed):
 
 
 @torch.inference_mode()
-def from_stream(net, codec, seconds, clips, seed, window=None, steps=None, pinned=True):
-    """Stream one block at a time, as generate.py does, for many captions side by side."""
-    window = teacher.trained_window(net.cfg) if window is None else window
+def from_stream(net, codec, seconds, clips, seed, *, window, steps=None, pinned=True):
+    """Stream one block at a time, as generate.py does, for many captions side by side.
+
+    window   blocks remembered besides prefix and sinks, see teacher.trained_window; None: all
+    """
     text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
     sigmas = dmd.few_step_sigmas(net.cfg, steps)
     g = torch.Generator().manual_seed(seed)
@@ -336,54 +343,119 @@ def five_second_windows(seconds) -> list[tuple[int, int]]:
     return [(t, t + WINDOW) for t in range(0, seconds, WINDOW)]
 
 
-def evaluate(args):
-    """All rows: {name: metrics}, and second by second: {name: [metrics]}."""
-    paths = {"teacher": args.teacher, "stage I": args.few_step}
-    paths |= {short_name(path): path for path in args.student}
-    nets = {name: model.load(path) for name, path in paths.items()}  # what is wrong shows now
-    how = dict(window=args.window, steps=args.steps)
-    dmd.few_step_sigmas(config.TOY, args.steps), CachedView(config.TOY, 2, args.window)
-
-    codec, once, true = toy_codec.load(), five_second_windows(WINDOW), partial(true_clips, WINDOW)
-    other = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
-    others = judge(true, other, once, "other true clips")[0]
-    truth = judge(true, held_out(args.clips), once, "truth")[0]
-    shuffled = judge(true, held_out(args.clips), once, "sounds shuffled", shuffle=True)[0]
-    judged = {"truth": truth, "truth, sounds shuffled": shuffled}
-    for name, make in whole_clips(nets, codec, args.guidance, how).items():
-        judged[name] = judge(make, held_out(args.clips), once, name)[0]
-    rows = {name: with_intervals(w, truth, others) for name, w in judged.items()}
-    by_second = {}
-    for name in map(short_name, args.student):
-        windows = five_second_windows(args.seconds)
-        seconds = [(t, t + 1) for t in range(args.seconds)]
-        make = partial(from_stream, nets[name], codec, args.seconds, **how)
-        judged = judge(make, held_out(args.clips), windows + seconds, name)
-        for (start, stop), w in zip(windows, judged):
-            rows[f"{name}, {start}-{stop} s"] = with_intervals(w, truth, others)
-        by_second[name] = [metrics(w, truth, others) for w in judged[len(windows) :]]
-    return rows, by_second
+OTHER_ROWS = ("truth", "teacher", "stage I")  # what rows that are not a student's begin with
 
 
-def whole_clips(nets, codec, guidance, how) -> dict:
+def load(paths) -> dict:
+    """Students by their names in tables.
+
+    Raises ValueError for a name that another row has.
+    """
+    nets = {}
+    for path in paths:
+        if (name := short_name(path)) in (*OTHER_ROWS, *nets):
+            raise ValueError(f"--student {path}: another row is called {name}; rename a file")
+        nets[name] = model.load(path)
+    return nets
+
+
+def whole_clips(codec, args) -> dict:
     """Who makes clips of five seconds, besides the world: {row: function for `judge`}."""
-    by_teacher = partial(from_teacher, nets["teacher"], codec, guidance=guidance)
-    untrained = student_from(nets["stage I"].state_dict(), config.TOY)
+    few_step = model.load(args.few_step)
+    untrained = student_from(few_step.state_dict(), config.TOY)
+    by_teacher = partial(from_teacher, model.load(args.teacher), codec, guidance=args.guidance)
     return {
         "truth through the codec": partial(through_codec, codec, WINDOW),
         "teacher, 32 steps": partial(by_teacher, teacher.schedule(32)),
         "teacher, 4 steps": partial(by_teacher, config.FOUR_STEPS),
-        "stage I, 4 steps": partial(from_few_steps, nets["stage I"], codec),
-        "stage I streamed, never trained to": partial(from_stream, untrained, codec, WINDOW, **how),
+        "stage I, 4 steps": partial(from_few_steps, few_step, codec),
+        "stage I streamed, never trained to": streams_of(untrained, codec, WINDOW, **asked(args)),
     }
+
+
+def streams_of(net, codec, seconds, **changed):
+    """A student's streams, as a function for `judge`.
+
+    changed   arguments of `from_stream`; by itself the window just holds a clip of training
+    """
+    if "window" not in changed:
+        changed["window"] = teacher.trained_window(net.cfg)
+    return partial(from_stream, net, codec, seconds, **changed)
+
+
+def asked(args) -> dict:
+    """What --window and --steps change."""
+    given = dict(window=args.window, steps=args.steps)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def judge_clips(makers, args) -> dict:
+    """Clips of five seconds, the true ones first: {row: Window}."""
+    seeds, once, true = held_out(args.clips), [(0, WINDOW)], partial(true_clips, WINDOW)
+    shuffled = judge(true, seeds, once, "sounds shuffled", shuffle=True)[0]
+    judged = {"truth": judge(true, seeds, once, "truth")[0], "truth, sounds shuffled": shuffled}
+    return judged | {name: judge(make, seeds, once, name)[0] for name, make in makers.items()}
+
+
+def judge_stream(name, net, codec, args):
+    """A student's streams in stretches, {row: Window}, and second by second, [Window]."""
+    stretches = five_second_windows(args.seconds)
+    seconds = [(t, t + 1) for t in range(args.seconds)]
+    make = streams_of(net, codec, args.seconds, **asked(args))
+    judged = judge(make, held_out(args.clips), stretches + seconds, name)
+    rows = [f"{name}, {start}-{stop} s" for start, stop in stretches]
+    return dict(zip(rows, judged)), judged[len(rows) :]
+
+
+def other_true_clips() -> Window:
+    """What Frechet distances are measured to: clips that nobody is judged on."""
+    seeds = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
+    return judge(partial(true_clips, WINDOW), seeds, [(0, WINDOW)], "other true clips")[0]
+
+
+def evaluate(args):
+    """All rows: {name: metrics with intervals}, and second by second: {student: [metrics]}."""
+    codec, students = toy_codec.load(), load(args.student)
+    judged, seconds = judge_clips(whole_clips(codec, args), args), {}
+    for name, net in students.items():
+        stretches, seconds[name] = judge_stream(name, net, codec, args)
+        judged |= stretches
+    truth, others = judged["truth"], other_true_clips()
+    rows = {name: with_intervals(w, truth, others) for name, w in judged.items()}
+    return rows, {n: [metrics(w, truth, others) for w in ws] for n, ws in seconds.items()}
+
+
+# ---- command line; `experiments.py` and `ablations.py` check and write by the same functions ----
 
 
 def check(args):
     """Raises ValueError for clips that cannot be judged."""
     if args.seconds < WINDOW or args.seconds % WINDOW:
         raise ValueError(f"--seconds {args.seconds}: expected a multiple of {WINDOW}")
-    if args.clips < 2:
-        raise ValueError(f"--clips {args.clips}: expected at least 2")
+    check_clips(args.clips)
+
+
+def check_clips(clips):
+    """Raises ValueError for too few: one clip has no other that it could be unlike."""
+    if clips < 2:
+        raise ValueError(f"--clips {clips}: expected at least 2")
+
+
+def check_out(out, kinds=("json", "md", "png")):
+    """Raises ValueError if results cannot be written there: better now than after all the work."""
+    for kind in kinds:
+        files.check_writable(f"{out}.{kind}", makes_folders=True)
+
+
+def write(args, found, shown, figure):
+    """Write ARGS.OUT.json with what was found, .md with what is shown of it, and .png if drawn."""
+    about = {"command": args.command, **cli.machine(torch.device("cpu"))}
+    about["threads"] = torch.get_num_threads()
+    files.write_json(f"{args.out}.json", {"about": about, **found})
+    files.write_beside(f"{args.out}.md", lambda p: p.write_text(shown + "\n"))
+    if figure:
+        plots.save(figure, f"{args.out}.png")
+    print(f"{shown}\nwrote {args.out}{'.json, .md and .png' if figure else '.json and .md'}")
 
 
 def main():
@@ -393,23 +465,21 @@ def main():
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="its weights")
     cli.add_guidance(p, teacher.GUIDANCE, "of the teacher")
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I student")
-    p.add_argument("--student", nargs="*", default=STUDENTS, help="stage II and III students")
-    p.add_argument("--window", type=int, help="blocks the student remembers; default as trained")
-    p.add_argument("--steps", type=int, help="passes a block; default as trained")
+    p.add_argument("--student", nargs="*", default=STUDENTS, help="of stages II and III; or none")
+    p.add_argument("--window", type=int, help="blocks remembered; default a training clip's")
+    p.add_argument("--steps", type=int, help="passes a block; default as in training")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()
     check(args)
+    check_out(args.out)
+    dmd.few_step_sigmas(config.TOY, args.steps)  # refuses passes that no student knows
+    CachedView(config.TOY, 2, args.window)  # refuses a window that remembers nothing
+    args.command = cli.command(p, args)
     start = time.perf_counter()
     rows, by_second = evaluate(args)
-    print(table(rows))
-    minutes = round((time.perf_counter() - start) / 60, 1)
-    about = {"clips": args.clips, "guidance": args.guidance, "window": args.window or "as trained"}
-    about |= {"minutes": minutes, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    result = {"about": about, "rows": rows, "by_second": by_second}
-    files.write_json(f"{args.out}.json", result)
-    files.write_beside(f"{args.out}.md", lambda p: p.write_text(table(rows) + "\n"))
-    plots.save(charts.draw_drift(by_second), f"{args.out}.png")
-    print(f"wrote {args.out}.json, .md and .png after {minutes} minutes")
+    figure = charts.draw_drift(by_second) if by_second else None
+    write(args, {"rows": rows, "by_second": by_second}, table(rows), figure)
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -170,11 +170,14 @@ def plural(n, noun) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def hint(what, depth=1) -> str:
+def hint(what, depth=1, *more) -> str:
     """A hint for "NAME.function": 1 says where to look, 2 how to go about it, 3 nearly the code.
 
-    Raises ValueError for an unknown exercise or function, listing the known ones, or depth.
+    Raises ValueError for an unknown exercise or function, listing the known ones, or depth, and
+    for `more` than one depth.
     """
+    if more:
+        raise ValueError(f"--hint {' '.join((what, depth, *more))}: expected one depth")
     name, _, function = what.partition(".")
     hints = {task.function: task.hints for task in find(name).tasks}
     if function not in hints:
@@ -293,7 +296,7 @@ def main():
     p.add_argument("--check", action="store_true", help="compare table, modules and tests")
     args = p.parse_args()
     if args.hint:
-        print(hint(*args.hint[:2]))
+        print(hint(*args.hint))
     elif args.check:
         if found := problems():
             raise ValueError("; ".join(found))

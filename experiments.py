@@ -15,8 +15,11 @@
                                     keeps its identity
 
 Each writes results/NAME.json, .md and .png; the last two only assets/NAME.png. Nothing is trained
-here; `ablations.py` is for questions that need a training. Frechet distances are to the true clips
-of the same captions here, so they cannot be compared with those of `evaluate.py`.
+here; `ablations.py` is for questions that need a training.
+
+Metrics are those of `evaluate.py`, but for what they are compared with. Frechet distances are to
+the first five seconds of the true clips of the same captions, so they cannot be compared with its
+own. Shares of events and spread are of these true clips in the very seconds that are judged.
 """
 
 import copy
@@ -24,12 +27,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import charts
 import cli
+import config
 import evaluate
-import files
 import model
 import plots
 import teacher
@@ -38,7 +39,7 @@ import toy_world
 
 # ---- drift ----
 
-STREAMS = {  # what differs from evaluate.from_stream's defaults: window and passes as trained
+STREAMS = {  # what is changed; see evaluate.streams_of
     "window 4": dict(window=4),
     "window 2": dict(window=2),
     "window 8": dict(window=8),
@@ -52,16 +53,15 @@ SHOWN = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
 
 def drift(args):
     """{student, stream: [metrics of seconds 0-5, 5-10, ...]}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    windows = evaluate.five_second_windows(args.seconds)
+    students, codec = evaluate.load(args.student), toy_codec.load()
+    seeds, windows = evaluate.held_out(args.clips), evaluate.five_second_windows(args.seconds)
     true = partial(evaluate.true_clips, args.seconds)
     truth = evaluate.judge(true, seeds, windows, "truth")
     by_time = {}
-    for path in args.student:
-        net, stage = model.load(path), evaluate.short_name(path)
-        for name, how in (STREAMS | {NO_REFRESH: {}}).items():
+    for stage, net in students.items():
+        for name, changed in (STREAMS | {NO_REFRESH: {}}).items():
             streamed = without_refresh(net) if name == NO_REFRESH else net
-            make = partial(evaluate.from_stream, streamed, codec, args.seconds, **how)
+            make = evaluate.streams_of(streamed, codec, args.seconds, **changed)
             judged = evaluate.judge(make, seeds, windows, f"{stage}, {name}")
             rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(judged, truth)]
             by_time[f"{stage}, {name}"] = rows
@@ -92,16 +92,19 @@ def drift_table(by_time) -> str:
 
 # ---- controls ----
 
+# windows that remember all of a training clip of five seconds, with either kind of block 0
+WHOLE, WHOLE_RELEASED = map(teacher.trained_window, (config.TOY, config.TOY_RELEASED))
+
 
 class Student(NamedTuple):
     """Whose streams are compared."""
 
     path: str  # of the weights
     command: str  # that makes them
-    window: int | None = None  # of the streams; None: as far as clips of training reach
+    window: int = WHOLE  # of the streams
 
 
-def trained(name, command, window=None, path=None) -> Student:
+def trained(name, command, window=WHOLE, path=None) -> Student:
     """One that the full run of `reproduce.py` does not make."""
     path = path or f"runs/controls/{name}.safetensors"
     return Student(path, f"{command} --run runs/controls/{name} --out {path}", window)
@@ -111,7 +114,7 @@ SEEDS = 3
 FEW = 500  # steps of stage II, a fifth of the shipped one's
 
 
-def both_stages(names, files, seed, options=("", ""), window=None) -> dict:
+def both_stages(names, files, seed, options=("", ""), window=WHOLE) -> dict:
     """Stages II and III once more, with a seed of their own: {name: Student}."""
     second, third = (f"{file}_{seed}" for file in files)
     in_second, in_third = options
@@ -150,36 +153,43 @@ def students() -> dict:
 
 CONTROLS = students()
 
-RELEASED = " --config toy_released"  # a whole second in block 0
+# ---- memory ----
+
+RELEASED = " --config toy_released"  # block 0 is a whole second: "4+3k" video latents
 HIDING = f"{RELEASED} --windows 0 1 2 3", f"{RELEASED} --window 1"  # options of stages II and III
-SEEN = trained("released_ode_regression", f"ode_regression.py{RELEASED}")
-HIDDEN = trained("hiding_ode_regression", f"ode_regression.py{HIDING[0]}")
-REMEMBERS = "weights/toy_released_self_forcing.safetensors"  # shipped, too
-REMEMBERING = "stage III, 4+3k, past often hidden, window 1"
+HIDDEN = "stage II, 4+3k, past often hidden", "stage III, 4+3k, past often hidden"
+REMEMBERING = f"{HIDDEN[1]}, window 1"  # what keeps its identity best
+SHIPPED_RELEASED = "weights/toy_released_self_forcing.safetensors"  # its weights
 
 
 def memory() -> dict:
-    """Who is compared by `memory`."""
-    hidden = "stage II, 4+3k, past often hidden, window 1", REMEMBERING
-    how = f"self_forcing.py{HIDING[1]} --student {HIDDEN.path}"
-    third = trained("hiding_self_forcing", how, path=REMEMBERS)
+    """Who is compared by `memory`: one thing after the other is changed, in training or streaming.
+
+    In training: a whole second in block 0; near pasts hidden. In streaming: a window of one block.
+    """
+    second, hiding = "released_ode_regression", ("hiding_ode_regression", "hiding_self_forcing")
+    seen = trained(second, f"ode_regression.py{RELEASED}", WHOLE_RELEASED)
+    hidden = trained(hiding[0], f"ode_regression.py{HIDING[0]}", WHOLE_RELEASED)
+    how = f"self_forcing.py{HIDING[1]} --student {hidden.path}"
+    third = trained(hiding[1], how, WHOLE_RELEASED, SHIPPED_RELEASED)
     found = {
         "stage II": CONTROLS["stage II"],
-        "stage II, 4+3k": SEEN,
-        "stage II, 4+3k, window 1": SEEN._replace(window=1),
-        "stage II, 4+3k, past often hidden": HIDDEN,
-        hidden[0]: HIDDEN._replace(window=1),
+        "stage II, 4+3k": seen,
+        "stage II, 4+3k, window 1": seen._replace(window=1),
+        HIDDEN[0]: hidden,
+        f"{HIDDEN[0]}, window 1": hidden._replace(window=1),
         "stage III": CONTROLS["stage III"],
-        "stage III, 4+3k, past often hidden": third,
-        hidden[1]: third._replace(window=1),
+        HIDDEN[1]: third,
+        REMEMBERING: third._replace(window=1),
     }
-    names = "hiding_ode_regression", "hiding_self_forcing"
-    for seed in range(1, SEEDS):
-        found |= both_stages(hidden, names, seed, HIDING, window=1)
-    return found
+    names = f"{HIDDEN[0]}, window 1", REMEMBERING
+    return found | both_stages(names, hiding, 1, HIDING, window=1)
 
 
 MEMORY = memory()
+
+# ---- controls and memory: how they are compared ----
+
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
@@ -195,7 +205,7 @@ def compare(args):
     results = {}
     for name, student in chosen.items():
         net = model.load(student.path)
-        make = partial(evaluate.from_stream, net, codec, args.seconds, window=student.window)
+        make = evaluate.streams_of(net, codec, args.seconds, window=student.window)
         results |= by_window(name, make, seeds, windows, truth)
     shown = over_seeds(results)
     return results | shown, evaluate.table(shown), charts.draw_streams(shown)
@@ -211,15 +221,15 @@ def by_window(name, make, seeds, windows, truth) -> dict:
 
 
 def over_seeds(results) -> dict:
-    """Students of all training seeds become one row, their mean; ± is then half of their range."""
+    """A student of several training seeds becomes one row, their mean; ± is half of their range."""
     shown, pooled = {}, set()
     for name, row in results.items():
         student, _, seconds = name.rpartition(", ")
         others = [f"{seeded(student, s)}, {seconds}" for s in range(1, SEEDS)]
-        if results.keys() >= set(others):
+        if others := [other for other in others if other in results]:
             rows = [row, *(results[other] for other in others)]
             mean = {metric: over([r[metric][0] for r in rows]) for metric in row}
-            shown[f"{student}, {SEEDS} seeds, {seconds}"] = mean
+            shown[f"{student}, {1 + len(others)} seeds, {seconds}"] = mean
             pooled.update(others)
         elif name not in pooled:
             shown[name] = row
@@ -260,7 +270,7 @@ def joint(args):
     truth = evaluate.judge(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
     makers = {
         "teacher": (args.real, lambda net: partial(evaluate.from_teacher, net, codec, WALK)),
-        "stage III": (args.student[-1], lambda net: partial(evaluate.from_stream, net, codec, 5)),
+        "stage III": (args.student[-1], lambda net: evaluate.streams_of(net, codec, 5)),
     }
     results = {}
     for who, (path, maker) in makers.items():
@@ -283,14 +293,14 @@ def joint(args):
 
 def gallery(args):
     """A held-out caption, five seconds each: frames and sound."""
-    codec, seconds = toy_codec.load(), args.seconds
+    students, codec = evaluate.load(args.student), toy_codec.load()
     clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
     shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
     teacher_clip = evaluate.from_teacher(model.load(args.real), codec, WALK, clips, 0)
     shown["teacher"] = (*teacher_clip, 0)
-    for path in args.student:
-        stream = evaluate.from_stream(model.load(path), codec, seconds, clips, 0)
-        shown[evaluate.short_name(path)] = (*stream, seconds - 5)
+    for name, net in students.items():
+        stream = evaluate.streams_of(net, codec, args.seconds)(clips, 0)
+        shown[name] = (*stream, args.seconds - 5)
     firsts = {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
     return plots.draw_gallery(words_of(clips)[0], firsts)
 
@@ -304,30 +314,29 @@ def words_of(clips) -> list[str]:
 def identity(args):
     """Three held-out captions by both shipped students of stage III: a frame every three seconds.
 
-    Clips of a caption begin at the same noise.
+    Strips of a caption begin at the same noise, and stand one below the other.
     """
     first = toy_world.HELD_OUT + args.clip
     clips, codec = toy_world.draw_clips(range(first, first + 3)), toy_codec.load()
     shown = {}
-    for who, name in (("1+3k", "stage III"), ("4+3k", REMEMBERING)):
-        student = MEMORY[name]
-        how = model.load(student.path), codec, args.seconds, clips, 0, student.window
-        for words, frames in zip(words_of(clips), evaluate.from_stream(*how)[0]):
-            shown[f"{words}, {who}"] = frames
+    for blocks, student in (("1+3k", MEMORY["stage III"]), ("4+3k", MEMORY[REMEMBERING])):
+        net, how = model.load(student.path), dict(window=student.window)
+        films, _ = evaluate.streams_of(net, codec, args.seconds, **how)(clips, 0)
+        shown |= {f"{words}, {blocks}": film for words, film in zip(words_of(clips), films)}
     return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3)
 
 
 # ---- command line ----
 
 
-def write(args, result, table, figure):
-    """Write ARGS.OUT.json, .md and .png, and print the table."""
-    about = {"command": args.command, "torch": torch.__version__}
-    about["threads"] = torch.get_num_threads()
-    files.write_json(f"{args.out}.json", {"about": about, "result": result})
-    files.write_beside(f"{args.out}.md", lambda p: p.write_text(table + "\n"))
-    plots.save(figure, f"{args.out}.png")
-    print(f"{table}\nwrote {args.out}.json, .md and .png")
+def check(args):
+    """Raises ValueError for what cannot be judged, compared, shown or written."""
+    evaluate.check(args)
+    if args.only is not None and args.experiment not in COMPARED:
+        raise ValueError(f"--only: for {' and '.join(COMPARED)}; {args.experiment} has no choice")
+    if args.clip < 0:
+        raise ValueError(f"--clip {args.clip}: expected 0 or more")
+    evaluate.check_out(args.out, ("png",) if args.experiment in PICTURES else ("json", "md", "png"))
 
 
 def main():
@@ -336,19 +345,20 @@ def main():
     p.add_argument("--clips", type=int, default=32, help="held-out clips a row")
     p.add_argument("--seconds", type=int, default=60, help="of the streams, in fives")
     p.add_argument(
-        "--student", nargs="*", default=evaluate.STUDENTS, help="weights, stage by stage"
+        "--student", nargs="+", default=evaluate.STUDENTS, help="weights, stage by stage"
     )
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
     p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these")
     p.add_argument("--clip", type=int, default=0, help="gallery, identity: which held-out caption")
     p.add_argument("--out", help="default results/EXPERIMENT")
     args = p.parse_args()
-    evaluate.check(args)
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
     folder = "assets" if args.experiment in PICTURES else "results"
     args.out = args.out or f"{folder}/{args.experiment}"
+    check(args)
     if args.experiment in EXPERIMENTS:
-        write(args, *EXPERIMENTS[args.experiment](args))
+        results, table, figure = EXPERIMENTS[args.experiment](args)
+        evaluate.write(args, {"result": results}, table, figure)
     else:
         plots.save(PICTURES[args.experiment](args), f"{args.out}.png")
         print(f"wrote {args.out}.png")

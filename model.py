@@ -7,7 +7,8 @@ the cached (streaming) student; only the `view` differs: what queries may attend
 
 Legend, for the whole project
     B clips, T tokens, F latent frames, C channels, H heads, D width per head, S sinks, N blocks,
-    Q, K queries and keys where they differ; subscripts _v and _a for the stream.
+    Q, K queries and keys where they differ (a caption's tokens are keys), L noise levels; _v and
+    _a for the stream. Of decoded clips: P pictures of H x W pixels, M steps of the sound.
     sigma   noise level in [0, 1]: **1 is pure noise, 0 is clean**
     x_sigma = (1 - sigma) x0 + sigma noise,   velocity v = noise - x0,   x0 = x_sigma - sigma v
 
@@ -332,7 +333,7 @@ class Stream(nn.Module):
         return Modulation(main, cross, gate, final)
 
     def project_text(self, features):
-        """Caption features (B, L, C_text) -> keys and values of every layer's text attention."""
+        """Caption features (B, K, C_text) -> keys and values of every layer's text attention."""
         c = self.caption_2(F.gelu(self.caption_1(features), approximate="tanh"))
         return [layer.text_attn.keys_values(c) for layer in self.layers]
 
@@ -346,9 +347,9 @@ class Stream(nn.Module):
 class Text(NamedTuple):
     """A prompt as the layers read it: projected once, used by every pass."""
 
-    video: list  # per layer: keys and values (B, L, H, D_v)
-    audio: list  # per layer: keys and values (B, L, H, D_a)
-    mask: torch.Tensor | None  # (B, 1, 1, L) booleans, True = read this token
+    video: list  # per layer: keys and values (B, K, H, D_v)
+    audio: list  # per layer: keys and values (B, K, H, D_a)
+    mask: torch.Tensor | None  # (B, 1, 1, K) booleans, True = read this token
 
 
 # ---- both ----
@@ -367,7 +368,7 @@ class OmniTransformer(nn.Module):
         self.fork = contextlib.nullcontext  # how audio runs beside video, see graphs.SideStream
 
     def project_text(self, video_features, audio_features=None, mask=None) -> Text:
-        """Caption features (B, L, C_text), one per stream or shared, and an (B, L) 0/1 mask."""
+        """Caption features (B, K, C_text), one per stream or shared, and a (B, K) 0/1 mask."""
         audio_features = video_features if audio_features is None else audio_features
         mask = None if mask is None else mask.bool()[:, None, None, :]
         return Text(

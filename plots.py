@@ -177,13 +177,13 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
         _draw_stretch(pair, frames, sound, events, r * row_seconds, width, per_second, cfg)
     axes[-1, 0].set_xlabel("seconds")
     marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
-    figure.suptitle(title + (marks if cfg.name == "toy" else ""))
+    figure.suptitle(title + (marks if cfg.is_toy else ""))
     return figure
 
 
 def clip_events(frames, sound, cfg):
     """(times, walls) of what is seen and of what is heard; the detectors know the toy's ball."""
-    if cfg.name != "toy":
+    if not cfg.is_toy:
         return ((), ()), ((), ())
     ball = toy_detectors.see_ball(frames[None])
     return toy_detectors.find_impacts(ball, cfg)[0], toy_detectors.find_onsets(sound[None], cfg)[0]
@@ -230,12 +230,12 @@ def _draw_strip(ax, frames, start, width, per_second, cfg):
 def _draw_bands(ax, sound, start, width, cfg):
     piece = sound[start * cfg.mel_rate : int((start + width) * cfg.mel_rate) + 1]
     end = start + len(piece) / cfg.mel_rate
-    low, high = (0, 1) if cfg.name == "toy" else (float(sound.min()), float(sound.max()))
+    low, high = (0, 1) if cfg.is_toy else (float(sound.min()), float(sound.max()))
     ax.imshow(
         piece.T.numpy(), extent=(start, end, 0, piece.shape[1]), origin="lower", aspect="auto",
         cmap="magma", vmin=low, vmax=high, interpolation="nearest",
     )  # fmt: skip
-    if cfg.name == "toy":
+    if cfg.is_toy:
         ax.set_yticks([b + 0.5 for b in toy_world.WALL_BANDS], toy_world.WALLS, fontsize=7)
     ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
     ax.tick_params(axis="x", labelsize=7)
@@ -365,6 +365,8 @@ def main():
     cfg = cli.find_config(args.config)
     if args.blocks < 1:
         raise ValueError(f"--blocks {args.blocks}: expected 1 or more")
+    if args.window is not None and args.window < 0:
+        raise ValueError(f"--window {args.window}: expected 0 or more")
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
     save(draw_masks(cfg, args.blocks, args.window), args.out)

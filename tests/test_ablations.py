@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_clip, random_model
+from helpers import random_clip, random_model, run_here
 
 import ablations
 import cli
@@ -143,7 +143,7 @@ def test_an_interrupted_run_goes_on_at_the_variant_where_it_was(run, tmp_path, m
             raise KeyboardInterrupt
         return {name: {"max_norm": len(measured)}}
 
-    fake = ablations.SINKS, 1, lambda args: measure, str, draw_none
+    fake = ablations.SINKS, ablations.BURN_IN + 1, lambda args: measure, str, draw_none
     monkeypatch.setitem(ablations.ABLATIONS, "sinks", fake)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run("sinks", "--only", "S = 0", "S = 2")
@@ -162,7 +162,35 @@ def test_an_unknown_variant_is_refused(run, capsys):
     """One line that lists what there is."""
     with pytest.raises(SystemExit, match="2"):
         run("sinks", "--only", "S = 7")
-    assert "--only S = 7: expected some of S = 0, S = 2" in capsys.readouterr().err
+    assert "--only 'S = 7': expected some of 'S = 0' 'S = 2'" in capsys.readouterr().err
+
+
+BAD = {
+    "steps": (("sinks", "--steps", 10), "--steps 10: expected at least 11"),
+    "no steps": (("switches", "--steps", 0), "--steps 0: expected at least 1"),
+    "walks": (("sinks", "--walks", 32), "--walks 32: expected at least 33"),
+    "clips": (("switches", "--clips", 0), "--clips 0: expected at least 2"),
+    "out": (("sinks", "--out", "README.md/e"), "README.md/e.json: not writable"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    """Exit status 2, before any walk is drawn."""
+    monkeypatch.setattr(ablations, "start_and_walks", None)
+    monkeypatch.setattr(ablations.evaluate, "judge", None)
+    status, out, err = run_here(ablations, (*arguments, "--run", tmp_path), monkeypatch, capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_the_result_says_how_it_was_measured(run, tmp_path, monkeypatch):
+    """A line that repeats it, with what, where and when."""
+    fake = ablations.SINKS, 11, lambda args: lambda name: {name: {}}, str, draw_none
+    monkeypatch.setitem(ablations.ABLATIONS, "sinks", fake)
+    run("sinks", "--only", "S = 0")
+    about = json.loads((tmp_path / "x.json").read_text())["about"]
+    assert about.keys() == {"command", "device", "torch", "cuda", "date", "threads"}
+    assert about["command"].endswith("--only 'S = 0' -- sinks")
 
 
 @pytest.mark.parametrize("switch", ablations.SWITCHES.values(), ids=list(ablations.SWITCHES))

@@ -1,12 +1,11 @@
 """The evaluator ranks what it should rank, and says how sure it is."""
 
 import json
-import sys
 from functools import partial
 
 import pytest
+from helpers import run_here
 
-import cli
 import config
 import evaluate
 import files
@@ -64,33 +63,87 @@ def test_intervals_hold_the_value(truth):
     assert narrow[2] - narrow[1] < wide[2] - wide[1]
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    """evaluate.py writes table, JSON and plot; even for students that know nothing yet."""
-    paths = []
-    for cfg in (config.TOY_TEACHER, config.TOY):
-        paths.append(str(tmp_path / f"{cfg.name}.safetensors"))
-        files.save_weights(paths[-1], model.build(cfg).state_dict(), cfg, {})
+def untrained(folder, cfg):
+    """The path of weights that know nothing yet."""
+    path = folder / f"{cfg.name}.safetensors"
+    files.save_weights(path, model.build(cfg).state_dict(), cfg, {})
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the command line with a teacher that knows nothing yet -> what it wrote to e.json."""
     monkeypatch.setattr(evaluate, "REFERENCE_CLIPS", 16)
     monkeypatch.setattr(evaluate, "RESAMPLES", 5)
     monkeypatch.setattr(evaluate.teacher, "schedule", lambda steps: [1.0, 0.5, 0.0])
-    out = str(tmp_path / "e")
-    arguments = ["--clips", "2", "--seconds", "5", "--student", paths[1]]
-    arguments += ["--teacher", paths[0], "--few-step", paths[0]]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments, "--out", out])
-    cli.run(evaluate.main)
-    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    made = untrained(tmp_path, config.TOY_TEACHER)
+
+    def run(*arguments):
+        small = "--clips", 2, "--seconds", 5, "--teacher", made, "--few-step", made
+        how = *small, "--out", tmp_path / "new" / "e", *arguments
+        status, out, _ = run_here(evaluate, how, monkeypatch, capsys)
+        assert status == 0 and (tmp_path / "new" / "e.md").read_text().strip() in out
+        return json.loads((tmp_path / "new" / "e.json").read_text())
+
+    return run
+
+
+def test_command_line(run, tmp_path):
+    """evaluate.py writes table, JSON and plot; even for students that know nothing yet."""
+    rows = run("--student", untrained(tmp_path, config.TOY))["rows"]
     assert {"truth", "stage I, 4 steps", "stage I streamed, never trained to"} <= rows.keys()
     assert "toy, 0-5 s" in rows
-    assert (tmp_path / "e.md").read_text().strip() in capsys.readouterr().out
-    assert (tmp_path / "e.png").exists()
+    assert (tmp_path / "new" / "e.png").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "7"], ["--clips", "1"], ["--teacher", "no"]])
-def test_bad_input(arguments, monkeypatch, capsys):
-    """Bad input is one line on stderr and exit status 2."""
-    monkeypatch.setattr(evaluate, "REFERENCE_CLIPS", 16)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--clips", "2", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.run(evaluate.main)
-    lines = [x for x in capsys.readouterr().err.splitlines() if "evaluate.py:" in x]
-    assert stop.value.code == 2 and len(lines) == 1
+def test_without_students_there_are_the_other_rows(run, tmp_path, monkeypatch):
+    """An empty --student: a table, no plot of streams; the JSON says how it was measured."""
+    makers = {"stage I, 4 steps": partial(evaluate.true_clips, 5)}
+    monkeypatch.setattr(evaluate, "whole_clips", lambda codec, args: makers)
+    result = run("--guidance", 1, 1, "--student")
+    assert list(result["rows"]) == ["truth", "truth, sounds shuffled", "stage I, 4 steps"]
+    assert result["by_second"] == {} and not (tmp_path / "new" / "e.png").exists()
+    about = result["about"]
+    assert about.keys() == {"command", "device", "torch", "cuda", "date", "threads"}
+    assert about["command"].startswith("python evaluate.py --clips 2 --seconds 5 --teacher ")
+    assert " --guidance 1.0 1.0 " in about["command"] and about["command"].endswith(" --student")
+
+
+@pytest.mark.parametrize("cfg, least", [(config.TOY, 4), (config.TOY_RELEASED, 3)])
+def test_a_window_of_none_is_all(cfg, least, monkeypatch):
+    """None means all blocks, as everywhere; unless told otherwise, streams just hold a clip."""
+    asked = []
+
+    def rollout(net, text_at, blocks, sigmas, generator, batch, window, pinned):
+        asked.append(window)
+        raise StopIteration
+
+    monkeypatch.setattr(evaluate.self_forcing, "rollout", rollout)
+    net, clips = model.build(cfg), toy_world.draw_clips([toy_world.HELD_OUT])
+    for changed in (dict(window=None), {}):
+        with pytest.raises(StopIteration):
+            evaluate.streams_of(net, None, 10, **changed)(clips, 0)
+    assert asked == [None, least]
+
+
+STAGE_III = evaluate.STUDENTS[1]
+BAD = {
+    "seconds": (["--seconds", 7], "--seconds 7: expected a multiple of 5"),
+    "clips": (["--clips", 1], "--clips 1: expected at least 2"),
+    "no file": (["--teacher", "no"], "no: no such file"),
+    "passes": (["--steps", 5], "5 steps: the student knows 4 noise levels"),
+    "window": (["--window", 0], "window=0: a block must remember"),
+    "out": (["--out", "README.md/e"], "README.md/e.json: not writable"),
+    "same names": (["--student", STAGE_III, STAGE_III], "another row is called self_forcing"),
+    "a teacher": (
+        ["--student", "weights/toy_teacher.safetensors"], "another row is called teacher"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input(arguments, message, monkeypatch, capsys):
+    """Bad input is one line on stderr and exit status 2, before any clip is made."""
+    monkeypatch.setattr(evaluate, "judge", None)
+    status, out, err = run_here(evaluate, ["--clips", 2, *arguments], monkeypatch, capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err

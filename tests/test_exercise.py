@@ -179,6 +179,7 @@ BAD = {
     "unknown function": (["--hint", "masks.x"], "expected masks. and one of block_of_frame"),
     "unknown hint": (["--hint", "m.x"], "exercise 'm': unknown"),
     "depth": (["--hint", "masks.may_attend", "4"], "expected a depth of 1, 2, 3"),
+    "two depths": (["--hint", "dmd.denoise", "2", "3"], "denoise 2 3: expected one depth"),
     "handout": (["--handout", exercise.ROOT], "not empty"),
     "flag": (["--solve"], "unrecognized arguments: --solve"),
 }

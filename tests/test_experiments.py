@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_clip, random_model
+from helpers import random_clip, random_model, run_here
 
 import cli
 import config
@@ -42,13 +42,15 @@ def weights(tmp_path):
 
 
 def test_drift_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
-    """Two kinds of stream of ten seconds: a row for every five seconds."""
+    """Two kinds of stream of ten seconds: a row for every five seconds, and how it was measured."""
     streams = {"window 2": dict(window=2), "nothing pinned": dict(pinned=False)}
     monkeypatch.setattr(experiments, "STREAMS", streams)
     out = tmp_path / "drift"
     arguments = ["--clips", 2, "--seconds", 10, "--student", weights["toy"], "--out", out]
     run(monkeypatch, "drift", *arguments)
-    result = json.loads((tmp_path / "drift.json").read_text())["result"]
+    written = json.loads((tmp_path / "drift.json").read_text())
+    result, about = written["result"], written["about"]
+    assert about["command"].endswith("-- drift") and {"device", "date", "threads"} <= about.keys()
     assert [len(rows) for rows in result.values()] == [2, 2, 2]  # and without refresh
     assert "| toy, nothing pinned | 5-10 |" in (tmp_path / "drift.md").read_text()
 
@@ -102,15 +104,40 @@ def test_an_unknown_student_is_refused(monkeypatch, capsys):
     """The line says who is compared."""
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "memory", "--only", "nobody")
-    assert "--only nobody: expected some of stage II, stage II, 4+3k" in capsys.readouterr().err
+    assert "--only nobody: expected some of 'stage II' 'stage II, 4+3k'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bad", [("--clips", 0), ("--seconds", 0), ("--seconds", 7)])
-def test_streams_that_cannot_be_judged_are_refused(bad, monkeypatch, capsys):
-    """One line, before anything is made."""
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "drift", *bad)
-    assert f"{bad[0]} {bad[1]}: expected" in capsys.readouterr().err
+STAGE_III = experiments.evaluate.STUDENTS[1]
+BAD = {
+    "clips": (("drift", "--clips", 0), "--clips 0: expected"),
+    "no seconds": (("drift", "--seconds", 0), "--seconds 0: expected"),
+    "seconds": (("drift", "--seconds", 7), "--seconds 7: expected"),
+    "clip": (("gallery", "--clip", -1), "--clip -1: expected 0 or more"),
+    "no student": (("joint", "--student"), "--student: expected at least one argument"),
+    "same names": (("drift", "--student", STAGE_III, STAGE_III), "called self_forcing; rename"),
+    "a teacher": (
+        ("gallery", "--student", "weights/toy_teacher.safetensors"), "called teacher; rename"
+    ),
+    "only": (("drift", "--only", "stage II"), "--only: for controls and memory; drift has no"),
+    "out": (("joint", "--out", "README.md/e"), "README.md/e.json: not writable"),
+    "out of a picture": (("identity", "--out", "README.md/e"), "README.md/e.png: not writable"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(arguments, message, monkeypatch, capsys):
+    """Exit status 2, before any clip is made."""
+    for makes in ("judge", "true_clips", "from_stream"):
+        monkeypatch.setattr(experiments.evaluate, makes, None)
+    status, out, err = run_here(experiments, arguments, monkeypatch, capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_student_says_its_window():
+    """A number, as many blocks as a clip of its own config has, unless its name says otherwise."""
+    for name, student in (experiments.CONTROLS | experiments.MEMORY).items():
+        whole = 3 if "4+3k" in name else 4
+        assert student.window == (1 if "window 1" in name else whole), name
 
 
 @pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])

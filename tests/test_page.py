@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 import torch
+from helpers import run_here
 
 import config
 import page
+import plots
 import toy_world
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -46,6 +48,25 @@ def test_what_is_drawn_is_what_happened():
     assert max(abs(a - b) for a, b in zip(*inside)) < 0.03
     levels = torch.tensor(data["levels"])
     assert levels.shape == (151, toy_world.BANDS) and levels.min() == 0 and levels.max() == 100
+
+
+@pytest.mark.parametrize("cfg", [config.TOY_RELEASED, config.TOY_TEACHER], ids=lambda cfg: cfg.name)
+def test_every_toy_has_events_and_walls(cfg):
+    """Marks and labels belong to the toy's world, whichever blocks its model has."""
+    data = [page.contents(*toy_clip(), c, num_blocks=4, window=1) for c in (cfg, config.TOY)]
+    assert data[0]["seen"] == data[1]["seen"] != [] and data[0]["heard"] == data[1]["heard"] != []
+    figure = plots.draw_clip(*toy_clip(), cfg=cfg)
+    walls = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert tuple(walls) == toy_world.WALLS and "onsets heard" in figure.get_suptitle()
+    plots.plt.close(figure)
+
+
+def test_masks_of_an_impossible_window_are_refused(tmp_path, monkeypatch, capsys):
+    """One line, and nothing is drawn; a window of 0 hides every near past, which is possible."""
+    out = tmp_path / "masks.png"
+    status, _, err = run_here(plots, ["--window", -3, "--out", out], monkeypatch, capsys)
+    assert status == 2 and err == "plots.py: --window -3: expected 0 or more\n"
+    assert not out.exists()
 
 
 def test_of_a_long_stream_the_first_part_is_shown():
