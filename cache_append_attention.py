@@ -11,10 +11,11 @@ module is everything in between:
     check      C sees only pointers, so dtype, device, shape and alignment are checked here
 
 Two operators: `append` norms, rotates and writes, for SDPA to follow; `fused` attends as well, in
-one launch, and is meant for few queries and few new keys.
+one launch, and is meant for few queries and few new keys (`are_few`).
 
 Neither knows about gradients. `supports` says whether the kernel may run; when it may not, the
-PyTorch version does. `require` turns "PyTorch runs instead" into an error, for benchmarks.
+PyTorch version does. A benchmark must not take one for the other: `require` asks once whether there
+is a kernel, and within `strict` every call that would fall back to PyTorch is an error.
 
 Under a CUDA graph: nothing here waits for the GPU, and memory comes from PyTorch. Sizes and slots
 are part of a captured launch, so a stream needs a graph per place in the ring.
@@ -334,27 +335,59 @@ if not hasattr(torch.ops.omniforcing, "fused"):  # a graded exercise imports mod
 
 # ---- call ----
 
+_is_strict = False  # see `strict`
+
+
+@contextlib.contextmanager
+def strict(on=True):
+    """Within this, what PyTorch would have to do instead raises ValueError, from `supports`.
+
+    For benchmarks: which path runs is asked anew at every attention, not only once.
+    """
+    global _is_strict
+    before, _is_strict = _is_strict, on
+    try:
+        yield
+    finally:
+        _is_strict = before
+
 
 def supports(q, k, v, heads) -> bool:
     """Whether the kernel may replace PyTorch for these raw projections (B, T, H*D).
 
     They may be slices: of a product that makes all three, of a pass over two blocks.
+    Raises ValueError within `strict` if it may not.
     """
-    if isinstance(kernel_or_reason(q.device), str) or q.shape[-1] // heads.count not in HEAD_SIZES:
-        return False
+    reason = why_not(q, k, v, heads)
+    if reason and _is_strict and q.device.type != "meta":  # where nothing runs anyway
+        raise ValueError(f"PyTorch would have to do an attention of the CUDA kernel: {reason}")
+    return reason is None
+
+
+def why_not(q, k, v, heads) -> str | None:
+    """What keeps the kernel from doing this attention; None: nothing does."""
+    if isinstance(reason := kernel_or_reason(q.device), str):
+        return reason
+    if (D := q.shape[-1] // heads.count) not in HEAD_SIZES:
+        return f"heads of {D}, expected one of {HEAD_SIZES}"
     tensors = (q, k, v, heads.q_weight, heads.k_weight)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False
-    return all(t.dtype == q.dtype in DTYPES for t in tensors) and all(
-        map(has_whole_rows, (q, k, v))
-    )
+        return "a gradient is asked for"
+    if not all(t.dtype == q.dtype in DTYPES for t in tensors):
+        return f"it would take {', '.join(sorted({str(t.dtype) for t in tensors}))}"
+    if not all(map(has_whole_rows, (q, k, v))):
+        return f"strides {q.stride()}, {k.stride()}, {v.stride()} are not of whole rows"
+    return None
 
 
 def are_few(q, k) -> bool:
     """Whether one launch should do it all.
 
     A block makes every new key for itself and reads its whole row, of all heads, for the norm:
-    nothing for 25 audio tokens, more work than attention itself for 1152 video tokens.
+    nothing for 25 audio tokens, more work than attention itself for 1152 video tokens. So V2A, with
+    25 audio queries over 1152 new video keys, goes by `append` today. It would fit (170 of the 227
+    KB of shared memory that a block may have on an H100), and which way is faster is not measured
+    on a GPU yet: benchmarks/bench_attention.py times both.
     """
     return max(q.shape[1], k.shape[1]) <= FEW
 

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 import exercise
 import files
@@ -28,6 +29,11 @@ def pytest_addoption(parser):
     group.addoption(
         "--answers", metavar="FOLDER", default=exercise.ANSWERS, help="where NAME.py lies instead"
     )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no GPU")
 
 
 def pytest_configure(config):

@@ -3,6 +3,7 @@
     python generate.py
     python generate.py --prompt "blue slow wood" --seconds 20 --seed 3
     python generate.py --prompt "0: red fast metal" --prompt "5: blue slow wood" --seconds 10
+    python generate.py --config toy_released --window 1 --seconds 60
 
 Writes out.mp4 (24 frames a second, with sound) and out.png (its frames above the bands of its
 sound, impacts and onsets marked).
@@ -11,8 +12,10 @@ A prompt of the toy names a colour (red green blue yellow), a speed (slow fast) 
 metal), in any order; what is left out, the model chooses. "5: ..." switches prompts at second 5.
 
 Every block is one second (block 0 a single frame); the model remembers --window seconds of its past
-besides the very first frame, so that memory and time per block stay the same for ever. Interrupting
-leaves a playable file of all finished blocks. The same seed gives the same bytes on one machine.
+besides block 0, so that memory and time per block stay the same for ever. The student of
+toy_released has a whole second in block 0, as the later release, and forgets less of how its ball
+looks and sounds. Interrupting leaves a playable file of all finished blocks. The same seed gives
+the same bytes on one machine.
 
 At full size, on one GPU, with published weights or with noise in their place (to measure):
 
@@ -27,7 +30,8 @@ diffusers' format, for text_encoder, tokenizer, connectors, vae, audio_vae and v
 changes rounding, so a film is not the same bit by bit, and nothing else.
 
 How speed is counted:  TTFC  from having weights and prompt to the first second of picture and sound
-written;  passes  the transformer alone;  end to end  with decoding and writing.
+written;  passes  the transformer alone;  end to end  with decoding and writing; both of the median
+block from the third on. --report has the whole stream's as well, and every block's and stage's.
 """
 
 import contextlib
@@ -52,7 +56,7 @@ import self_forcing
 import teacher
 from captions import toy_features
 from masks import block_seconds, num_blocks
-from movie import Movie, check_writable
+from movie import Movie, check_film
 from parts import Order
 from stopwatch import Stopwatch
 
@@ -99,6 +103,22 @@ def parse_cues(prompts, seconds, check=toy_features) -> list[Cue]:
     return cues
 
 
+def prompt_at(start, cues) -> int:
+    """Which prompt a block reads that begins at this second: the last that began by then."""
+    return max(i for i, cue in enumerate(cues) if cue.seconds <= start)
+
+
+def check_read(cues, blocks, cfg):
+    """Raises ValueError for a prompt that no block would read: a switch waits for the next one."""
+    starts = [block_seconds(k, cfg)[0] for k in range(blocks)]
+    read = {prompt_at(start, cues) for start in starts}
+    for cue in (cue for i, cue in enumerate(cues) if i not in read):
+        raise ValueError(
+            f"no block would read the prompt at second {cue.seconds:g}: one begins every "
+            f"{cfg.block_seconds:g} s, the last at {starts[-1]:g}"
+        )
+
+
 @torch.inference_mode()
 def stream(
     net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_features,
@@ -111,7 +131,7 @@ def stream(
              a whole second, no key is ever further away than in a training clip of 5 seconds
     steps    passes a block besides the refresh, default as trained
     batch    clips side by side, different only in their noise
-    read     words -> caption features (1, L, C_text), one for both streams or one for each
+    read     words -> caption features (1, K, C_text), one for both streams or one for each
     merge    refresh a block in the first pass of the next one; this and `view`: see `rollout`
     """
     cfg, blocks = net.cfg, num_blocks(seconds, net.cfg)
@@ -120,8 +140,7 @@ def stream(
     texts = []  # the keys and values of each prompt, projected when its time has come
 
     def text_at(k):
-        start = block_seconds(k, cfg)[0]
-        index = max(i for i, cue in enumerate(cues) if cue.seconds <= start)
+        index = prompt_at(block_seconds(k, cfg)[0], cues)
         while len(texts) <= index:
             features = read(cues[len(texts)].prompt)
             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
@@ -167,19 +186,18 @@ def run(blocks, decoder, movie, seconds, watch):
     Ctrl-C and a polite kill end it early, with every finished block written.
     """
     sheet = []
+    movie.add = watch.watch("write", movie.add, by_cpu=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bar = tqdm(
         total=seconds, unit="s", desc="video", bar_format="{desc} {n:.0f}/{total:.0f} s {bar}"
     )
     try:
         for block in blocks:
-            watch.passes.append(watch.lap())
+            watch.block_made()
             low, high = block_seconds(block.index, decoder.cfg)
             with signals_wait():
                 add(decoder.decode(block), movie, sheet, decoder.cfg)
-                watch.output.append(watch.lap())
-            if watch.ttfc is None and movie.frames > decoder.cfg.fps:  # frame 0 and one second
-                watch.ttfc = watch.last - watch.start
+                watch.block_written(movie.frames > decoder.cfg.fps)  # frame 0 and one second
             bar.update(high - low)
             bar.write(line_of(block.index, low, high, watch), file=sys.stdout)
     except KeyboardInterrupt:
@@ -247,18 +265,24 @@ def options():
 
 def parse(args) -> Order:
     """Raises ValueError for an order that cannot be carried out."""
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: expected 0 or more, and less than 2^63")
     cfg = cli.find_config(args.config)
     if cfg.name not in STREAMED:
         raise ValueError(f"--config {cfg.name}: no student; expected one of {', '.join(STREAMED)}")
     is_toy, seconds = cfg.is_toy, parse_seconds(args.seconds)
-    num_blocks(seconds, cfg), dmd.few_step_sigmas(cfg, args.steps)
+    blocks = num_blocks(seconds, cfg)
+    dmd.few_step_sigmas(cfg, args.steps)  # complains of --steps
     prompts = args.prompt or [TOY_PROMPT if is_toy else FULL_PROMPT]
     cues = parse_cues(prompts, seconds, toy_features if is_toy else captions.check)
+    check_read(cues, blocks, cfg)
     window = teacher.trained_window(cfg) if args.window is None else args.window
     if window < 1:
         raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
     if cfg.name not in parts.WEIGHTS and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
+    if is_toy and args.ltx2:
+        raise ValueError(f"--ltx2 {args.ltx2}: --config {cfg.name} has a codec of its own")
     if not is_toy and args.weights != "random" and not args.ltx2:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
     dtype = DTYPES[args.dtype or ("float32" if is_toy else "bfloat16")]
@@ -271,9 +295,7 @@ def parse(args) -> Order:
 def main():
     args = options().parse_args()
     order = parse(args)
-    check_writable(args.out)
-    for path in filter(None, (args.html, args.report)):
-        files.check_writable(path)
+    check_targets(args.out, *filter(None, (args.html, args.report)))
     made = parts.parts_for(order)
     watch = Stopwatch(order.device)
     decoder, cfg = made.make_decoder(watch.watch), made.net.cfg
@@ -281,8 +303,9 @@ def main():
     size = cfg.height, cfg.width
     movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
     try:
-        how = order.seconds, args.seed, order.window, order.steps, 1, made.read
-        blocks = stream(made.net, order.cues, *how, "merge" in order.speedups)
+        how = dict(window=order.window, steps=order.steps, read=made.read)
+        merge = "merge" in order.speedups
+        blocks = stream(made.net, order.cues, order.seconds, args.seed, merge=merge, **how)
         sheet = run(blocks, decoder, movie, order.seconds, watch)
     except BaseException:
         movie.discard()
@@ -291,13 +314,30 @@ def main():
     finish(args, order, sheet, watch, movie.frames, made.text_seconds)
 
 
+def sheet_of(film) -> Path:
+    """Where a film's contact sheet is written."""
+    return Path(film).with_suffix(".png")
+
+
+def check_targets(film, *others):
+    """Raises ValueError for a file that cannot be written, or two that are one."""
+    check_film(film)
+    targets = film, sheet_of(film), *others
+    for path in targets:
+        files.check_writable(path)
+    if len({Path(path).resolve() for path in targets}) < len(targets):
+        raise ValueError("--out, its .png, --html and --report: expected different files")
+
+
 def finish(args, order, sheet, watch, frames, text_seconds):
     """Contact sheet, report and a line that sums up."""
     if not frames:
         raise ValueError("interrupted before the first block was finished; nothing was written")
-    report = {**order.about(), **watch.report(frames, order.cfg.fps), "text_seconds": text_seconds}
+    report = {**order.about(), **watch.report(frames, order.cfg), "text_seconds": text_seconds}
+    if watch.ttfc:
+        report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
     title = ", then ".join(cue.prompt for cue in order.cues)
-    picture = Path(args.out).with_suffix(".png")
+    picture = sheet_of(args.out)
     frames_shown, levels = map(torch.cat, zip(*sheet))
     plots.save(plots.draw_clip(frames_shown, levels, title, order.cfg), picture)
     if args.html:
@@ -308,10 +348,10 @@ def finish(args, order, sheet, watch, frames, text_seconds):
     if args.report:
         files.write_json(args.report, report)
     ttfc = f"{report['ttfc_seconds']:.2f} s" if report["ttfc_seconds"] else "-"
+    passes, both = report["settled_passes_fps"], report["settled_end_to_end_fps"]
     print(
-        f"{frames} frames: TTFC {ttfc}, passes {report['passes_fps']:.0f} FPS = "
-        f"{report['passes_times_real_time']:.1f}x real time, end to end "
-        f"{report['end_to_end_fps']:.0f} FPS = {report['end_to_end_times_real_time']:.1f}x, "
+        f"{frames} frames: TTFC {ttfc}, passes {passes:.0f} FPS = {passes / order.cfg.fps:.1f}x "
+        f"real time, end to end {both:.0f} FPS = {both / order.cfg.fps:.1f}x, "
         f"peak memory {report['peak_memory_mb']:.0f} MB"
     )
     print(f"wrote {args.out} and {picture}" + (f" and {args.html}" if args.html else ""))

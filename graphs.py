@@ -60,10 +60,10 @@ class Recorded(nn.Module):
 
     def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
         """As `OmniTransformer.forward`, by a CachedView or a MergedView."""
+        if view.layers is not self.memory:  # another stream: the last one's caches are let go of
+            self._forget(view.layers)
         if view.place is None or torch.is_grad_enabled():
             return self.net(video, audio, sigma_video, sigma_audio, text, span, view)
-        if view.layers is not self.memory:  # another stream has other caches
-            self._forget(view.layers)
         ropes = model.ropes_of(self.cfg, span, video.device, video.dtype)
         inputs = Inputs((video, audio), (sigma_video, sigma_audio), ropes, view.moves)
         kind, is_new = type(view), type(view) not in self.inputs

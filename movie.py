@@ -10,10 +10,14 @@ import os
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 
 import files
+
+try:
+    import av
+except ImportError:  # a stream can be measured without being written
+    av = None
 
 # Trap: without delay_moov the head is written before the encoder's delay (43 ms of AAC) is known,
 # and then sound and all frames but the first come that much late.
@@ -30,7 +34,7 @@ class Movie:
     def __init__(self, path, size, fps, sample_rate, channels=1, scale=1):
         """size (height, width) in pixels, each of which scale makes larger; 1 or 2 channels."""
         self.path, self.scale = Path(path), scale
-        check_writable(self.path)
+        check_film(self.path)
         self.partial = self.path.with_suffix(".partial.mp4")
         self.file = av.open(str(self.partial), "w", format="mp4", options=OPTIONS)
         self.video = self.file.add_stream("libx264", rate=fps)
@@ -72,8 +76,10 @@ class Movie:
         self.partial.unlink(missing_ok=True)
 
 
-def check_writable(path):
-    """Raises ValueError if no film can be written there."""
+def check_film(path):
+    """Raises ValueError if no film can be written there, or none at all."""
+    if av is None:
+        raise ValueError("a film needs the package av: pip install -r requirements.txt")
     files.check_writable(path)
     if Path(path).suffix != ".mp4":
         raise ValueError(f"{path}: expected a name that ends in .mp4")

@@ -84,38 +84,40 @@ QUICK = [
 ]
 # for one GPU of 80 GB; minutes are a guess until there has been one
 GPU = [
-    (
-        "-m pytest -m 'slow or not slow' tests/test_cache_append_attention.py tests/test_graphs.py",
-        5,
-    ),
-    ("benchmarks/bench_attention.py", 2),
-    ("benchmarks/bench_generate.py", 10),
-    ("benchmarks/bench_decode.py", 3),
+    ("-m pytest -m 'gpu and not slow' tests", 2),
+    ("benchmarks/bench_attention.py", 1),
+    ("benchmarks/bench_generate.py", 9),
+    ("benchmarks/bench_decode.py", 2),
+    ("-m pytest -m 'gpu and slow' tests", 5),  # compute-sanitizer
 ]
 
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
-    p.add_argument("--controls", action="store_true", help="trainings that are not shipped")
-    p.add_argument("--gpu", action="store_true", help="what only a GPU can tell")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
+    which.add_argument("--controls", action="store_true", help="trainings that are not shipped")
+    which.add_argument("--gpu", action="store_true", help="what only a GPU can tell")
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
     steps = QUICK if args.quick else CONTROLS if args.controls else GPU if args.gpu else FULL
-    for i, (command, minutes) in enumerate(steps, 1):
-        print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
-        if not args.list:
-            run(command)
     total = sum(minutes for _, minutes in steps)
     where = "a GPU" if args.gpu else "two CPU cores"
+    failed = []
+    for i, (command, minutes) in enumerate(steps, 1):
+        print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
+        if not args.list and (status := run(command)):
+            failed.append(f"python {command}: exit status {status}")
+            if not args.gpu:  # there, nothing needs what comes before it, and time is dear
+                break
     print(f"about {total // 60} h {total % 60} min on {where}")
+    if failed:
+        raise ValueError(f"{'; '.join(failed)}; start again to go on from there")
 
 
-def run(command):
-    """Raises ValueError if it fails; what it says is shown as it comes."""
-    status = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
-    if status:
-        raise ValueError(f"python {command}: exit status {status}; start again to go on from there")
+def run(command) -> int:
+    """Its exit status; what it says is shown as it comes."""
+    return subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
 
 
 if __name__ == "__main__":

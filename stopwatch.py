@@ -5,8 +5,8 @@
     passes      the transformer alone, refresh included
     end to end  with decoding and writing
 
-Rates are frames over seconds of the whole stream; block times are medians from the third on, when
-the first ones have paid for everything that is only paid once.
+Rates are frames over seconds, of the whole stream and again of the median block from the third on,
+when the first ones have paid for everything that is only paid once.
 
 On a GPU work is queued, and the clock of the CPU says when it was queued. So stages are marked by
 events in the GPU's own queue, read after the stream; the CPU waits for the GPU once a block, when
@@ -30,7 +30,9 @@ class Stopwatch:
     def __init__(self, device=torch.device("cpu")):
         self.on_gpu = device.type == "cuda"
         self.marks = defaultdict(list)  # stage -> (block, begin, end) of every call
-        self.passes, self.output, self.ttfc = [], [], None  # seconds a block, by the CPU's clock
+        self.passes, self.output = [], []  # seconds a block, by the CPU's clock
+        self.ttfc = self.ttfc_passes = None
+        self.peaks = []  # largest memory in use so far, in MB, block by block
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.start = self.last = time.perf_counter()
@@ -43,13 +45,28 @@ class Stopwatch:
         seconds, self.last = now - self.last, now
         return seconds
 
-    def watch(self, stage, function):
-        """The same function, its calls marked as a stage of the block in work."""
+    def block_made(self):
+        """The passes of a block are done; decoding and writing it begins."""
+        self.passes.append(self.lap())
+
+    def block_written(self, is_first_second):
+        """And now it is in the file; with `is_first_second`, it can be seen and heard from here."""
+        self.output.append(self.lap())
+        self.peaks.append(self._peak_memory_mb())
+        if is_first_second and self.ttfc is None:
+            self.ttfc, self.ttfc_passes = self.last - self.start, sum(self.passes)
+
+    def watch(self, stage, function, by_cpu=False):
+        """The same function, its calls marked as a stage of the block in work.
+
+        by_cpu   what it does is done by the CPU, also where there is a GPU
+        """
+        mark = time.perf_counter if by_cpu else self._mark
 
         def watched(*args, **kwargs):
-            begin = self._mark()
+            begin = mark()
             result = function(*args, **kwargs)
-            self.marks[stage].append((len(self.output), begin, self._mark()))
+            self.marks[stage].append((len(self.output), begin, mark()))
             return result
 
         return watched
@@ -78,7 +95,10 @@ class Stopwatch:
         return event
 
     def _between(self, begin, end):
-        return begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin
+        return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+
+    def _peak_memory_mb(self):
+        return torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else peak_memory_mb()
 
     def stages(self) -> dict:
         """Median seconds a block of every stage."""
@@ -92,21 +112,27 @@ class Stopwatch:
             medians[stage] = settled_median(list(blocks.values()))
         return medians
 
-    def report(self, frames, fps) -> dict:
-        """Frames per second by both conventions, medians, memory."""
-        passes, whole = sum(self.passes), self.last - self.start
+    def report(self, frames, cfg) -> dict:
+        """Frames per second by every convention, medians, memory."""
+        passes, whole, fps = sum(self.passes), self.last - self.start, cfg.fps
+        block = settled_median(self.passes)
+        both = settled_median([sum(pair) for pair in zip(self.passes, self.output)] or [block])
         return {
             "frames": frames,
             "ttfc_seconds": self.ttfc,
+            "ttfc_passes_seconds": self.ttfc_passes,
             "passes_fps": frames / passes,
             "passes_times_real_time": frames / passes / fps,
             "end_to_end_fps": frames / whole,
             "end_to_end_times_real_time": frames / whole / fps,
-            "median_block_seconds": settled_median(self.passes),
+            "settled_passes_fps": fps * cfg.block_seconds / block,
+            "settled_end_to_end_fps": fps * cfg.block_seconds / both,
+            "median_block_seconds": block,
             "stage_seconds": self.stages(),
             "passes_seconds": self.passes,
             "output_seconds": self.output,
-            **(gpu_memory() if self.on_gpu else {"peak_memory_mb": peak_memory_mb()}),
+            "peak_memory_mb": self._peak_memory_mb(),
+            **(held_memory() if self.on_gpu else {}),
         }
 
 
@@ -119,13 +145,12 @@ def settled_median(seconds) -> float:
     return statistics.median_high(seconds[2:] or seconds)
 
 
-def gpu_memory() -> dict:
-    """Largest memory in use since the stopwatch was made, and what PyTorch held for it; the host's.
+def held_memory() -> dict:
+    """What PyTorch held at most, to have the peak in use; and the host's memory.
 
     Recorded passes (graphs.py) hold memory between replays that is not in use.
     """
     return {
-        "peak_memory_mb": torch.cuda.max_memory_allocated() / 2**20,
         "peak_reserved_memory_mb": torch.cuda.max_memory_reserved() / 2**20,
         "peak_host_memory_mb": peak_memory_mb(),
     }

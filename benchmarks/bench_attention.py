@@ -8,18 +8,19 @@ One attention of one layer in one pass, in the steady state of a stream, bfloat1
   chain    kv_cache.py in PyTorch: norm, rotate, write into the cache, SDPA over its slots
   cat      the textbook: norm, rotate, concatenate with the past, SDPA
   append   one kernel that norms, rotates and writes, then SDPA over the slots
-  fused    everything in one kernel
+  fused    everything in one kernel, where a block's shared memory holds the new keys of a head
 
-each called one by one (eager) and replayed from a CUDA graph (graph). All four must agree before
-they are timed. A round times each of them in turn; ratios are taken within a round, and medians
-over rounds are reported.
+each called one by one (eager) and replayed from a CUDA graph (graph). All must agree before they
+are timed, and so must kv_cache.py, which is not allowed to fall back to PyTorch here. Nor may SDPA
+fall back to its plain mathematics; which of its kernels runs is written down. A round times each
+way in turn; ratios are taken within a round, and medians over rounds are reported.
 
 The floor is the larger of two times: multiplications, 4 Q K H D at the rate of a large matrix
 product, and bytes that must move, at the rate of a large copy; both rates are measured first. The
 same buffers are used again and again: what is smaller than the L2 cache (audio) is read from it,
 so its times may lie below the floor of the memory.
 
-Writes results/bench_attention.json.
+Writes results/bench_attention.json and, unless --tiny, a table of benchmarks/README.md.
 """
 
 import sys
@@ -29,6 +30,7 @@ from statistics import median_high
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script from anywhere
@@ -41,6 +43,7 @@ import rope  # noqa: E402
 from config import FULL  # noqa: E402
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # of the largest output; sums vary in order
+WAYS = ("chain", "cat", "append", "fused")
 
 
 class Shape(NamedTuple):
@@ -130,16 +133,36 @@ def append(q, k, v, heads, cache):
     return kv_cache.attention(queries, *cache.visible())
 
 
-def fits(shape) -> bool:
+def fits(arguments) -> bool:
     """Whether the new keys of a head leave room in the shared memory of a block of `fused`."""
-    return shape.T * shape.D <= 32 * 1024
+    try:
+        kernel.fused(*arguments)
+    except RuntimeError as error:
+        if "CUDA error 1:" not in str(error):  # what a launch with too much of it is refused with
+            raise
+        return False
+    return True
 
 
-def ways(shape, device) -> dict:
+def ways(arguments) -> dict:
     """The functions to compare, by name."""
     found = dict(chain=chain, cat=cat)
-    if not kernel.path(device).startswith("PyTorch"):
-        found |= dict(append=append) | (dict(fused=kernel.fused) if fits(shape) else {})
+    if not kernel.path(arguments[0].device).startswith("PyTorch"):
+        found |= dict(append=append) | (dict(fused=kernel.fused) if fits(arguments) else {})
+    return found
+
+
+def sdpa_backend(q, k, v, heads, cache) -> str:
+    """Which of its kernels SDPA takes for these sizes and strides.
+
+    Raises ValueError if it is none of the fused ones: whoever is compared with that looks good.
+    """
+    if (choose := getattr(torch, "_fused_sdp_choice", None)) is None:  # private: it may go
+        return "this PyTorch does not tell"
+    tensors = heads.queries(q), *cache.visible()
+    found = SDPBackend(choose(*(x.transpose(1, 2) for x in tensors))).name
+    if found == "MATH":
+        raise ValueError("SDPA has no fused kernel for this shape and would write all scores down")
     return found
 
 
@@ -206,8 +229,9 @@ def floor(shape, rate, element) -> float:
 def bench(shape, device, rate, rounds, repeats) -> dict:
     """Medians in microseconds, ratios to the floor and to each other."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    arguments, functions = inputs(shape, device, dtype), ways(shape, device)
-    check_agreement(functions, arguments)
+    arguments = inputs(shape, device, dtype)
+    functions, backend = ways(arguments), sdpa_backend(*arguments)
+    check_agreement({**functions, "kv_cache.py": kv_cache.cache_append_attention}, arguments)
     calls = {(n, "eager"): (lambda f=f: f(*arguments)) for n, f in functions.items()}
     if device.type == "cuda":
         calls |= {(n, "graph"): captured(f, arguments) for n, f in functions.items()}
@@ -218,8 +242,8 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
         for key, call in calls.items():
             times[key].append(seconds(call, device, repeats))
     least = floor(shape, rate, torch.empty(0, dtype=dtype).element_size())
-    hook = "fused" if max(shape.Q, shape.T) <= kernel.FEW else "append"
-    result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook}
+    hook = "fused" if kernel.are_few(*arguments[:2]) else "append"
+    result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook, "sdpa": backend}
     for (name, mode), values in times.items():
         entry = {
             "us": round(1e6 * median_high(values), 2),
@@ -234,11 +258,35 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
 
 def report(name, result):
     """A table of one shape: microseconds, times the floor, how many times longer chain takes."""
-    print(f"{name}   floor {result['floor_us']} us, kv_cache.py: {result['chosen_by_kv_cache']}")
+    print(f"{name}   floor {result['floor_us']} us, SDPA: {result['sdpa']}, "
+          f"kv_cache.py: {result['chosen_by_kv_cache']}")  # fmt: skip
     for way, e in result.items():
         if isinstance(e, dict):
             print(f"  {way:13} {e['us']:10.1f} us  {e['floors']:7.2f} floors", end="")
             print(f"   chain / this {e['chain_takes']:.2f}, cat / this {e['cat_takes']:.2f}")
+
+
+def table(shapes) -> str:
+    """All shapes as Markdown, in microseconds; bold: what kv_cache.py takes."""
+    names = ["attention", "launched", "floor", *WAYS, "bold ÷ floor"]
+    names += ["chain ÷ fused", "cat ÷ append", "SDPA"]
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for name, result in shapes.items():
+        modes = [mode for mode in ("eager", "graph") if f"chain_{mode}" in result]
+        lines += [f"| {' | '.join([name, *cells(result, mode)])} |" for mode in modes]
+    return "\n".join(lines)
+
+
+def cells(result, mode) -> list[str]:
+    """One line of the table; a dash where there is nothing to be timed."""
+    found, taken = {way: result.get(f"{way}_{mode}") for way in WAYS}, result["chosen_by_kv_cache"]
+
+    def cell(way, key, form="{:.2f}"):
+        return form.format(found[way][key]) if found[way] else "–"
+
+    times = [cell(way, "us", "**{:.1f}**" if way == taken else "{:.1f}") for way in WAYS]
+    ratios = [cell(taken, "floors"), cell("fused", "chain_takes"), cell("append", "cat_takes")]
+    return [mode, f"{result['floor_us']:.1f}", *times, *ratios, result["sdpa"]]
 
 
 def main():
@@ -256,18 +304,24 @@ def main():
             raise ValueError("full size needs a GPU; --device cpu only with --tiny")
         kernel.require(device)  # no table in which PyTorch stands in for the kernel
     rate = rates(device, 64 if args.tiny else 8192)
-    print(f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
-          f"{rate['bytes'] / 1e12:.3g} TB/s in a copy")  # fmt: skip
+    how = (f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
+           f"{rate['bytes'] / 1e12:.3g} TB/s in a copy")  # fmt: skip
+    print(how)
     result = {"path": kernel.path(device), "rates": rate, "shapes": {}}
-    for shape in TINY if args.tiny else full_shapes():
-        measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
-        report(shape.name, measured)
-        result["shapes"][shape.name] = measured
+    with kernel.strict(not args.tiny):
+        for shape in TINY if args.tiny else full_shapes():
+            measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
+            report(shape.name, measured)
+            result["shapes"][shape.name] = measured
     result["machine"] = cli.machine(device)
     out = args.out or (None if args.tiny else ROOT / "results" / "bench_attention.json")
     if out:
         files.write_json(out, result)
         print(f"wrote {out}")
+    if not args.tiny:
+        where = "{device}, torch {torch}, {date}, bfloat16".format(**result["machine"])
+        text = f"{where}, {how}\n\n{table(result['shapes'])}"
+        files.fill_in(ROOT / "benchmarks" / "README.md", "attention", text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How fast does the full size stream on one GPU, how far is that from the floor, and from before?
 
-    python benchmarks/bench_generate.py                        windows of 5, 15 and 25 seconds
-    python benchmarks/bench_generate.py --windows 5 --blocks 120    is it flat, is memory?
+    python benchmarks/bench_generate.py                    windows of 5, 15 and 25 seconds
+    python benchmarks/bench_generate.py --rounds 1         the ladder once and not three times
+    python benchmarks/bench_generate.py --floor            computed, without a GPU
 
 Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh a block. First, with the
 first window, a ladder: each speed-up of generate.py on top of those before it, before and after in
@@ -10,15 +11,21 @@ by side from one run,
 
     floor      multiply-adds of a block's passes, counted by running them without contents, at the
                rate that this GPU reaches on a large matrix product, measured just before
-    passes     the transformer alone (DiT), medians from the third full block on
-    end to end with LTX-2's decoders and the mp4, same blocks; and the stages of a block
-    textbook   a block with a full window, over and over, without any speed-up, and as the released
-               inference does it: caches that grow by `cat`, positions asked of the GPU in every
-               attention; a dash where these caches would not fit
+    passes     the transformer alone (DiT), medians of the blocks behind a full window
+    end to end with LTX-2's decoders and the mp4, same blocks; and the stages of a block. Without
+               diffusers the passes alone, without av everything but the mp4; both say so
+    TTFC       to the first second, by the passes alone and to its being written, prompts read
+    flat       the last of those blocks beside the first one: seconds, and peak memory until then;
+               the first window's film has --blocks of them
+    textbook   a block with a full window, over and over, as the released inference does it: caches
+               that grow by `cat`, positions asked of the GPU in every attention. Beside it the
+               same block by our caches without any speed-up, and with all that won; a dash where
+               the textbook's caches would not fit
 
 and peak memory of the film beside the plan of memory_plan.py. Refuses to measure without the CUDA
-kernel. Writes results/bench_generate.json, and unless
---tiny the tables of benchmarks/README.md.
+kernel. Writes results/bench_generate.json and the tables of benchmarks/README.md (not with --tiny)
+after every rung and window; begun again, it goes on behind the last of them, on a machine of the
+same kind.
 
 Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test the script.
 """
@@ -28,6 +35,7 @@ import gc
 import json
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
@@ -53,7 +61,7 @@ import model  # noqa: E402
 import parts  # noqa: E402
 from kv_cache import CachedView, attention  # noqa: E402
 from masks import block_span  # noqa: E402
-from movie import Movie  # noqa: E402
+from movie import Movie, av  # noqa: E402
 from self_forcing import Block  # noqa: E402
 from stopwatch import Stopwatch, settled_median  # noqa: E402
 
@@ -65,13 +73,57 @@ TINY = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64
 
 
 def flops_of_block(cfg, window) -> int:
-    """Operations of a block's passes and its refresh, the window full; a multiply-add is two."""
-    net = model.build(cfg, device="meta")
+    """Operations of a block's passes and its refresh, the window full; a multiply-add is two.
+
+    All layers do the same, so two of them tell what any number does.
+    """
+    one, two = (flops_of_pass(replace(cfg, num_layers=n), window) for n in (1, 2))
+    return (one + (cfg.num_layers - 1) * (two - one)) * len(cfg.sigmas)  # passes, and the refresh
+
+
+def flops_of_pass(cfg, window, net=None) -> int:
+    """Operations of one pass with a full window."""
+    net = net or model.build(cfg, device="meta")
     view, text = CachedView(cfg, window + 3, window), meta_text(net)
-    fill(net, view, text, window + 1)
+    for _ in range(window + 1):  # keys without contents need not be made
+        view.move_on()
     with FlopCounterMode(display=False) as counter:
         one_pass(net, view, text)
-    return counter.get_total_flops() * len(cfg.sigmas)  # passes, and the refresh
+    return counter.get_total_flops()
+
+
+def work_of_layers(cfg, window) -> tuple[Counter, int]:
+    """Of one pass: {tokens: weights that each of so many tokens is multiplied with}, and the
+    operations of attention."""
+    net, weights = model.build(replace(cfg, num_layers=1), device="meta"), Counter()
+
+    def count(layer, inputs, _):
+        weights[inputs[0].shape[-2]] += layer.weight.numel() * cfg.num_layers
+
+    for stream in (net.video, net.audio):
+        for layer in (m for m in stream.layers.modules() if isinstance(m, torch.nn.Linear)):
+            layer.register_forward_hook(count)
+    flops_of_pass(net.cfg, window, net)
+    del weights[captions.TOKENS]  # the prompt's keys and values are made before, once
+    everything = flops_of_block(cfg, window) // len(cfg.sigmas)
+    linear = 2 * sum(tokens * n for tokens, n in weights.items())
+    none = flops_of_pass(replace(cfg, num_layers=0), window)
+    return weights, everything - none - linear
+
+
+def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
+    """What a pass cannot be faster than on a GPU of this rate and bandwidth, as Markdown."""
+    weights, attention = work_of_layers(cfg, window)
+    lines = [f"| of one pass, {cfg.num_layers} layers | work | floor |", "|---|---|---|"]
+    for tokens, n in sorted(weights.items(), reverse=True):
+        work, size = 2 * tokens * n, 2 * n
+        seconds = max(work / flops, size / bandwidth)
+        lines.append(
+            f"| linear layers, {tokens} tokens | {n / 1e9:.1f} G weights: {work / 1e12:.1f} TFLOP, "
+            f"{size / 1e9:.1f} GB to be read | {1000 * seconds:.1f} ms |"
+        )
+    work = f"{attention / 1e12:.1f} TFLOP | {1000 * attention / flops:.1f} ms"
+    return "\n".join([*lines, f"| attention | {work} |"])
 
 
 def meta_text(net):
@@ -183,37 +235,41 @@ def set_up(net, speedups, device):
     return parts.sped_up(net, speedups, device)
 
 
-def ladder(net, nets, features, window, blocks, device, rounds) -> tuple[list[dict], tuple]:
-    """Every speed-up on top of those that won so far: -> rows, and the names of those that won."""
-    possible, found, won = parts.find_speedups(["all"], net.cfg, device), [], ()
+def climb(rungs, net, nets, features, window, device, rounds, save):
+    """Add the missing rungs: every speed-up on top of those that won so far."""
+    possible, blocks = parts.find_speedups(["all"], net.cfg, device), settled_after(window) + 4
 
     def median_of(speedups):
+        free_memory(device)  # of the recordings before
         faster, merge = set_up(net, speedups, device), "merge" in speedups
-        return median_high(
-            full_blocks(time_passes(faster, blocks, window, features, device, merge), window)
-        )
+        passes = time_passes(faster, blocks, window, features, device, merge)
+        return median_high(full_blocks(passes, window))
 
-    for name in (name for name in RUNGS if name in possible):
+    known = {r["speed_up"] for r in rungs}
+    for name in (name for name in RUNGS if name in possible and name not in known):
+        won = won_of(rungs)
         pairs = [(median_of(won), median_of((*won, name))) for _ in range(rounds)]
-        found.append(rung(name, "passes", pairs))
-        won = (*won, name) if found[-1]["before_over_after"] > 1 else won
-    if nets:
-        found.append(layout_rung(nets, net.cfg, device, rounds))
-        won = (*won, "channels-last") if found[-1]["before_over_after"] > 1 else won
-    return found, won
+        rungs.append(rung(name, "passes", pairs))
+        save()
+    if nets and "channels-last" not in known:
+        rungs.append(layout_rung(nets, net.cfg, device, rounds))
+        save()
+
+
+def won_of(rungs) -> tuple:
+    """Names of the speed-ups that made it faster."""
+    return tuple(r["speed_up"] for r in rungs if r["before_over_after"] > 1)
 
 
 def layout_rung(nets, cfg, device, rounds) -> dict:
-    """Both layouts of the decoder in turns; it is left in the one that wins."""
+    """Both layouts of the decoder in turns."""
     layouts, pairs = (torch.contiguous_format, torch.channels_last_3d), []
     for _ in range(rounds):
         pairs.append([])
         for layout in layouts:
             decoders.channels_last(nets, layout)
             pairs[-1].append(time_decoding(nets, cfg, device))
-    found = rung("channels-last", "decoding", pairs)
-    decoders.channels_last(nets, layouts[found["before_over_after"] > 1])
-    return found
+    return rung("channels-last", "decoding", pairs)
 
 
 def rung(name, of_what, pairs) -> dict:
@@ -239,30 +295,42 @@ def time_decoding(nets, cfg, device, blocks=6) -> float:
 
 def bench_window(net, nets, features, window, blocks, rate, device, speedups=()) -> dict:
     """One line of the table."""
-    cfg, merge, dtype = net.cfg, "merge" in speedups, next(net.parameters()).dtype
-    fast = set_up(net, speedups, device)
-    passes = full_blocks(time_passes(fast, blocks, window, features, device, merge), window)
-    floor, median = flops_of_block(cfg, window) / rate, median_high(passes)
+    cfg, merge = net.cfg, "merge" in speedups
+    fast, film = set_up(net, speedups, device), None
+    if nets:
+        film = bench_film(fast, nets, features, window, blocks, device, merge)
+        passes = film["passes_seconds"]
+    else:
+        passes = time_passes(fast, blocks, window, features, device, merge)
+    full, floor = full_blocks(passes, window), flops_of_block(cfg, window) / rate
+    median = median_high(full)
     row = {
         "window_seconds": window,
+        "blocks": blocks,
+        "matmul_flops": rate,
         "floor_fps": frames_per_second(floor, cfg),
         "passes_fps": frames_per_second(median, cfg),
         "share_of_floor": floor / median,
-        "first_and_last_full_block_seconds": [passes[0], passes[-1]],
+        "first_and_last_full_block_seconds": [full[0], full[-1]],
     }
-    if nets:
-        row["film"] = bench_film(fast, nets, features, window, blocks, device, merge)
-        rows = memory_plan.decoder_rows(cfg, dtype)
-        graph = "graph" in speedups
-        rows += memory_plan.stream_rows(cfg, blocks + 1, window, dtype, merge=merge, graph=graph)
-        row["plan_gb"] = memory_plan.total(rows) / 1e9
-        row["peak_gb"] = row["film"]["peak_memory_mb"] * 2**20 / 1e9
+    if film:
+        row |= {"film": film, **beside_plan(film, cfg, window, blocks, speedups, net)}
     del fast  # recordings hold the caches of their stream
     free_memory(device)
-    return row | beside_textbook(set_up(net, (), device), features, window, device)
+    return row | beside_textbook(set_up(net, (), device), features, window, median, device)
 
 
-def beside_textbook(net, features, window, device) -> dict:
+def beside_plan(film, cfg, window, blocks, speedups, net) -> dict:
+    """Peak memory as planned, and as it was until the first full block and until the last."""
+    dtype = next(net.parameters()).dtype
+    how = dict(merge="merge" in speedups, graph="graph" in speedups)
+    rows = memory_plan.stream_rows(cfg, blocks, window, dtype, **how)
+    plan = memory_plan.total(rows + memory_plan.decoder_rows(cfg, dtype))
+    peaks = [mb * 2**20 / 1e9 for mb in full_blocks(film["peaks_mb"], window)]
+    return {"plan_gb": plan / 1e9, "first_and_last_peak_gb": [peaks[0], peaks[-1]]}
+
+
+def beside_textbook(net, features, window, fastest, device) -> dict:
     """The block that has the whole window behind it, by our caches and by the textbook's."""
     k, dtype = window + 1, next(net.parameters()).dtype  # its cache never forgets; nor need ours
     ours = time_block(net, CachedView(net.cfg, k + 1), k, features, device)
@@ -271,7 +339,8 @@ def beside_textbook(net, features, window, device) -> dict:
     if memory.free_bytes(device) < 1.2 * size:  # it copies one attention's at a time
         return {"same_block_seconds": ours}
     book = time_block(net, TextbookView(), k, features, device)
-    return {"same_block_seconds": ours, "textbook_seconds": book, "textbook_over_ours": book / ours}
+    ratios = {"textbook_over_ours": book / ours, "textbook_over_fastest": book / fastest}
+    return {"same_block_seconds": ours, "textbook_seconds": book, **ratios}
 
 
 def free_memory(device):
@@ -281,6 +350,19 @@ def free_memory(device):
         torch.cuda.empty_cache()
 
 
+class Unwritten:
+    """Takes the place of a Movie where the package av is missing: counts frames."""
+
+    def __init__(self, *_):
+        self.frames = 0
+
+    def add(self, frames, samples):
+        self.frames += len(frames)
+
+    def close(self):
+        pass
+
+
 def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict:
     """The report of a whole film, as generate.py writes it, and the speed of its full blocks."""
     cfg, watch = net.cfg, Stopwatch(device)
@@ -288,17 +370,17 @@ def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict
     watch.watch_passes(net, len(cfg.sigmas) - 1)
     seconds = blocks * cfg.block_seconds
     with tempfile.TemporaryDirectory() as folder:
-        size = cfg.height, cfg.width
-        movie = Movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
+        film = f"{folder}/x.mp4", (cfg.height, cfg.width), cfg.fps
+        movie = (Movie if av else Unwritten)(*film, decoder.sample_rate, decoder.channels)
         how = dict(window=window, merge=merge, read=lambda _: features)
         stream = generate.stream(net, "x", seconds, **how)
         generate.run(stream, decoder, movie, seconds, watch)
         movie.close()
     del net.forward  # back to that of its class
-    report = watch.report(movie.frames, cfg.fps)
     whole = [sum(both) for both in zip(watch.passes, watch.output)]
-    report["full_blocks_fps"] = frames_per_second(median_high(full_blocks(whole, window)), cfg)
-    return {k: v for k, v in report.items() if k not in ("passes_seconds", "output_seconds")}
+    fps = frames_per_second(median_high(full_blocks(whole, window)), cfg)
+    report = watch.report(movie.frames, cfg) | {"full_blocks_fps": fps, "peaks_mb": watch.peaks}
+    return report | {"is_written": bool(av)}
 
 
 def ladder_table(rungs) -> str:
@@ -312,20 +394,33 @@ def ladder_table(rungs) -> str:
 
 
 def window_table(rows) -> str:
-    """Speed and memory by window as Markdown."""
-    lines = [
-        "| window | floor | passes | of floor | end to end | peak, planned | textbook ÷ ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        film, book = r.get("film"), r.get("textbook_over_ours")
-        cells = [f"{r['window_seconds']} s", f"{r['floor_fps']:.0f} FPS"]
-        cells += [f"{r['passes_fps']:.0f} FPS", f"{r['share_of_floor']:.0%}"]
-        cells += [f"{film['full_blocks_fps']:.0f} FPS" if film else "–"]
-        cells += [f"{r['peak_gb']:.1f} GB, {r['plan_gb']:.1f} GB" if film else "–"]
-        cells += [f"{book:.2f}" if book else "–"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Speed and memory by window as Markdown; a dash for what was not measured."""
+    cells = [window_cells(row) for row in rows]
+    lines = [cells[0].keys(), ["---"] * len(cells[0]), *(c.values() for c in cells)]
+    return "\n".join(f"| {' | '.join(cell or '–' for cell in line)} |" for line in lines)
+
+
+def window_cells(row) -> dict:
+    """{column: text}; nothing where there was no film, or no room for the textbook's caches."""
+    film, first_second, end, peaks, plan = row.get("film"), "", "", "", ""
+    if film:
+        end = f"{film['full_blocks_fps']:.0f} FPS" + ("" if film["is_written"] else ", no mp4")
+        first_second = f"{film['ttfc_passes_seconds']:.2f}, {film['ttfc_seconds']:.2f} s"
+        peaks = "{:.1f}, {:.1f} GB".format(*row["first_and_last_peak_gb"])
+        plan = f"{row['plan_gb']:.1f} GB"
+    times = [1000 * s for s in row["first_and_last_full_block_seconds"]]
+    book = "textbook_seconds" in row and "{textbook_over_ours:.2f}, {textbook_over_fastest:.2f}"
+    return {
+        "window": f"{row['window_seconds']} s",
+        "floor": f"{row['floor_fps']:.0f} FPS",
+        "passes": f"{row['passes_fps']:.0f} FPS, {row['share_of_floor']:.0%}",
+        "end to end": end,
+        "TTFC: passes, all": first_second,
+        "first, last full block": "{:.0f}, {:.0f} ms".format(*times),
+        "peak until then": peaks,
+        "planned": plan,
+        "textbook ÷ ours: plain, fastest": book and book.format(**row),
+    }
 
 
 def find_decoders(device, dtype):
@@ -336,44 +431,78 @@ def find_decoders(device, dtype):
         print(f"passes only: {error}")
 
 
+def resumed(out, about) -> tuple[list, list]:
+    """Rungs and rows that an earlier run on such a machine has measured."""
+    if Path(out).exists():
+        found = json.loads(Path(out).read_text())
+        if {**found["about"], "date": 0} == {**about, "date": 0}:
+            return found["ladder"], found["rows"]
+    return [], []
+
+
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--config", default="full", choices=["full", "released"])
     p.add_argument("--windows", type=int, nargs="+", default=[5, 15, 25], help="seconds")
-    p.add_argument("--blocks", type=int, default=70, help="of a stream; over two windows and 6")
+    p.add_argument("--blocks", type=int, default=120, help="of the first window's film")
+    p.add_argument("--rounds", type=int, default=3, help="of the ladder, medians of them")
+    p.add_argument("--floor", action="store_true", help="compute the floor of a pass, and no more")
     p.add_argument("--device", default="cuda")
     p.add_argument("--tiny", action="store_true", help="a tiny model: tests this script, no more")
     p.add_argument("--out", default=str(ROOT / "results" / "bench_generate.json"))
     args = p.parse_args()
+    if args.floor:
+        return print(floor_table(cli.find_config(args.config), args.windows[0]))
     device, cfg = cli.find_device(args.device), cli.find_config(args.config)
     cfg = replace(cfg, sigmas=config.FOUR_STEPS, **(TINY if args.tiny else {}))
-    dtype = torch.float32 if args.tiny else torch.bfloat16
-    if args.blocks < (least := settled_after(max(args.windows)) + 1):
+    dtype, first = torch.float32 if args.tiny else torch.bfloat16, args.windows[0]
+    if args.blocks < (least := settled_after(first) + 1):
         raise ValueError(f"--blocks {args.blocks}: expected at least {least}")
+    if args.rounds < 1:
+        raise ValueError(f"--rounds {args.rounds}: expected 1 or more")
     path = "PyTorch" if args.tiny else kernel.require(device)
+    about = cli.machine(device) | {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype)}
+    about |= {"attention": path}
+    rungs, rows = resumed(args.out, about)
+
+    def save():
+        files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
+        if not args.tiny:
+            fill_page(about, rungs, rows, first)
+
+    with kernel.strict(not args.tiny):
+        measure(args, cfg, device, dtype, rungs, rows, save)
+    print(f"wrote {args.out}")
+
+
+def measure(args, cfg, device, dtype, rungs, rows, save):
+    """Add what is missing of the ladder and of the windows, and save it piece by piece."""
+    first = args.windows[0]
     rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
     net = ltx2.random_weights(cfg, device, dtype)
     features = captions.random_features(["x"], cfg, device, dtype)["x"]
     nets = None if args.tiny else find_decoders(device, dtype)
-    blocks = min(args.blocks, settled_after(args.windows[0]) + 8)
-    rounds = 1 if args.tiny else 3
-    rungs, won = ladder(net, nets, features, args.windows[0], blocks, device, rounds)
+    climb(rungs, net, nets, features, first, device, args.rounds, save)
     print(ladder_table(rungs))
-    about = cli.machine(device) | {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype)}
-    about |= {"matmul_flops": rate, "won": won, "attention": path}
-    rows = []
-    for window in args.windows:
-        rows.append(bench_window(net, nets, features, window, args.blocks, rate, device, won))
-        print(json.dumps(rows[-1], indent=1))
-        files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
-    print(f"wrote {args.out}")
-    if not args.tiny:
-        how = "{device}, torch {torch}, {date}, {config}, ".format(**about)
-        how += f"{args.blocks} blocks"
-        page = ROOT / "benchmarks" / "README.md"
-        first = f"{how}, window {args.windows[0]} s\n\n{ladder_table(rungs)}"
-        files.fill_in(page, "ladder", first)
-        files.fill_in(page, "windows", f"{how}, with {', '.join(won)}\n\n{window_table(rows)}")
+    won = won_of(rungs)
+    if nets:
+        is_last = "channels-last" in won
+        decoders.channels_last(nets, torch.channels_last_3d if is_last else torch.contiguous_format)
+    for window in (w for w in args.windows if w not in {r["window_seconds"] for r in rows}):
+        blocks = args.blocks if window == first else settled_after(window) + 8
+        rows.append(bench_window(net, nets, features, window, blocks, rate, device, won))
+        save()
+        print(window_table(rows[-1:]))
+
+
+def fill_page(about, rungs, rows, window):
+    """The tables of benchmarks/README.md, as far as they go."""
+    page = ROOT / "benchmarks" / "README.md"
+    how = "{device}, torch {torch}, {date}, {config}".format(**about)
+    files.fill_in(page, "ladder", f"{how}, window {window} s\n\n{ladder_table(rungs)}")
+    if rows:
+        won = ", ".join(won_of(rungs))
+        files.fill_in(page, "windows", f"{how}, with {won}\n\n{window_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """How fast does the toy stream, does it stay so, and what does the cache buy?  (CPU)
 
-    python benchmarks/bench_toy.py               all four, about 6 minutes on two CPU cores
+    python benchmarks/bench_toy.py               all of it, about 6 minutes, on one thread
     python benchmarks/bench_toy.py --only prefix
 
+  floor    the multiply-adds of a block's passes at the rate of a large matrix product, beside them
   stream   generate.py as a user runs it: TTFC, frames a second, times real time
   long     60 and 600 blocks: is time per block flat, is peak memory?
   prefix   time of block k with the rolling cache, and by re-running the whole prefix under the
            masks (as the first official release did), side by side in one run
   cost     what a second of film costs whom: the teacher, a whole clip in four passes, a stream
 
-Writes results/bench_toy.json and results/bench_toy.png, or what --out says.
+It sets the number of threads itself, one, for the processes that it starts as well. Writes
+results/bench_toy.json and results/bench_toy.png, or what --out says.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,9 +25,12 @@ from pathlib import Path
 from statistics import median_high
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script from anywhere
+
+import bench_generate  # noqa: E402
 
 import cli  # noqa: E402
 import config  # noqa: E402
@@ -41,6 +47,8 @@ from kv_cache import CachedView, MaskedView  # noqa: E402
 from masks import block_span, clip_span, four_masks  # noqa: E402
 
 LONGEST_PREFIX = 30  # blocks
+THREADS = 1  # more would make some parts faster and all of them less alike
+WINDOW = 4  # blocks
 FIRST_FULL = 6  # with window 4 the first block whose cache is full is 5; one more to be settled
 
 
@@ -50,8 +58,40 @@ def run_generate(seconds) -> dict:
         report = Path(folder) / "report.json"
         command = [sys.executable, str(ROOT / "generate.py"), "--seconds", str(seconds)]
         command += ["--out", f"{folder}/out.mp4", "--report", str(report)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        env = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
+        subprocess.run(command, check=True, env=env, **quiet)
         return json.loads(report.read_text())
+
+
+def operations_of_block(cfg, features) -> int:
+    """Of its passes and its refresh, the window full; counted without contents.
+
+    A multiply-add is two. (As bench_generate.flops_of_block, for the few words of a toy caption.)
+    """
+    net, view = model.build(cfg, device="meta"), CachedView(cfg, WINDOW + 3, WINDOW)
+    text = net.project_text(*(f.to("meta") for f in features))
+    for _ in range(WINDOW + 1):
+        view.move_on()
+    with FlopCounterMode(display=False) as counter:
+        bench_generate.one_pass(net, view, text)
+    return counter.get_total_flops() * len(cfg.sigmas)
+
+
+def bench_floor(net, features) -> dict:
+    """A block's passes and refresh with a full window, and what they cannot be faster than here."""
+    cpu, view = torch.device("cpu"), CachedView(net.cfg, WINDOW + 3, WINDOW)
+    operations = operations_of_block(net.cfg, features)
+    rate = bench_generate.matmul_rate(cpu, torch.float32, 2048)
+    seconds = bench_generate.time_block(net, view, WINDOW + 1, features, cpu)
+    floor = operations / rate
+    return {
+        "operations_of_a_block": operations,
+        "matmul_operations_per_second": round(rate),
+        "floor_ms": round(1000 * floor, 2),
+        "block_ms": round(1000 * seconds, 2),
+        "block_over_floor": round(seconds / floor, 2),
+    }
 
 
 def bench_stream(repeats=5) -> dict:
@@ -85,7 +125,7 @@ def bench_long(repeats=3) -> dict:
 
 
 @torch.inference_mode()
-def bench_prefix(net, text, window=4) -> dict:
+def bench_prefix(net, text, window=WINDOW) -> dict:
     """Seconds for the passes of block k: cached, and with every pass over blocks 0 .. k."""
     cfg, view = net.cfg, CachedView(net.cfg, LONGEST_PREFIX + 1, window)
     generator, cached, rerun, history = torch.Generator().manual_seed(0), [], [], []
@@ -142,7 +182,7 @@ def bench_cost(student, text, captions) -> dict:
         return lambda: teacher.sample(net["teacher"], captions, levels)
 
     def streamed():
-        return list(self_forcing.rollout(student, lambda k: text, 6, sigmas, g, window=4))
+        return list(self_forcing.rollout(student, lambda k: text, 6, sigmas, g, window=WINDOW))
 
     makers = {
         "teacher, 32 steps": (64, by_teacher(teacher.schedule(32))),
@@ -169,22 +209,24 @@ def draw_prefix(result):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--only", choices=["stream", "long", "prefix", "cost"], help="just one")
+    p.add_argument("--only", choices=["floor", "stream", "long", "prefix", "cost"], help="just one")
     p.add_argument("--out", help="default results/bench_toy, if all are run; writes .json and .png")
     args = p.parse_args()
     out = args.out or (None if args.only else ROOT / "results" / "bench_toy")
+    torch.set_num_threads(THREADS)
     net = parts.load_student(parts.WEIGHTS["toy"], config.TOY)
     captions = toy_captions(toy_world.parse_prompt("red fast metal"))
     with torch.inference_mode():
         text = net.project_text(*captions.features)
     kinds = {
+        "floor": lambda: bench_floor(net, captions.features),
         "stream": bench_stream,
         "long": bench_long,
         "prefix": lambda: bench_prefix(net, text),
         "cost": lambda: bench_cost(net, text, captions),
     }
     result = {name: part() for name, part in kinds.items() if args.only in (None, name)}
-    for name in ("stream", "long", "cost"):
+    for name in ("floor", "stream", "long", "cost"):
         if name in result:
             print(name, json.dumps(result[name], indent=1))
     if "prefix" in result:
@@ -201,6 +243,7 @@ def main():
         "threads": torch.get_num_threads(),
         "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
+    print("{threads} thread, {processor}, torch {torch}".format(**result["machine"]))
     if out:
         files.write_json(f"{out}.json", result)
         print(f"wrote {out}.json")

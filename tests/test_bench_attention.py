@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
+from torch.nn.attention import SDPBackend
 
 import kv_cache
 
@@ -33,7 +34,7 @@ def test_the_script_runs_on_a_cpu_at_tiny_shapes(bench, monkeypatch, tmp_path, c
     result = json.loads(out.read_text())
     assert result["path"] == "PyTorch: no GPU" and len(result["shapes"]) == len(bench.TINY)
     for shape in result["shapes"].values():
-        assert shape["floor_us"] > 0
+        assert shape["floor_us"] > 0 and shape["sdpa"] in SDPBackend.__members__
         for way in ("chain_eager", "cat_eager"):
             assert shape[way]["us"] > 0 and shape[way]["floors"] > 0
         assert shape["chain_eager"]["chain_takes"] == 1
@@ -78,6 +79,52 @@ def test_the_place_timed_is_the_last_of_a_full_ring(bench):
         cache = kv_cache.RollingCache(shape.prefix, shape.T, shape.window + 1)
         cache.block = 2 * cache.ring_blocks
         assert cache.slots == slice(shape.K - shape.T, shape.K)
+
+
+def made_up(us, floor_us=2.0):
+    """What `bench` tells of ways that take so many microseconds."""
+    found = {"floor_us": floor_us, "chosen_by_kv_cache": "append", "sdpa": "FLASH_ATTENTION"}
+    for (way, mode), t in us.items():
+        others = {f"{o}_takes": us[o, mode] / t for o in ("chain", "cat")}
+        found[f"{way}_{mode}"] = {"us": t, "floors": t / floor_us} | others
+    return found
+
+
+def test_the_table_shows_times_ratios_and_what_is_taken(bench):
+    """Eager and graph; bold is kv_cache.py's choice; a dash where a way cannot be timed."""
+    times = {("chain", "eager"): 60, ("cat", "eager"): 75, ("append", "eager"): 50}
+    times |= {(way, "graph"): t / 10 for (way, _), t in times.items()} | {("fused", "eager"): 20}
+    head, rule, eager, graph = bench.table({"x: 25 x 417": made_up(times)}).splitlines()
+    assert head.count("|") == rule.count("|") == eager.count("|") == graph.count("|")
+    assert eager == (
+        "| x: 25 x 417 | eager | 2.0 | 60.0 | 75.0 | **50.0** | 20.0 | 25.00 | 3.00 | 1.50 | "
+        "FLASH_ATTENTION |"
+    )
+    assert "| graph | 2.0 | 6.0 | 7.5 | **5.0** | – | 2.50 | – | 1.50 |" in graph
+
+
+def test_without_a_kernel_the_table_has_dashes(bench):
+    """On a CPU: nothing is bold, for nothing of the kernel was timed."""
+    table = bench.table({"x": made_up({("chain", "eager"): 4, ("cat", "eager"): 5})})
+    assert table.splitlines()[-1] == (
+        "| x | eager | 2.0 | 4.0 | 5.0 | – | – | – | – | – | FLASH_ATTENTION |"
+    )
+
+
+def test_the_page_has_a_place_for_the_table():
+    """The script fills it in at its very end."""
+    assert (ROOT / "benchmarks" / "README.md").read_text().count("<!-- attention -->") == 2
+
+
+def test_attention_by_plain_mathematics_is_not_timed(bench, monkeypatch):
+    """SDPA's last resort, which writes all scores down, would make every other way look good."""
+    arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)
+    assert bench.sdpa_backend(*arguments) == "FLASH_ATTENTION"
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: int(SDPBackend.MATH))
+    with pytest.raises(ValueError, match="no fused kernel for this shape"):
+        bench.sdpa_backend(*arguments)
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert bench.sdpa_backend(*arguments) == "this PyTorch does not tell"
 
 
 @pytest.mark.parametrize(

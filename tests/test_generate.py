@@ -148,7 +148,10 @@ def test_the_report_holds_the_timings(run):
     assert report["passes_fps"] == pytest.approx(73 / sum(report["passes_seconds"]))
     assert report["passes_times_real_time"] == pytest.approx(report["passes_fps"] / 24)
     assert report["end_to_end_fps"] < report["passes_fps"]
-    assert 0 < report["ttfc_seconds"] < 73 / report["end_to_end_fps"]
+    assert 0 < report["ttfc_passes_seconds"] < report["ttfc_seconds"]
+    assert report["ttfc_seconds"] < 73 / report["end_to_end_fps"]
+    assert report["ttfc_with_text_seconds"] == report["ttfc_seconds"] + report["text_seconds"]
+    assert report["stage_seconds"]["write"] < max(report["output_seconds"])
 
 
 def test_the_page_holds_the_film(run):
@@ -321,6 +324,19 @@ BAD = {
     "steps 0": (["--steps", "0"], "0 steps: the student knows"),
     "window 0": (["--window", "0"], "--window 0: a block must remember at least 1 second"),
     "unknown flag": (["--fast"], "unrecognized arguments: --fast; see --help"),
+    "seconds without a block": (
+        ["--prompt", "red", "--prompt", "4.5: blue"],
+        "no block would read the prompt at second 4.5: one begins every 1 s, the last at 4",
+    ),
+    "prompt between blocks": (
+        ["--prompt", "red", "--prompt", "1.2: blue", "--prompt", "1.8: green"],
+        "no block would read the prompt at second 1.2",
+    ),
+    "page as film": (["--html", "out.mp4"], "expected different files"),
+    "report as sheet": (["--report", "out.png"], "expected different files"),
+    "decoders": (["--ltx2", "LTX-2"], "--ltx2 LTX-2: --config toy has a codec of its own"),
+    "negative seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
+    "long seed": (["--seed", "9" * 30], "expected 0 or more, and less than 2^63"),
     "seed": (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
     "speed-up": (["--speed-up", "x"], "--speed-up x: unknown; expected all, qkv, merge, graph, "),
     "graph": (["--speed-up", "qkv", "graph"], "--speed-up graph needs a GPU; leave it out"),
@@ -372,8 +388,8 @@ def interrupt_after(monkeypatch, blocks):
     """Ctrl-C while block number `blocks` is being computed."""
     stream = generate.stream
 
-    def interrupted(*args):
-        for block in stream(*args):
+    def interrupted(*args, **how):
+        for block in stream(*args, **how):
             if block.index == blocks:
                 signal.raise_signal(signal.SIGINT)
             yield block

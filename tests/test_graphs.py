@@ -1,6 +1,7 @@
 """Recorded passes answer as passes do, and nothing in a pass waits, on a CPU as on a GPU.
 
 Instead of CUDA graphs and streams there are stand-ins (tests/tape.py) that fail where those would.
+On a GPU the real ones answer as well, with the CUDA kernel in them.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import torch
 from helpers import LAYOUTS, PAPER, layout_name, random_model, random_text, tiny
 from tape import Fork, Operators, Tape, TwoStreams
 
+import cache_append_attention as kernel
 import graphs
 import model
 import self_forcing
@@ -270,23 +272,76 @@ def test_recordings_share_a_pool(monkeypatch):
 
 # ---- the real ones ----
 
+both_kernels = pytest.mark.parametrize("few", [64, 3], ids=["fused", "append"])
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+def on_gpu():
+    """A model with heads that the kernel has, 40 and 24, its projections joined; two prompts."""
+    kernel.require()
+    cfg = tiny(PAPER, num_sinks=2, video_width=80, audio_width=48)
+    net = random_model(cfg, torch.float32).cuda()
+    model.join_projections(net)
+    with torch.no_grad():
+        features = torch.randn(2, 1, 3, cfg.caption_width).cuda()
+        return net, [net.project_text(f) for f in features]
+
+
+@pytest.mark.gpu
+@both_kernels
 @pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("beside", [False, True])
-def test_cuda_graphs_and_streams_answer_as_a_plain_stream(merge, beside):
-    """On a GPU, in float32: recorded, replayed, with and without the second CUDA stream; twice."""
-    net = random_model(tiny(PAPER, num_sinks=2), torch.float32).cuda()
-    features = torch.randn(2, 1, 3, net.cfg.caption_width)
-    with torch.no_grad():
-        texts = [net.project_text(f.cuda()) for f in features]
+def test_cuda_graphs_and_streams_answer_as_pytorch_does(merge, beside, few, monkeypatch):
+    """In float32: recorded and replayed, every attention by the kernel, with and without the second
+    CUDA stream; twice."""
+    net, texts = on_gpu()
     how = dict(merge=merge, switch_at=8, blocks=14)
-    plain = stream(net, texts, **how)
+    with monkeypatch.context() as pytorch:
+        pytorch.setattr(kernel, "supports", lambda *_: False)
+        plain = stream(net, texts, **how)
+    monkeypatch.setattr(kernel, "FEW", few)
     net.fork = graphs.SideStream() if beside else net.fork
     recorded = Counting(net, graphs.cuda_recorder)
-    for x, y in zip(2 * plain, [x for _ in range(2) for x in stream(recorded, texts, **how)]):
+    with kernel.strict():
+        clips = [stream(recorded, texts, **how) for _ in range(2)]
+    for x, y in zip(2 * plain, [x for clip in clips for x in clip], strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
     assert recorded.counts["replayed"] > recorded.counts["recorded"] > 0
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """Whatever makes the CPU wait for the GPU is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@both_kernels
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("record", [False, True])
+def test_behind_a_full_window_no_block_waits_for_the_gpu(record, merge, few, monkeypatch):
+    """Refresh, noise, positions, passes on both streams, pinned keys: PyTorch itself watches."""
+    net, texts = on_gpu()
+    monkeypatch.setattr(kernel, "FEW", few)
+    net.fork, g = graphs.SideStream(), torch.Generator().manual_seed(0)
+    net = graphs.Recorded(net, graphs.cuda_recorder) if record else net
+    how = dict(window=WINDOW, merge=merge)
+    blocks = self_forcing.rollout(net, lambda k: texts[0], 14, SIGMAS, g, **how)
+    with torch.no_grad(), kernel.strict():
+        for _ in range(10):  # by now every place in the ring was recorded
+            next(blocks)
+        with no_waiting():
+            assert len(list(blocks)) == 4
+
+
+@pytest.mark.gpu
+def test_a_number_that_is_read_back_is_noticed():
+    """What the test above would say of it."""
+    with no_waiting(), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
+        torch.ones(1, device="cuda").item()
 
 
 # ---- nothing waits ----
