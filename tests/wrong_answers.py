@@ -556,13 +556,13 @@ WRONG = {
             "a word is unknown",
         ),
         "a switch does not wait": (
-            "start = block_seconds(k, cfg)[0]",
-            "start = block_seconds(k, cfg)[1]",
+            "prompt_at(block_seconds(k, cfg)[0], cues)",
+            "prompt_at(block_seconds(k, cfg)[1], cues)",
             "block 2, which begins at second 1, reads",
         ),
         "blocks taken for seconds": (
-            "start = block_seconds(k, cfg)[0]",
-            "start = k",
+            "prompt_at(block_seconds(k, cfg)[0], cues)",
+            "prompt_at(k, cues)",
             "which begins at second 1, reads",
         ),
         "a prompt projected for every block": (
