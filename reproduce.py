@@ -47,7 +47,7 @@ FULL = [
     ("generate.py --out assets/clip.mp4", 1),
     ("plots.py", 1),
     ("charts.py imports", 1),
-    ("benchmarks/bench_toy.py", 5),
+    ("benchmarks/bench_toy.py", 10),
     ("notebooks/run.py", 3),
 ]
 MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("stage "))
