@@ -24,8 +24,8 @@ by side from one run,
 
 and peak memory of the film beside the plan of memory_plan.py. Refuses to measure without the CUDA
 kernel. Writes results/bench_generate.json and the tables of benchmarks/README.md (not with --tiny)
-after every rung and window; begun again, it goes on behind the last of them, on a machine of the
-same kind.
+after every rung and window; begun again on the same day and kind of machine, it goes on behind the
+last of them (remove the JSON after a change of code).
 
 Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test the script.
 """
@@ -432,12 +432,9 @@ def find_decoders(device, dtype):
 
 
 def resumed(out, about) -> tuple[list, list]:
-    """Rungs and rows that an earlier run on such a machine has measured."""
-    if Path(out).exists():
-        found = json.loads(Path(out).read_text())
-        if {**found["about"], "date": 0} == {**about, "date": 0}:
-            return found["ladder"], found["rows"]
-    return [], []
+    """Rungs and rows that an earlier run has measured, today and on such a machine."""
+    found = json.loads(Path(out).read_text()) if Path(out).exists() else {"about": None}
+    return (found["ladder"], found["rows"]) if found["about"] == about else ([], [])
 
 
 def main():
