@@ -5,7 +5,7 @@ states of every token, normalised together, projected to one vector, and passed 
 transformers ("connectors"), one for video and one for audio, that put learned registers where a
 prompt has no tokens. So a prompt has 1024 tokens whatever its length, and no text mask is needed.
 
-The encoder is two thirds the size of the video model, and no block of the stream needs it again:
+The encoder is two thirds the size of the transformer, and no block of the stream needs it again:
 every prompt of a stream is encoded before it starts, and the encoder is freed. A training reads
 thousands of prompts, so they are encoded once, to a folder with one file for each (15.7 MB):
 

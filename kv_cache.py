@@ -10,8 +10,9 @@ Each layer has four attentions over the two streams, and each keeps a cache of i
     video_self   keys from video          audio_self   keys from sinks and audio
     a2v          keys from sinks + audio  v2a          keys from video
 
-A cache is one buffer (B, slots, H, D_head). Block 0 (with the sinks) is pinned in front; behind it
-a ring holds the latest blocks, the current one included, and the oldest is overwritten:
+A cache is two buffers (B, slots, H, D), keys and values. Block 0, with the sinks, is pinned in
+front; behind it a ring holds the latest blocks, the current one included, and the oldest is
+overwritten:
 
     window = 2            slots:   prefix | ring of 3 blocks
     during block 3                 S V0   | 1  2  3
