@@ -83,12 +83,13 @@ QUICK = [
     ),
 ]
 # for one GPU of 80 GB; minutes are a guess until there has been one
+KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_graphs.py"  # none of them needs av
 GPU = [
-    ("-m pytest -m 'gpu and not slow' tests", 2),
+    (f"-m pytest -m 'gpu and not slow' {KERNEL_TESTS}", 2),
     ("benchmarks/bench_attention.py", 1),
     ("benchmarks/bench_generate.py", 9),
     ("benchmarks/bench_decode.py", 2),
-    ("-m pytest -m 'gpu and slow' tests", 5),  # compute-sanitizer
+    (f"-m pytest -m 'gpu and slow' {KERNEL_TESTS}", 5),  # compute-sanitizer
 ]
 
 

@@ -66,7 +66,14 @@ def test_on_a_gpu_a_failure_stops_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--gpu")
     assert len(ran) == len(reproduce.GPU)
-    assert "'gpu and not slow' tests: exit status 1; start" in capsys.readouterr().err
+    assert "tests/test_graphs.py: exit status 1; start" in capsys.readouterr().err
+
+
+def test_every_test_for_a_gpu_is_run_there():
+    """The files that have any are the files that are named."""
+    files = (reproduce.ROOT / "tests").glob("test_*.py")
+    marked = {f"tests/{file.name}" for file in files if "pytest.mark.gpu" in file.read_text()}
+    assert marked - {"tests/test_reproduce.py"} == set(reproduce.KERNEL_TESTS.split())
 
 
 def test_two_kinds_at_once_are_refused(monkeypatch, capsys):
