@@ -170,14 +170,11 @@ def plural(n, noun) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def hint(what, depth=1, *more) -> str:
+def hint(what, depth=1) -> str:
     """A hint for "NAME.function": 1 says where to look, 2 how to go about it, 3 nearly the code.
 
-    Raises ValueError for an unknown exercise or function, listing the known ones, or depth, and
-    for `more` than one depth.
+    Raises ValueError for an unknown exercise or function, listing the known ones, or depth.
     """
-    if more:
-        raise ValueError(f"--hint {' '.join((what, depth, *more))}: expected one depth")
     name, _, function = what.partition(".")
     hints = {task.function: task.hints for task in find(name).tasks}
     if function not in hints:
@@ -296,6 +293,8 @@ def main():
     p.add_argument("--check", action="store_true", help="compare table, modules and tests")
     args = p.parse_args()
     if args.hint:
+        if len(args.hint) > 2:
+            raise ValueError(f"--hint {' '.join(args.hint)}: expected one depth")
         print(hint(*args.hint))
     elif args.check:
         if found := problems():

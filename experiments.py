@@ -204,11 +204,16 @@ def compare(args):
     truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
     results = {}
     for name, student in chosen.items():
-        net = model.load(student.path)
-        make = evaluate.streams_of(net, codec, args.seconds, window=student.window)
+        make = streams(student, codec, args.seconds)
         results |= by_window(name, make, seeds, windows, truth)
     shown = over_seeds(results)
     return results | shown, evaluate.table(shown), charts.draw_streams(shown)
+
+
+def streams(student, codec, seconds):
+    """What a Student makes, as a function for `evaluate.judge`."""
+    net = model.load(student.path)
+    return evaluate.streams_of(net, codec, seconds, window=student.window)
 
 
 def by_window(name, make, seeds, windows, truth) -> dict:
@@ -302,13 +307,7 @@ def gallery(args):
         stream = evaluate.streams_of(net, codec, args.seconds)(clips, 0)
         shown[name] = (*stream, args.seconds - 5)
     firsts = {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
-    return plots.draw_gallery(words_of(clips)[0], firsts)
-
-
-def words_of(clips) -> list[str]:
-    """Their captions."""
-    tokens = toy_world.caption_tokens(clips)
-    return [" ".join(toy_world.VOCABULARY[t] for t in caption) for caption in tokens]
+    return plots.draw_gallery(toy_world.words_of(clips)[0], firsts)
 
 
 def identity(args):
@@ -320,9 +319,9 @@ def identity(args):
     clips, codec = toy_world.draw_clips(range(first, first + 3)), toy_codec.load()
     shown = {}
     for blocks, student in (("1+3k", MEMORY["stage III"]), ("4+3k", MEMORY[REMEMBERING])):
-        net, how = model.load(student.path), dict(window=student.window)
-        films, _ = evaluate.streams_of(net, codec, args.seconds, **how)(clips, 0)
-        shown |= {f"{words}, {blocks}": film for words, film in zip(words_of(clips), films)}
+        films, _ = streams(student, codec, args.seconds)(clips, 0)
+        captions = toy_world.words_of(clips)
+        shown |= {f"{words}, {blocks}": film for words, film in zip(captions, films)}
     return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3)
 
 

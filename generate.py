@@ -322,10 +322,10 @@ def sheet_of(film) -> Path:
 def check_targets(film, *others):
     """Raises ValueError for a file that cannot be written, or two that are one."""
     check_film(film)
-    targets = film, sheet_of(film), *others
-    for path in targets:
+    others = sheet_of(film), *others
+    for path in others:
         files.check_writable(path)
-    if len({Path(path).resolve() for path in targets}) < len(targets):
+    if len({Path(path).resolve() for path in (film, *others)}) <= len(others):
         raise ValueError("--out, its .png, --html and --report: expected different files")
 
 

@@ -127,6 +127,12 @@ def stream_rows(
     ]
 
 
+def film_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
+    """What a whole film needs: its stream, with speed-ups by name, and LTX-2's decoders."""
+    how = dict(merge="merge" in speedups, graph="graph" in speedups)
+    return stream_rows(cfg, blocks, window, dtype, prompts, **how) + decoder_rows(cfg, dtype)
+
+
 def check(rows, free, cfg, blocks, dtype, batch=1):
     """Raises ValueError for a plan that does not fit, naming the longest window that does."""
     if total(rows) <= free:
@@ -155,10 +161,8 @@ def _cache(cfg, blocks, window, dtype, batch):
 if __name__ == "__main__":
 
     def main():
-        like = config.FULL, torch.bfloat16
         for seconds in (5, 15, 25):
             print(f"window {seconds} s, two minutes, bfloat16:")
-            rows = stream_rows(config.FULL, 121, seconds, torch.bfloat16) + decoder_rows(*like)
-            print(shown(rows, 80 * GB), "\n")
+            print(shown(film_rows(config.FULL, 121, seconds, torch.bfloat16), 80 * GB), "\n")
 
     cli.run(main)

@@ -160,9 +160,8 @@ def full_parts(order) -> Parts:
 def check_memory(order):
     """Print what the stream will need.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = order.cfg, order.num_blocks, order.dtype
-    how = dict(merge="merge" in order.speedups, graph="graph" in order.speedups)
-    rows = memory_plan.stream_rows(cfg, blocks, order.window, dtype, len(order.cues), **how)
-    rows += memory_plan.decoder_rows(cfg, dtype)
+    how = dict(speedups=order.speedups, prompts=len(order.cues))
+    rows = memory_plan.film_rows(cfg, blocks, order.window, dtype, **how)
     free = memory.free_bytes(order.device)
     print(memory.shown(rows, free))
     memory_plan.check(rows, free, cfg, blocks, dtype)

@@ -92,6 +92,15 @@ def caption_tokens(clips) -> torch.Tensor:
     return clips.words + first
 
 
+def words_of(clips) -> list[str]:
+    """Their captions.
+
+    >>> words_of(draw_clips([0]))
+    ['yellow fast metal']
+    """
+    return [" ".join(VOCABULARY[t] for t in tokens) for tokens in caption_tokens(clips)]
+
+
 def parse_prompt(text) -> torch.Tensor:
     """(1, 3) tokens of a prompt; words may come in any order and any may be left out.
 
@@ -234,6 +243,5 @@ def render_sound(clips, seconds, cfg=config.TOY) -> torch.Tensor:
 
 if __name__ == "__main__":
     clips = draw_clips(range(HELD_OUT, HELD_OUT + 4))
-    for tokens, times in zip(caption_tokens(clips), impacts(clips, 0, 5).times):
-        caption = " ".join(VOCABULARY[t] for t in tokens)
+    for caption, times in zip(words_of(clips), impacts(clips, 0, 5).times):
         print(f"{caption:18} impacts at", " ".join(f"{t:.2f}" for t in times if t < 5))

@@ -72,19 +72,26 @@ TINY = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64
 # ---- the floor ----
 
 
-def flops_of_block(cfg, window) -> int:
+def flops_of_block(cfg, window, tokens=captions.TOKENS) -> int:
     """Operations of a block's passes and its refresh, the window full; a multiply-add is two.
 
-    All layers do the same, so two of them tell what any number does.
+    tokens   of the caption
+
+    All layers do the same, so one of them tells what any number does.
     """
-    one, two = (flops_of_pass(replace(cfg, num_layers=n), window) for n in (1, 2))
-    return (one + (cfg.num_layers - 1) * (two - one)) * len(cfg.sigmas)  # passes, and the refresh
+    none, one = (flops_of_pass(empty(cfg, n), window, tokens) for n in (0, 1))
+    return (none + cfg.num_layers * (one - none)) * len(cfg.sigmas)  # passes, and the refresh
 
 
-def flops_of_pass(cfg, window, net=None) -> int:
+def empty(cfg, layers):
+    """A net of so many layers, without contents."""
+    return model.build(replace(cfg, num_layers=layers), device="meta")
+
+
+def flops_of_pass(net, window, tokens=captions.TOKENS) -> int:
     """Operations of one pass with a full window."""
-    net = net or model.build(cfg, device="meta")
-    view, text = CachedView(cfg, window + 3, window), meta_text(net)
+    view = CachedView(net.cfg, window + 3, window)
+    text = net.project_text(torch.empty(1, tokens, net.cfg.caption_width, device="meta"))
     for _ in range(window + 1):  # keys without contents need not be made
         view.move_on()
     with FlopCounterMode(display=False) as counter:
@@ -95,7 +102,7 @@ def flops_of_pass(cfg, window, net=None) -> int:
 def work_of_layers(cfg, window) -> tuple[Counter, int]:
     """Of one pass: {tokens: weights that each of so many tokens is multiplied with}, and the
     operations of attention."""
-    net, weights = model.build(replace(cfg, num_layers=1), device="meta"), Counter()
+    net, weights = empty(cfg, 1), Counter()
 
     def count(layer, inputs, _):
         weights[inputs[0].shape[-2]] += layer.weight.numel() * cfg.num_layers
@@ -103,12 +110,10 @@ def work_of_layers(cfg, window) -> tuple[Counter, int]:
     for stream in (net.video, net.audio):
         for layer in (m for m in stream.layers.modules() if isinstance(m, torch.nn.Linear)):
             layer.register_forward_hook(count)
-    flops_of_pass(net.cfg, window, net)
+    one, none = (flops_of_pass(n, window) for n in (net, empty(cfg, 0)))
     del weights[captions.TOKENS]  # the prompt's keys and values are made before, once
-    everything = flops_of_block(cfg, window) // len(cfg.sigmas)
     linear = 2 * sum(tokens * n for tokens, n in weights.items())
-    none = flops_of_pass(replace(cfg, num_layers=0), window)
-    return weights, everything - none - linear
+    return weights, cfg.num_layers * (one - none) - linear
 
 
 def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
@@ -124,10 +129,6 @@ def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
         )
     work = f"{attention / 1e12:.1f} TFLOP | {1000 * attention / flops:.1f} ms"
     return "\n".join([*lines, f"| attention | {work} |"])
-
-
-def meta_text(net):
-    return net.project_text(torch.empty(1, captions.TOKENS, net.cfg.caption_width, device="meta"))
 
 
 @torch.no_grad()
@@ -314,18 +315,16 @@ def bench_window(net, nets, features, window, blocks, rate, device, speedups=())
         "first_and_last_full_block_seconds": [full[0], full[-1]],
     }
     if film:
-        row |= {"film": film, **beside_plan(film, cfg, window, blocks, speedups, net)}
+        row |= {"film": film, **beside_plan(film, net, window, speedups)}
     del fast  # recordings hold the caches of their stream
     free_memory(device)
     return row | beside_textbook(set_up(net, (), device), features, window, median, device)
 
 
-def beside_plan(film, cfg, window, blocks, speedups, net) -> dict:
+def beside_plan(film, net, window, speedups) -> dict:
     """Peak memory as planned, and as it was until the first full block and until the last."""
-    dtype = next(net.parameters()).dtype
-    how = dict(merge="merge" in speedups, graph="graph" in speedups)
-    rows = memory_plan.stream_rows(cfg, blocks, window, dtype, **how)
-    plan = memory_plan.total(rows + memory_plan.decoder_rows(cfg, dtype))
+    blocks, dtype = len(film["passes_seconds"]), next(net.parameters()).dtype
+    plan = memory_plan.total(memory_plan.film_rows(net.cfg, blocks, window, dtype, speedups))
     peaks = [mb * 2**20 / 1e9 for mb in full_blocks(film["peaks_mb"], window)]
     return {"plan_gb": plan / 1e9, "first_and_last_peak_gb": [peaks[0], peaks[-1]]}
 

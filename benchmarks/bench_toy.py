@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median_high
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script from anywhere
@@ -64,24 +63,10 @@ def run_generate(seconds) -> dict:
         return json.loads(report.read_text())
 
 
-def operations_of_block(cfg, features) -> int:
-    """Of its passes and its refresh, the window full; counted without contents.
-
-    A multiply-add is two. (As bench_generate.flops_of_block, for the few words of a toy caption.)
-    """
-    net, view = model.build(cfg, device="meta"), CachedView(cfg, WINDOW + 3, WINDOW)
-    text = net.project_text(*(f.to("meta") for f in features))
-    for _ in range(WINDOW + 1):
-        view.move_on()
-    with FlopCounterMode(display=False) as counter:
-        bench_generate.one_pass(net, view, text)
-    return counter.get_total_flops() * len(cfg.sigmas)
-
-
 def bench_floor(net, features) -> dict:
     """A block's passes and refresh with a full window, and what they cannot be faster than here."""
     cpu, view = torch.device("cpu"), CachedView(net.cfg, WINDOW + 3, WINDOW)
-    operations = operations_of_block(net.cfg, features)
+    operations = bench_generate.flops_of_block(net.cfg, WINDOW, features[0].shape[1])
     rate = bench_generate.matmul_rate(cpu, torch.float32, 2048)
     seconds = bench_generate.time_block(net, view, WINDOW + 1, features, cpu)
     floor = operations / rate

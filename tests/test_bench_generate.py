@@ -128,7 +128,7 @@ def test_a_film_is_measured_with_its_decoders():
     row = dict(window_seconds=1, floor_fps=9, passes_fps=8, share_of_floor=0.8, film=film)
     row |= dict(
         first_and_last_full_block_seconds=[0.2, 0.3],
-        **bench_generate.beside_plan(film, cfg, 1, 9, (), net),
+        **bench_generate.beside_plan(film, net, 1, ()),
     )
     assert "| 200, 300 ms |" in (table := bench_generate.window_table([row]))
     assert f" GB | {row['plan_gb']:.1f} GB | – |" in table

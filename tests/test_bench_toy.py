@@ -12,12 +12,13 @@ import bench_generate  # noqa: E402
 import bench_toy  # noqa: E402
 
 
-def test_operations_are_those_of_the_full_size_benchmark():
-    """For a caption as long as the full size's; a shorter one is less work."""
-    long, short = (torch.empty(1, n, 9) for n in (bench_generate.captions.TOKENS, 3))
-    counted = bench_toy.operations_of_block(config.TOY, [long])
-    assert counted == bench_generate.flops_of_block(config.TOY, bench_toy.WINDOW)
-    assert 0 < bench_toy.operations_of_block(config.TOY, [short]) < counted
+def test_operations_are_counted_by_the_layer():
+    """As those of all layers at once; a shorter caption is less work."""
+    cfg, window = config.TOY, bench_toy.WINDOW
+    net = bench_generate.empty(cfg, cfg.num_layers)
+    counted = bench_generate.flops_of_pass(net, window) * len(cfg.sigmas)
+    assert counted == bench_generate.flops_of_block(cfg, window)
+    assert 0 < bench_generate.flops_of_block(cfg, window, tokens=3) < counted
 
 
 def test_the_floor_is_below_the_measurement(monkeypatch):
