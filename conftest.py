@@ -1,6 +1,6 @@
 """Puts the root of the project on sys.path, and grades exercises: `pytest --exercise masks`.
 
-See exercise.py. Grading puts a student's file in the place of a module, runs the tests that give
+See exercises/coursework.py. Grading puts a student's file in the place of a module, runs the tests that give
 points, and prints and writes a score: `exercises/masks.score.json` beside the answer.
 """
 
@@ -16,8 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one thread 
 import pytest
 import torch
 
-import exercise
-import files
+from exercises import coursework as exercise
+from plumbing import files
 
 ROOT = Path(__file__).parent
 NOT_RUN = "not run"

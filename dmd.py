@@ -30,17 +30,16 @@ from typing import NamedTuple
 
 import torch
 
-import cli
 import model
-import sharding
 import teacher
-import toy_world
-import training
-import training_parts
-import training_plan
-from captions import toy_captions
+from full_size import sharding, training_plan
+from full_size.text import toy_captions
 from kv_cache import MaskedView, MergedView
 from masks import Span
+from plumbing import cli
+from plumbing import stages as training_parts
+from plumbing import trainer as training
+from toy import world as toy_world
 
 # Paper: 2000 steps. One of the official loop updates the critic, and only every fifth the generator
 # too; one of ours is an update of the generator and five of its critic.
@@ -322,7 +321,7 @@ def distil(p, args, start, is_causal, make):
 
 
 def trial_of(teacher_cfg, student_cfg, recipes, guidance, make):
-    """All nets, and what an update of the generator computes with them (training_plan.py)."""
+    """All nets, and what an update of the generator computes with them (full_size/memory.py)."""
     generator, critic = recipes
     nets = [
         ("teacher", teacher_cfg, None),
@@ -333,7 +332,7 @@ def trial_of(teacher_cfg, student_cfg, recipes, guidance, make):
 
 
 def generator_loss(guidance, make, real, net, critic, captions, generator):
-    """What an update of the generator computes, to see what it takes (training_plan.py)."""
+    """What an update of the generator computes, to see what it takes (full_size/memory.py)."""
     made = make(net, None, captions, generator)
     return sum(matching_losses(made, captions, real, critic, guidance, generator))
 

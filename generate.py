@@ -45,20 +45,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import captions
-import cli
 import dmd
-import files
-import page
-import parts
-import plots
 import self_forcing
 import teacher
-from captions import toy_features
+from film import page
+from film.mp4 import Movie, check_film
+from full_size import parts
+from full_size import text as captions
+from full_size.parts import Order
+from full_size.text import toy_features
 from masks import block_seconds, num_blocks
-from movie import Movie, check_film
-from parts import Order
-from stopwatch import Stopwatch
+from plumbing import cli, files
+from plumbing.stopwatch import Stopwatch
+from studies import plots
 
 STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # if nothing is asked for

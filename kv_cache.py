@@ -39,8 +39,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import cache_append_attention as kernel
 import rope
+from kernel import cache_append_attention as kernel
 from masks import LISTENER, SITES, whole_window
 
 

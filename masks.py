@@ -33,7 +33,7 @@ and 48 in block 1:
 ########
 
     python masks.py    prints all four masks as text, every sixth token of a stream
-    python plots.py    draws them, as the paper's figure does
+    python -m studies.plots    draws them, as the paper's figure does
 """
 
 from dataclasses import astuple, dataclass

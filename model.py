@@ -35,10 +35,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import config
-import files
 import rope
 from kv_cache import Heads, MaskedView, attention
 from masks import Span, clip_span, four_masks
+from plumbing import files
 from sink_tokens import SinkTokens, fresh_sinks, sink_angles
 
 # ---- noise, velocity and clean estimates: the only place where they are converted ----

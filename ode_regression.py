@@ -38,18 +38,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 import config
-import files
 import model
-import sharding
 import teacher
-import training
-import training_parts
-import training_plan
-from captions import TOY_PROMPTS
+from full_size import sharding, training_plan
+from full_size.text import TOY_PROMPTS
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
+from plumbing import cli, files
+from plumbing import stages as training_parts
+from plumbing import trainer as training
 
 STEPS = 2500, 3000  # the toy's, and at full size (paper)
 CLEAN_SHARE = 0.25  # share of blocks shown clean
@@ -226,7 +224,7 @@ def recipe_of(steps, seed=0, batch=8, is_toy=True):
 
 
 def trial_loss(net, captions, generator):
-    """The loss of made-up walks, to see what it takes (training_plan.py)."""
+    """The loss of made-up walks, to see what it takes (full_size/memory.py)."""
     cfg, batch = net.cfg, len(captions)
     blocks, levels = num_blocks(teacher.SECONDS, cfg), len(cfg.sigmas)
     ends = model.draw_noise(batch, clip_span(blocks, cfg), cfg, generator)

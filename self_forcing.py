@@ -42,15 +42,15 @@ from typing import NamedTuple
 
 import torch
 
-import cli
 import dmd
 import model
-import sharding
 import teacher
-import toy_codec
-import training_parts
+from full_size import sharding
 from kv_cache import CachedView
 from masks import block_span, num_blocks
+from plumbing import cli
+from plumbing import stages as training_parts
+from toy import codec as toy_codec
 
 
 class Block(NamedTuple):

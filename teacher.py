@@ -18,16 +18,15 @@ stream know more about the clip than the other.
 
 import torch
 
-import cli
 import config
-import files
 import model
-import toy_codec
-import toy_world
-import training
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks, whole_window
+from plumbing import cli, files
+from plumbing import trainer as training
+from toy import codec as toy_codec
+from toy import world as toy_world
 
 SECONDS = 5  # length of a training clip, as in the paper
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training

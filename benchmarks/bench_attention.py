@@ -1,7 +1,7 @@
 """Append and attend at full size: how far from the floor, and what does the kernel buy?  (GPU)
 
-    python benchmarks/bench_attention.py                        one GPU, about two minutes
-    python benchmarks/bench_attention.py --device cpu --tiny    does the script work?
+    python -m benchmarks.bench_attention                        one GPU, about two minutes
+    python -m benchmarks.bench_attention --device cpu --tiny    does the script work?
 
 One attention of one layer in one pass, in the steady state of a stream, bfloat16, one clip; by
 
@@ -23,7 +23,6 @@ so its times may lie below the floor of the memory.
 Writes results/bench_attention.json and, unless --tiny, a table of benchmarks/README.md.
 """
 
-import sys
 import time
 from pathlib import Path
 from statistics import median_high
@@ -33,14 +32,15 @@ import torch
 from torch.nn.attention import SDPBackend
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-import cache_append_attention as kernel  # noqa: E402
-import cli  # noqa: E402
-import files  # noqa: E402
-import kv_cache  # noqa: E402
-import rope  # noqa: E402
-from config import FULL  # noqa: E402
+import kv_cache
+import rope
+from config import FULL
+from kernel import cache_append_attention as kernel
+from plumbing import (
+    cli,
+    files,
+)
 
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # of the largest output; sums vary in order
 WAYS = ("chain", "cat", "append", "fused")

@@ -1,8 +1,8 @@
 """What does decoding by pieces cost in picture and sound, and what in waiting?
 
-    python benchmarks/bench_decode.py --weights omniforcing --ltx2 LTX-2 --config released
-    python benchmarks/bench_decode.py --weights random          # full size, noise for weights
-    python benchmarks/bench_decode.py --device cpu --tiny       # does the script work?
+    python -m benchmarks.bench_decode --weights omniforcing --ltx2 LTX-2 --config released
+    python -m benchmarks.bench_decode --weights random          # full size, noise for weights
+    python -m benchmarks.bench_decode --device cpu --tiny       # does the script work?
 
 LTX-2's decoders look both ways in time, and a stream has no later. A clip is made once and decoded
 at once, then block by block with every overlap of the table. For each it prints
@@ -30,18 +30,19 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-import cli  # noqa: E402
-import decoders  # noqa: E402
-import files  # noqa: E402
-import generate  # noqa: E402
-import ltx2  # noqa: E402
-import parts  # noqa: E402
-from captions import random_features  # noqa: E402
-from decoders import Overlap  # noqa: E402
-from masks import block_seconds  # noqa: E402
-from stopwatch import Stopwatch, settled_median  # noqa: E402
+import generate
+from film import decoders
+from film.decoders import Overlap
+from full_size import parts
+from full_size import weights as ltx2
+from full_size.text import random_features
+from masks import block_seconds
+from plumbing import (
+    cli,
+    files,
+)
+from plumbing.stopwatch import Stopwatch, settled_median
 
 EVERYTHING = Overlap((999, 999), (999, 999), (9999, 9999))  # the whole clip at once
 # context and look-ahead; the audio decoder looks back only, so it is the vocoder that is varied

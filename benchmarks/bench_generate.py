@@ -1,8 +1,8 @@
 """How fast does the full size stream on one GPU, how far is that from the floor, and from before?
 
-    python benchmarks/bench_generate.py                    windows of 5, 15 and 25 seconds
-    python benchmarks/bench_generate.py --rounds 1         the ladder once and not three times
-    python benchmarks/bench_generate.py --floor            computed, without a GPU
+    python -m benchmarks.bench_generate                    windows of 5, 15 and 25 seconds
+    python -m benchmarks.bench_generate --rounds 1         the ladder once and not three times
+    python -m benchmarks.bench_generate --floor            computed, without a GPU
 
 Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh a block. First, with the
 first window, a ladder: each speed-up of generate.py on top of those before it, before and after in
@@ -22,7 +22,7 @@ by side from one run,
                same block by our caches without any speed-up, and with all that won; a dash where
                the textbook's caches would not fit
 
-and peak memory of the film beside the plan of memory_plan.py. Refuses to measure without the CUDA
+and peak memory of the film beside the plan of full_size/memory.py. Refuses to measure without the CUDA
 kernel. Writes results/bench_generate.json and the tables of benchmarks/README.md (not with --tiny)
 after every rung and window; begun again on the same day and kind of machine, it goes on behind the
 last of them (remove the JSON after a change of code).
@@ -33,7 +33,6 @@ Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test t
 import contextlib
 import gc
 import json
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -44,26 +43,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-import cache_append_attention as kernel  # noqa: E402
-import captions  # noqa: E402
-import cli  # noqa: E402
-import config  # noqa: E402
-import decoders  # noqa: E402
-import dmd  # noqa: E402
-import files  # noqa: E402
-import generate  # noqa: E402
-import ltx2  # noqa: E402
-import memory  # noqa: E402
-import memory_plan  # noqa: E402
-import model  # noqa: E402
-import parts  # noqa: E402
-from kv_cache import CachedView, attention  # noqa: E402
-from masks import block_span  # noqa: E402
-from movie import Movie, av  # noqa: E402
-from self_forcing import Block  # noqa: E402
-from stopwatch import Stopwatch, settled_median  # noqa: E402
+import config
+import dmd
+import generate
+import model
+from film import decoders
+from film.mp4 import Movie, av
+from full_size import (
+    memory,
+    memory_plan,
+    parts,
+)
+from full_size import text as captions
+from full_size import weights as ltx2
+from kernel import cache_append_attention as kernel
+from kv_cache import CachedView, attention
+from masks import block_span
+from plumbing import (
+    cli,
+    files,
+)
+from plumbing.stopwatch import Stopwatch, settled_median
+from self_forcing import Block
 
 RUNGS = ("qkv", "graph", "beside", "merge")  # of the ladder, in this order
 TINY = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)

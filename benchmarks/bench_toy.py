@@ -1,7 +1,7 @@
 """How fast does the toy stream, does it stay so, and what does the cache buy?  (CPU)
 
-    python benchmarks/bench_toy.py               all of it, about 10 minutes, on one thread
-    python benchmarks/bench_toy.py --only prefix
+    python -m benchmarks.bench_toy               all of it, about 10 minutes, on one thread
+    python -m benchmarks.bench_toy --only prefix
 
   floor    the multiply-adds of a block's passes at the rate of a large matrix product, beside them
   stream   generate.py as a user runs it: TTFC, frames a second, times real time
@@ -27,23 +27,23 @@ from statistics import median_high
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # run as a script from anywhere
 
-import bench_generate  # noqa: E402
-
-import cli  # noqa: E402
-import config  # noqa: E402
-import dmd  # noqa: E402
-import files  # noqa: E402
-import model  # noqa: E402
-import parts  # noqa: E402
-import plots  # noqa: E402
-import self_forcing  # noqa: E402
-import teacher  # noqa: E402
-import toy_world  # noqa: E402
-from captions import toy_captions  # noqa: E402
-from kv_cache import CachedView, MaskedView  # noqa: E402
-from masks import block_span, clip_span, four_masks  # noqa: E402
+import config
+import dmd
+import model
+import self_forcing
+import teacher
+from benchmarks import bench_generate
+from full_size import parts
+from full_size.text import toy_captions
+from kv_cache import CachedView, MaskedView
+from masks import block_span, clip_span, four_masks
+from plumbing import (
+    cli,
+    files,
+)
+from studies import plots
+from toy import world as toy_world
 
 LONGEST_PREFIX = 30  # blocks
 THREADS = 1  # more would make some parts faster and all of them less alike

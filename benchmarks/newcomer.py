@@ -1,6 +1,6 @@
 """How long until a newcomer sees a clip, green tests, and a graded exercise?
 
-    python benchmarks/newcomer.py
+    python -m benchmarks.newcomer
 
 Clones this repository into a temporary folder, makes a fresh virtual environment and follows the
 README, one command after the other, as a person would who reads nothing else. Seconds depend on the
@@ -16,10 +16,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script from anywhere
 
-import cli  # noqa: E402
-import files  # noqa: E402
+from plumbing import (
+    cli,
+    files,
+)
 
 STEPS = {
     "clone": "git clone --quiet {root} {folder}",
@@ -28,7 +29,7 @@ STEPS = {
     "clip": "venv/bin/python generate.py",
     "install for tests": "venv/bin/pip install --quiet -r requirements-dev.txt",
     "tests": "venv/bin/python -m pytest -q -n auto --dist loadfile",
-    "take an exercise": "venv/bin/python exercise.py masks",
+    "take an exercise": "venv/bin/python -m exercises masks",
     "grade it": "venv/bin/python -m pytest -q --exercise masks",
 }
 UNSOLVED = 1  # pytest's exit status: an exercise with holes is graded, and fails

@@ -1,24 +1,22 @@
 """How much memory does a GPU need for each stage at full size?  Computed, without a GPU.
 
-    python benchmarks/training_memory.py            on 8, 16 and 32 GPUs, one clip each
+    python -m benchmarks.training_memory            on 8, 16 and 32 GPUs, one clip each
 
-Prints the table of README.md; `training_plan.py` says how bytes are counted.
+Prints the table of README.md; `full_size/memory.py` says how bytes are counted.
 """
 
 import functools
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script from anywhere
-
-import cli  # noqa: E402
-import config  # noqa: E402
-import dmd  # noqa: E402
-import memory  # noqa: E402
-import ode_regression  # noqa: E402
-import self_forcing  # noqa: E402
-import teacher  # noqa: E402
-import training_plan  # noqa: E402
+import config
+import dmd
+import ode_regression
+import self_forcing
+import teacher
+from full_size import (
+    memory,
+    training_plan,
+)
+from plumbing import cli
 
 GPUS = 8, 16, 32
 

@@ -13,11 +13,11 @@ from unittest import mock
 
 import torch
 
-import cli
 import config
-import decoders
+from film import decoders
 from masks import block_span, clip_span
 from model import OmniTransformer
+from plumbing import cli
 
 ROOT = Path(__file__).parent.parent
 PAPER = replace(config.TOY, name="paper")

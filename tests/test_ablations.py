@@ -8,14 +8,12 @@ import pytest
 import torch
 from helpers import random_clip, random_model, run_here
 
-import ablations
-import cli
 import config
-import files
 import kv_cache
 import model
-import plots
 from masks import clip_span, four_masks, num_blocks
+from plumbing import cli, files
+from studies import ablations, plots
 
 CHANGES = ablations.with_gates, ablations.without_norm, ablations.with_large_logits
 SMALL = dict(num_layers=1, num_heads=2, video_width=24, audio_width=16)
@@ -92,7 +90,9 @@ def run(tmp_path, monkeypatch, capsys):
     def run(*arguments):
         made = "--walks", 48, "--run", tmp_path, "--few-step", paths[0], "--real", paths[1]
         out = "--out", tmp_path / "x"
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, arguments + made + out)])
+        monkeypatch.setattr(
+            sys, "argv", ["studies/ablations.py", *map(str, arguments + made + out)]
+        )
         cli.run(ablations.main)
         assert (tmp_path / "x.png").exists()
         return json.loads((tmp_path / "x.json").read_text())["result"]

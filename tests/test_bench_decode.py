@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import ROOT, run_here
 
-import files
+from plumbing import files
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_decode  # noqa: E402

@@ -11,10 +11,10 @@ import torch
 from helpers import PAPER, ROOT, random_decoders, random_model, random_text, tiny
 from tape import Tape
 
-import cli
 import config
 import model
 import self_forcing
+from plumbing import cli
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_generate  # noqa: E402

@@ -30,9 +30,9 @@ import torch
 from helpers import PAPER, ROOT, block_rows, random_clip, random_model, random_text, tiny
 from tape import Operators
 
-import cache_append_attention as kernel
 import masks
 import rope
+from kernel import cache_append_attention as kernel
 from kv_cache import (
     CachedView,
     Heads,

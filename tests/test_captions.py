@@ -9,7 +9,7 @@ import torch
 from helpers import save_text_path
 from safetensors.torch import load_file
 
-import captions
+from full_size import text as captions
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

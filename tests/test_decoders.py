@@ -8,8 +8,8 @@ import torch
 from helpers import random_decoders
 
 import config
-import decoders
-from decoders import Decoder, Overlap, Piecewise
+from film import decoders
+from film.decoders import Decoder, Overlap, Piecewise
 from masks import block_span
 from self_forcing import Block
 

@@ -11,11 +11,11 @@ import dmd
 import model
 import self_forcing
 import teacher
-import toy_world
-import training
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks
+from plumbing import trainer as training
+from toy import world as toy_world
 
 TINY = replace(config.TOY_TEACHER, num_layers=1, num_heads=2, video_width=24, audio_width=16)
 TINY_CAUSAL = replace(TINY, num_sinks=4)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import captions
 import config
+from full_size import text as captions
 
 CFG = replace(config.FULL, caption_width=6)
 PROMPTS = ["a dog barks", "rain", "a long train"]
@@ -65,7 +65,9 @@ def test_other_prompts_have_another_mark(folder, tmp_path):
 def test_a_killed_encoding_goes_on_where_it_was(folder):
     """Only what is missing is read again; a folder of other prompts is refused."""
     (folder / "000001.safetensors").unlink()
-    with pytest.raises(ValueError, match="000001.safetensors is missing .1 of 4.; run captions.py"):
+    with pytest.raises(
+        ValueError, match="000001.safetensors is missing .1 of 4.; run full_size/text.py"
+    ):
         captions.EncodedPrompts(folder, CFG)
     asked = []
     captions.encode_to_folder(reader(asked), PROMPTS, "", folder)
@@ -77,7 +79,7 @@ def test_a_killed_encoding_goes_on_where_it_was(folder):
 
 def test_foreign_folders_and_files_are_refused(folder, tmp_path):
     """No index, half a file, features of another encoder: one line that names it."""
-    with pytest.raises(ValueError, match="no prompts.json; captions.py makes such a folder"):
+    with pytest.raises(ValueError, match="no prompts.json; full_size/text.py makes such a folder"):
         captions.EncodedPrompts(tmp_path, CFG)
     with pytest.raises(ValueError, match="features of width 6; config full reads 3840"):
         captions.EncodedPrompts(folder, config.FULL)

@@ -7,10 +7,10 @@ import pytest
 from helpers import run_here
 
 import config
-import evaluate
-import files
 import model
-import toy_world
+from plumbing import files
+from studies import evaluate
+from toy import world as toy_world
 
 SEEDS = range(toy_world.HELD_OUT, toy_world.HELD_OUT + 16)
 WHOLE = [(0, 5)]
@@ -89,7 +89,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_command_line(run, tmp_path):
-    """evaluate.py writes table, JSON and plot; even for students that know nothing yet."""
+    """studies/evaluate.py writes table, JSON and plot; even for students that know nothing yet."""
     rows = run("--student", untrained(tmp_path, config.TOY))["rows"]
     assert {"truth", "stage I, 4 steps", "stage I streamed, never trained to"} <= rows.keys()
     assert "toy, 0-5 s" in rows
@@ -105,7 +105,9 @@ def test_without_students_there_are_the_other_rows(run, tmp_path, monkeypatch):
     assert result["by_second"] == {} and not (tmp_path / "new" / "e.png").exists()
     about = result["about"]
     assert about.keys() == {"command", "device", "torch", "cuda", "date", "threads"}
-    assert about["command"].startswith("python evaluate.py --clips 2 --seconds 5 --teacher ")
+    assert about["command"].startswith(
+        "python -m studies.evaluate --clips 2 --seconds 5 --teacher "
+    )
     assert " --guidance 1.0 1.0 " in about["command"] and about["command"].endswith(" --student")
 
 

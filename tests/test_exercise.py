@@ -17,11 +17,11 @@ import pytest
 from helpers import run_here
 from wrong_answers import WRONG
 
-import exercise
 import kv_cache
 import masks
 import rope
-from exercise import EXERCISES
+from exercises import coursework as exercise
+from exercises.coursework import EXERCISES
 
 # plugins that must not run twice in a process, or that collect garbage for longer than a test takes
 OFF = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
@@ -90,7 +90,7 @@ def test_a_plausible_mistake_costs_points_and_is_named(name, mistake, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run exercise.py with answers in an empty folder: -> exit status, stdout, stderr."""
+    """Run exercises/coursework.py with answers in an empty folder: -> exit status, stdout, stderr."""
     monkeypatch.setattr(exercise, "ANSWERS", tmp_path)
 
     def main(*args):
@@ -199,7 +199,7 @@ def test_bad_input_ends_in_one_line(run, args, message):
     "name, answer, message",
     [
         ("mask", None, "ERROR: exercise 'mask': unknown; expected one of masks"),
-        ("masks", None, "masks.py: no such file; start with python exercise.py masks"),
+        ("masks", None, "masks.py: no such file; start with python -m exercises masks"),
         ("masks", "def f(:\n", "masks.py, line 1: invalid syntax"),
         ("masks", "x = 1\n", "no function block_of_frame; keep the skeleton's names"),
         (
@@ -276,7 +276,7 @@ def test_a_handout_has_no_solutions_from_the_exercise_on_and_grades(run, tmp_pat
 
 
 def test_the_instructors_table_is_the_scripts():
-    """Ideas, points and minutes of INSTRUCTORS.md are those of exercise.toml."""
+    """Ideas, points and minutes of INSTRUCTORS.md are those of exercises/table.toml."""
     text = (exercise.ROOT / "INSTRUCTORS.md").read_text()
     for name, ex in EXERCISES.items():
         worth = ", ".join(f"`{task.function}` {task.points}" for task in ex.tasks)
@@ -285,7 +285,7 @@ def test_the_instructors_table_is_the_scripts():
 
 
 def test_the_instructors_options_exist(run):
-    """Every option on the page is known to exercise.py or to pytest."""
+    """Every option on the page is known to exercises/coursework.py or to pytest."""
     _, ours, _ = run("--help")
     _, pytests = pytest_here("--help")
     text = (exercise.ROOT / "INSTRUCTORS.md").read_text()

@@ -8,14 +8,13 @@ import pytest
 import torch
 from helpers import random_clip, random_model, run_here
 
-import cli
 import config
 import dmd
-import experiments
-import files
 import kv_cache
 import model
 from masks import block_span, clip_span, num_blocks
+from plumbing import cli, files
+from studies import compare as experiments
 
 SMALL = dict(num_layers=1, num_heads=2, video_width=24, audio_width=16)
 TINY = replace(config.TOY, **SMALL)
@@ -27,7 +26,7 @@ def span_of(cfg):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["studies/compare.py", *map(str, arguments)])
     cli.run(experiments.main)
 
 

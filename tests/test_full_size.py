@@ -13,13 +13,12 @@ import torch
 from helpers import random_decoders, random_model, run_here, save_text_path, tiny_decoder_kinds
 from safetensors.torch import save_file
 
-import captions
 import config
-import decoders
 import generate
-import ltx2
-import memory
-import memory_plan
+from film import decoders
+from full_size import memory, memory_plan
+from full_size import text as captions
+from full_size import weights as ltx2
 
 pytest.importorskip("diffusers")
 SIZES = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)

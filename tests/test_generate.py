@@ -21,16 +21,15 @@ import torch
 from helpers import random_model, run_here
 from safetensors.torch import save_file
 
-import cli
 import config
-import decoders
-import files
 import generate
 import model
-import parts
-import toy_codec
-import toy_world
-from movie import Movie
+from film import decoders
+from film.mp4 import Movie
+from full_size import parts
+from plumbing import cli, files
+from toy import codec as toy_codec
+from toy import world as toy_world
 
 ROOT = Path(generate.__file__).parent
 SMALL = replace(config.TOY, num_layers=1, num_heads=2, video_width=16, audio_width=16)

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import config
-import decoders
-import toy_codec
+from film import decoders
 from self_forcing import Block
+from toy import codec as toy_codec
 
 CFG = replace(config.TOY, num_layers=1)
 

@@ -11,7 +11,7 @@ import torch
 
 import config
 import dmd
-from captions import toy_captions
+from full_size.text import toy_captions
 from masks import block_span, clip_span
 
 CFG = replace(config.TOY_TEACHER, height=8, width=8)  # one video token a frame

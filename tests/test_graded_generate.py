@@ -11,7 +11,7 @@ from torch import nn
 
 import config
 import generate
-import toy_world
+from toy import world as toy_world
 
 CFG = replace(config.TOY, num_layers=1)
 

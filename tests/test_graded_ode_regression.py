@@ -10,7 +10,7 @@ import torch
 
 import config
 import ode_regression as ode
-from captions import toy_captions
+from full_size.text import toy_captions
 
 CFG = replace(config.TOY, height=16, width=16)  # 4 tokens a video frame
 SIGMAS, BLOCKS, CLEAN = CFG.sigmas, 3, 4  # index of the clean level

@@ -12,7 +12,7 @@ from torch import nn
 
 import config
 import self_forcing
-from captions import toy_captions
+from full_size.text import toy_captions
 from masks import block_span, clip_span
 
 CFG = replace(config.TOY, num_layers=1, height=16, width=16)  # 4 tokens a video frame

@@ -14,10 +14,10 @@ import torch
 from helpers import LAYOUTS, PAPER, layout_name, random_model, random_text, tiny
 from tape import Fork, Operators, Tape, TwoStreams
 
-import cache_append_attention as kernel
-import graphs
 import model
 import self_forcing
+from full_size import faster as graphs
+from kernel import cache_append_attention as kernel
 from masks import block_span
 
 SIGMAS, WINDOW, BLOCKS = (1.0, 0.6, 0.0), 1, 8  # a ring of 2: full from block 3 on

@@ -5,10 +5,10 @@ import torch
 from helpers import PAPER, block_rows, random_clip, random_model, random_text, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import files
 import model
 from kv_cache import CachedView, MaskedView
 from masks import block_span
+from plumbing import files
 
 CFG = tiny(PAPER, num_sinks=2)
 

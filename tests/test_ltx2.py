@@ -10,7 +10,7 @@ from helpers import PAPER, random_clip, random_model, random_text, run_here, tin
 from safetensors.torch import save_file
 
 import config
-import ltx2
+from full_size import weights as ltx2
 from kv_cache import MaskedView
 from masks import clip_span
 from model import build

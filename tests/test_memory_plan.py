@@ -6,14 +6,13 @@ import pytest
 import torch
 from helpers import LAYOUTS, ROOT, layout_name, random_model, random_text, tiny
 
-import captions
 import config
-import memory
-import memory_plan
 import model
 import self_forcing
+from full_size import memory, memory_plan
+from full_size import text as captions
+from full_size.memory_plan import Row
 from kv_cache import CachedView
-from memory_plan import Row
 
 F32 = torch.float32
 
@@ -114,7 +113,7 @@ def test_free_memory_is_a_sensible_number():
 
 
 def test_the_readme_quotes_the_plan(full_plans):
-    """Its table of memory is what `python memory_plan.py` prints."""
+    """Its table of memory is what `python -m full_size.memory` prints."""
     pytest.importorskip("diffusers")
     readme = (ROOT / "README.md").read_text()
     decoders = memory_plan.total(memory_plan.decoder_rows(config.FULL, torch.bfloat16)) / 1e9

@@ -7,8 +7,8 @@ import torch
 from helpers import PAPER, random_clip, random_model, random_text, tiny
 
 import config
-import ltx2
 import rope
+from full_size import weights as ltx2
 from kv_cache import MaskedView
 from masks import clip_span, four_masks
 from model import add_noise, build, ropes_of, timestep_embedding, to_x0

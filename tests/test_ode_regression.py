@@ -8,14 +8,14 @@ from helpers import PAPER, random_clip, random_model, run_here, tiny
 from test_teacher import PerfectNet
 
 import config
-import files
 import model
 import ode_regression as ode
-import training
-import training_parts
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
+from plumbing import files
+from plumbing import stages as training_parts
+from plumbing import trainer as training
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 6

@@ -9,9 +9,9 @@ import torch
 from helpers import run_here
 
 import config
-import page
-import plots
-import toy_world
+from film import page
+from studies import plots
+from toy import world as toy_world
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -65,7 +65,7 @@ def test_masks_of_an_impossible_window_are_refused(tmp_path, monkeypatch, capsys
     """One line, and nothing is drawn; a window of 0 hides every near past, which is possible."""
     out = tmp_path / "masks.png"
     status, _, err = run_here(plots, ["--window", -3, "--out", out], monkeypatch, capsys)
-    assert status == 2 and err == "plots.py: --window -3: expected 0 or more\n"
+    assert status == 2 and err == "studies/plots.py: --window -3: expected 0 or more\n"
     assert not out.exists()
 
 

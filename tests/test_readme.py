@@ -6,7 +6,7 @@ import re
 import pytest
 from helpers import ROOT, options_of
 
-import charts
+from studies import charts
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "results" / "README.md").read_text()
@@ -55,7 +55,7 @@ def test_reading_order_is_import_order():
 def test_only_plots_imports_matplotlib():
     """Modules that are read to learn do not draw."""
     importing = [p.name for p in ROOT.glob("*.py") if "matplotlib" in charts.imports_of(p)]
-    assert importing == ["plots.py"]
+    assert importing == ["studies/plots.py"]
 
 
 TABLES = "evaluation", "minute", "memory", "controls", "sinks", "switches", "quick"

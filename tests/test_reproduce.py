@@ -6,15 +6,15 @@ import sys
 import pytest
 from helpers import options_of
 
-import cli
-import reproduce
+from plumbing import cli
+from studies import reproduce
 
 STEPS = reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK + reproduce.GPU
 COMMANDS = [command for command, _ in STEPS if not command.startswith("-m pytest")]
 
 
 def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", *args])
+    monkeypatch.setattr(sys, "argv", ["studies/reproduce.py", *args])
     cli.run(reproduce.main)
 
 

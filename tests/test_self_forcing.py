@@ -11,12 +11,12 @@ import config
 import dmd
 import model
 import self_forcing
-import toy_codec
-import toy_world
-import training_parts
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import CachedView
 from masks import SITES, block_span, clip_span
+from plumbing import stages as training_parts
+from toy import codec as toy_codec
+from toy import world as toy_world
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 4

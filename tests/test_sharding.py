@@ -16,18 +16,17 @@ import torch
 import torch.multiprocessing as mp
 from helpers import PAPER, ROOT, random_clip, random_model, run_here, tiny
 
-import captions
 import config
 import dmd
-import ltx2
 import ode_regression
 import self_forcing
-import sharding
-import training
-import training_parts
-import training_plan
-from captions import toy_captions
+from full_size import sharding, training_plan
+from full_size import text as captions
+from full_size import weights as ltx2
+from full_size.text import toy_captions
 from masks import num_blocks
+from plumbing import stages as training_parts
+from plumbing import trainer as training
 
 TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0, num_layers=1)
 STUDENT = tiny(PAPER, num_sinks=4, num_layers=1)

@@ -7,9 +7,9 @@ import torch
 from helpers import PAPER, random_model, random_text, tiny
 
 import config
-import stopwatch
+from plumbing import stopwatch
+from plumbing.stopwatch import Stopwatch, settled_median
 from self_forcing import rollout
-from stopwatch import Stopwatch, settled_median
 
 
 @pytest.mark.parametrize(

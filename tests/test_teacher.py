@@ -7,10 +7,10 @@ from helpers import PAPER, random_clip, run_here, tiny
 import model
 import ode_regression
 import teacher
-import toy_world
-import training
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import MaskedView
+from plumbing import trainer as training
+from toy import world as toy_world
 
 CFG = tiny(PAPER, num_sinks=0)
 TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8], [3, 5, 8]])

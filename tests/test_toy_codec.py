@@ -6,10 +6,10 @@ import pytest
 import torch
 from helpers import run_here
 
-import cli
 import config
-import toy_codec
-import toy_world as world
+from plumbing import cli
+from toy import codec as toy_codec
+from toy import world
 
 CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 24))
 SECONDS = 5
@@ -188,19 +188,19 @@ def test_samples_never_leave_the_range():
 def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
     """--help and an unknown flag write nothing, nor does looking; --fit --out writes elsewhere."""
     monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
-    monkeypatch.setattr(sys, "argv", ["toy_codec.py"])
+    monkeypatch.setattr(sys, "argv", ["toy/codec.py"])
     cli.run(toy_codec.main)
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(" PSNR ")[0] for line in shown] == ["video:", "audio:"]
     shipped = tmp_path / "toy_codec.safetensors"
     monkeypatch.setattr(toy_codec, "FILE", shipped)
     for arguments, status in ((["--help"], 0), (["--fast"], 2)):
-        monkeypatch.setattr(sys, "argv", ["toy_codec.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["toy/codec.py", *arguments])
         with pytest.raises(SystemExit) as left:
             cli.run(toy_codec.main)
         assert left.value.code == status and not shipped.exists()
     mine = tmp_path / "mine.safetensors"
-    monkeypatch.setattr(sys, "argv", ["toy_codec.py", "--fit", "--out", str(mine)])
+    monkeypatch.setattr(sys, "argv", ["toy/codec.py", "--fit", "--out", str(mine)])
     cli.run(toy_codec.main)
     assert mine.exists() and not shipped.exists()
 
@@ -211,7 +211,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_fit(tmp_path, monk
     monkeypatch.setattr(world, "draw_clips", None)
     out = tmp_path / "file" / "x.safetensors"
     status, _, err = run_here(toy_codec, ["--fit", "--out", out], monkeypatch, capsys)
-    assert status == 2 and err == f"toy_codec.py: {out}: not writable; choose another place\n"
+    assert status == 2 and err == f"toy/codec.py: {out}: not writable; choose another place\n"
 
 
 def test_a_codec_that_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch):

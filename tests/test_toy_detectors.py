@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-import toy_codec
-import toy_detectors as detectors
-import toy_world as world
+from toy import codec as toy_codec
+from toy import detectors, world
 
 N, SECONDS = 64, 5
 INSIDE = detectors.MARGIN, SECONDS - detectors.MARGIN  # where reflections can be seen

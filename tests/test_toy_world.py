@@ -8,7 +8,7 @@ import torch
 import config
 import ode_regression
 import teacher
-import toy_world as world
+from toy import world
 
 CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + 32))
 STEP = 1e-3  # seconds of the slow simulation

@@ -14,19 +14,18 @@ import torch
 from helpers import PAPER, ROOT, random_clip, run_here, tiny
 from safetensors.torch import save_file
 
-import cli
 import config
 import dmd
-import files
 import model
 import ode_regression
 import self_forcing
 import teacher
-import toy_codec
-import training
-import training_parts
 from kv_cache import MaskedView
 from masks import clip_span
+from plumbing import cli, files
+from plumbing import stages as training_parts
+from plumbing import trainer as training
+from toy import codec as toy_codec
 
 RECIPE = training.Recipe(steps=10, batch=2, warmup=3, seed=5)
 GOLDEN = dict(rel=1e-4)

@@ -7,15 +7,13 @@ import pytest
 import torch
 from helpers import PAPER, tiny
 
-import captions
 import config
 import dmd
-import memory
 import model
 import self_forcing
-import sharding
 import teacher
-import training_plan
+from full_size import memory, sharding, training_plan
+from full_size import text as captions
 from kv_cache import MaskedView
 from masks import clip_span
 

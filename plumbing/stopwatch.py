@@ -148,7 +148,7 @@ def settled_median(seconds) -> float:
 def held_memory() -> dict:
     """What PyTorch held at most, to have the peak in use; and the host's memory.
 
-    Recorded passes (graphs.py) hold memory between replays that is not in use.
+    Recorded passes (full_size/faster.py) hold memory between replays that is not in use.
     """
     return {
         "peak_reserved_memory_mb": torch.cuda.max_memory_reserved() / 2**20,

@@ -5,7 +5,7 @@ allocator after ten minutes. Sizes that follow from constants are multiplied out
 take at their widest moment is not guessed either: the same code runs once on `meta` tensors, which
 have shapes but no contents, while `peak_bytes` counts what is alive.
 
-`memory_plan.py` adds up what a stream needs, `training_plan.py` what a training does.
+`full_size/memory.py` adds up what a stream needs, `full_size/memory.py` what a training does.
 """
 
 import os

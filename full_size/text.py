@@ -9,7 +9,7 @@ The encoder is two thirds the size of the transformer, and no block of the strea
 every prompt of a stream is encoded before it starts, and the encoder is freed. A training reads
 thousands of prompts, so they are encoded once, to a folder with one file for each (15.7 MB):
 
-    python captions.py prompts.txt --ltx2 LTX-2 --out features --device cuda
+    python -m full_size.text prompts.txt --ltx2 LTX-2 --out features --device cuda
 
 prompts.txt has one prompt a line. Killed and started again, it goes on where it was.
 
@@ -28,11 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import cli
-import files
-import ltx2
-import toy_world
-from stopwatch import Stopwatch
+from full_size import weights as ltx2
+from plumbing import cli, files
+from plumbing.stopwatch import Stopwatch
+from toy import world as toy_world
 
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
@@ -231,17 +230,19 @@ class EncodedPrompts:
         """Raises ValueError for a folder that is not one, or in which features are missing."""
         index = Path(folder, "prompts.json")
         if not index.is_file():
-            raise ValueError(f"{folder}: no prompts.json; captions.py makes such a folder")
+            raise ValueError(f"{folder}: no prompts.json; full_size/text.py makes such a folder")
         contents = index.read_bytes()
         self.cfg, self.mark = cfg, hashlib.sha256(contents).hexdigest()[:12]
         try:
             places = list(_places(folder, json.loads(contents)))
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{index}: not an index of prompts; captions.py makes one") from None
+            raise ValueError(
+                f"{index}: not an index of prompts; full_size/text.py makes one"
+            ) from None
         if missing := [path.name for _, path in places if not path.is_file()]:
             raise ValueError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "
-                f"captions.py again, it goes on where it was"
+                f"full_size/text.py again, it goes on where it was"
             )
         (_, negative), *self.places = places
         self.negative = self._read(negative)

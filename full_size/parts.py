@@ -12,20 +12,18 @@ from typing import Callable, NamedTuple
 
 import torch
 
-import cache_append_attention as kernel
-import captions
-import cli
 import config
-import decoders
-import files
-import graphs
-import ltx2
-import memory
-import memory_plan
 import model
-import toy_codec
 from dmd import few_step_sigmas
+from film import decoders
+from full_size import faster as graphs
+from full_size import memory, memory_plan
+from full_size import text as captions
+from full_size import weights as ltx2
+from kernel import cache_append_attention as kernel
 from masks import num_blocks
+from plumbing import cli, files
+from toy import codec as toy_codec
 
 # what makes the same stream faster: benchmarks/README.md says how, and what each is worth
 SPEEDUPS = {
@@ -38,7 +36,7 @@ SPEEDUPS = {
 
 # of the students that are shipped
 WEIGHTS = {
-    name: Path(__file__).parent / "weights" / f"{name}_self_forcing.safetensors"
+    name: Path(__file__).parent.parent / "weights" / f"{name}_self_forcing.safetensors"
     for name in ("toy", "toy_released")
 }
 

@@ -1,12 +1,12 @@
 """Coursework: modules with holes to fill in, hints, and what each hole is worth.
 
-    python exercise.py masks                       write exercises/masks.py, masks.py with holes
+    python -m exercises masks                       write exercises/masks.py, masks.py with holes
     python -m pytest --exercise masks              grade it, function by function
-    python exercise.py --hint masks.may_attend 2   a hint; there are three, each tells more
-    python exercise.py --list                      all exercises, and how far you are
+    python -m exercises --hint masks.may_attend 2   a hint; there are three, each tells more
+    python -m exercises --list                      all exercises, and how far you are
 
 The solution is the module itself, so a skeleton is never maintained, only made: signatures,
-docstrings and everything around stay, and the body of every function of `exercise.toml` becomes
+docstrings and everything around stay, and the body of every function of `exercises/table.toml` becomes
 a hint and an error. Write the bodies in `exercises/NAME.py` in the order of the table, easy to
 hard: a function is graded with the help of those before it, never of those after it.
 
@@ -23,11 +23,10 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-import cli
-import files
+from plumbing import cli, files
 
-ROOT = Path(__file__).parent
-ANSWERS = ROOT / "exercises"
+ROOT = Path(__file__).parent.parent
+ANSWERS = ROOT / "answers"
 HANDED_OUT = (
     "*.py", "*.toml", "requirements*.txt", "README.md", "LICENSE", "NOTICE", ".gitignore",
     "assets/*", "results/*", "weights/*", "tests/test_graded_*.py",
@@ -58,8 +57,8 @@ class Exercise(NamedTuple):
 
 
 def read_table() -> dict[str, Exercise]:
-    """The exercises of exercise.toml by name, which is the module's."""
-    table = tomllib.loads((ROOT / "exercise.toml").read_text())
+    """The exercises of exercises/table.toml by name, which is the module's."""
+    table = tomllib.loads((ROOT / "exercises" / "table.toml").read_text())
     return {
         name: Exercise(
             row["idea"],
@@ -111,7 +110,7 @@ def body_lines(node) -> slice:
 def stub(name, task, indent) -> list[str]:
     """What stands in a skeleton instead of a body: the first hint, and an error."""
     hint = textwrap.wrap(f"{plural(task.points, 'point')}. {task.hints[0]}", 98 - indent)
-    lines = [*hint, f"More: python exercise.py --hint {name}.{task.function} 2"]
+    lines = [*hint, f"More: python -m exercises --hint {name}.{task.function} 2"]
     error = f'raise NotImplementedError("{task.function} is not written yet")'
     return [" " * indent + line for line in (*(f"# {line}" for line in lines), error)]
 
@@ -144,7 +143,7 @@ def check_answer(name, answer):
     """Raises ValueError if an answer is not there, no Python, or lacks one of its functions."""
     tasks = find(name).tasks
     if not answer.exists():
-        raise ValueError(f"{shown(answer)}: no such file; start with python exercise.py {name}")
+        raise ValueError(f"{shown(answer)}: no such file; start with python -m exercises {name}")
     try:
         found = functions_in(answer.read_text())
     except SyntaxError as error:

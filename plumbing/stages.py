@@ -4,7 +4,7 @@ The three stages are the same code at both sizes. What differs is here:
 
                  the toy                                  the full size
     weights      files of this repository                 LTX-2's files, and those written here
-    prompts      words of made-up clips                   a folder of features (captions.py)
+    prompts      words of made-up clips                   a folder of features (full_size/text.py)
     precision    float32                                  layers run in bfloat16; what learns is
                                                           kept, and averaged over GPUs, in float32
     activations  kept                                     computed twice
@@ -19,13 +19,12 @@ from typing import Callable, NamedTuple
 
 import torch
 
-import cli
 import config
-import files
-import ltx2
 import model
-import sharding
-from captions import TOY_PROMPTS, EncodedPrompts, ToyPrompts
+from full_size import sharding
+from full_size import weights as ltx2
+from full_size.text import TOY_PROMPTS, EncodedPrompts, ToyPrompts
+from plumbing import cli, files
 
 
 class Parts(NamedTuple):
@@ -57,7 +56,7 @@ def add_options(p, steps):
     )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--config", help="of the student: toy (default), toy_released, ltx2, full, ...")
-    p.add_argument("--prompts", help="at full size: a folder made by captions.py")
+    p.add_argument("--prompts", help="at full size: a folder made by full_size/text.py")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
     p.add_argument(
         "--batch", type=int,
@@ -86,7 +85,7 @@ def parts_for(args, is_causal) -> Parts:
     if not sharding.is_sharded():
         raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
     if not args.prompts:
-        raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by captions.py")
+        raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by full_size/text.py")
     return full_parts(args.prompts, cfg)
 
 

@@ -14,7 +14,7 @@ work on whole batches, and times are finer than a frame:
 # Trap: F1 does not punish silence. A model that does less errs less, so the number of events per
 second is always shown beside it.
 
-    python toy_detectors.py    on sixteen true clips: pairs found, and how far apart
+    python -m toy.detectors    on sixteen true clips: pairs found, and how far apart
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 import config
-import toy_world as world
+from toy import world
 
 FIT = 4  # frames on either side of an impact
 MIN_SLOPE = 0.12  # pixels per frame, the slowest approach that counts

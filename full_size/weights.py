@@ -19,10 +19,10 @@ at its initial value still runs, and only looks a little worse.
 # LTX-2's split pairs runs split pairs. A released student's file states nothing and gets the flags
 # of its config. Where neither can know, the file is refused (`check_flags`).
 
-    python ltx2.py                             some names
-    python ltx2.py FILE --config released      is it whole, and what does it state?
-    python ltx2.py FILE --interleaved OUT      the same in the students' rotary layout
-    python ltx2.py FILE --split OUT            the same in LTX-2's
+    python -m full_size.weights                             some names
+    python -m full_size.weights FILE --config released      is it whole, and what does it state?
+    python -m full_size.weights FILE --interleaved OUT      the same in the students' rotary layout
+    python -m full_size.weights FILE --split OUT            the same in LTX-2's
 """
 
 import json
@@ -33,10 +33,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import cli
 import config
-import files
 from model import OmniTransformer, build
+from plumbing import cli, files
 from sink_tokens import fresh_sinks
 
 # ---- names ----
@@ -428,7 +427,7 @@ def to_interleaved(weights, cfg) -> dict:
     Attention does not care how channels are ordered inside a head, if queries and keys agree. So
     a teacher's weights can start a student exactly where the teacher stands. (The official code
     copies them as they are, and training has to absorb the difference.) At the command line:
-    `python ltx2.py FILE --interleaved OUT`.
+    `python -m full_size.weights FILE --interleaved OUT`.
     """
     return _reordered(weights, lambda w: _interleave_rows(w, cfg.num_heads))
 
@@ -488,7 +487,7 @@ def convert(source, layout, path):
         raise ValueError(f"{source.path}: its pairs are {layout} already; nothing to convert")
     files.check_writable(path)
     weights = REORDER[layout](dict(source.tensors()), source.cfg)
-    made_by = {"command": f"python ltx2.py {source.path} --{layout} {path}"}
+    made_by = {"command": f"python -m full_size.weights {source.path} --{layout} {path}"}
     save(path, weights, replace(source.cfg, rope_layout=layout), made_by)
     print(f"wrote {path}")
 

@@ -1,13 +1,13 @@
 """What if it were trained otherwise?  Short stage II trainings, one thing changed at a time.
 
-    python ablations.py sinks      with and without sinks, in both block layouts, with other
+    python -m studies.ablations sinks      with and without sinks, in both block layouts, with other
                                    attentions and in half precision: what do the gradients do?
-    python ablations.py switches   other blocks, and stage I left out: what do the streams show?
+    python -m studies.ablations switches   other blocks, and stage I left out: what do the streams show?
 
 All start from the same weights, see the same walks (clips on their way from noise to clean, see
 ode_regression.py) in the same order, and differ in what their name says. Each writes
 results/NAME.json, .md and .png; started again after an interruption, it goes on at the variant
-where it was. `experiments.py` is for questions that need no training.
+where it was. `studies/compare.py` is for questions that need no training.
 
 What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
 after the first ten steps; *A0 norm*: the same for the loss of block 0's audio alone, which in the
@@ -15,7 +15,7 @@ paper's layout is A0, the latent with a single key besides the sinks; *loss*: x0
 when clean ends of walks are noised to sigma = 0.5 throughout, on walks that no step has seen;
 *entropy*: of A0's attention, in nats; *share*: of A0's attention that goes to the sinks; both are
 means over layers and heads. Max norm and loss are the paper's columns. Those of `switches` are what
-they are in `experiments.py`.
+they are in `studies/compare.py`.
 """
 
 import json
@@ -30,22 +30,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import charts
-import cli
 import config
-import evaluate
-import experiments
-import files
 import kv_cache
 import model
 import ode_regression
 import rope
 import teacher
-import toy_codec
-import training
-import training_parts
-from captions import toy_captions
+from full_size.text import toy_captions
 from masks import clip_span, four_masks, num_blocks
+from plumbing import cli, files
+from plumbing import stages as training_parts
+from plumbing import trainer as training
+from studies import charts, evaluate
+from studies import compare as experiments
+from toy import codec as toy_codec
 
 
 def start_and_walks(from_teacher, args):

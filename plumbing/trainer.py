@@ -9,7 +9,7 @@ nearest orthogonal matrix, so that all its directions are learnt at the same pac
 (tables, biases, the first and the last projection) is AdamW's. On the toy the teacher's losses fall
 clearly faster than with AdamW alone.
 
-    python training.py    stops a small training half-way, resumes it, and compares
+    python -m plumbing.trainer    stops a small training half-way, resumes it, and compares
 """
 
 import json
@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import files
-import sharding
+from full_size import sharding
+from plumbing import files
 
 SEEDS = 4294  # of a training, from 0 on; `generator` says why
 ABOUT_OUT = "weights to write; curve in results/, or beside them outside the current folder"

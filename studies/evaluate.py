@@ -1,7 +1,7 @@
 """The toy JavisBench: what do a model's clips show, do they sound in sync, and for how long?
 
 Every row is scored on the same held-out captions by the same detectors. What these see and hear,
-and how F1, DeSync and wall are counted, is in toy_detectors.py; all else is defined here:
+and how F1, DeSync and wall are counted, is in toy/detectors.py; all else is defined here:
 
     F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
     DeSync    ms between the two, within 250 ms; `capped` counts a missing partner as 300 ms
@@ -22,9 +22,9 @@ and how F1, DeSync and wall are counted, is in toy_detectors.py; all else is def
 Numbers stand with 95 % intervals from resampling the clips. Streams are scored in stretches of 5 s,
 so that drift over time would show, and second by second in the plot.
 
-    python evaluate.py                     the shipped teacher and students, some minutes
-    python evaluate.py --clips 16 --seconds 10
-    python evaluate.py --student            no students and no plot: the teacher and stage I only
+    python -m studies.evaluate                     the shipped teacher and students, some minutes
+    python -m studies.evaluate --clips 16 --seconds 10
+    python -m studies.evaluate --student            no students and no plot: the teacher and stage I only
 """
 
 import math
@@ -37,22 +37,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import charts
-import cli
 import config
 import dmd
-import files
 import model
-import plots
 import self_forcing
 import teacher
-import toy_codec
-import toy_detectors as detectors
-import toy_world
-from captions import toy_captions
+from full_size.text import toy_captions
 from kv_cache import CachedView
 from masks import num_blocks
-from training_parts import student_from
+from plumbing import cli, files
+from plumbing.stages import student_from
+from studies import charts, plots
+from toy import codec as toy_codec
+from toy import detectors
+from toy import world as toy_world
 
 STUDENTS = [f"weights/toy_{name}.safetensors" for name in ("ode_regression", "self_forcing")]
 BATCH = 16  # clips at a time
@@ -425,7 +423,7 @@ def evaluate(args):
     return rows, {n: [metrics(w, truth, others) for w in ws] for n, ws in seconds.items()}
 
 
-# ---- command line; `experiments.py` and `ablations.py` check and write by the same functions ----
+# ---- command line; `studies/compare.py` and `studies/ablations.py` check and write by the same functions ----
 
 
 def check(args):

@@ -19,8 +19,8 @@ all are scaled by one factor to E[z^2] = 1, as flow matching expects.
 # machine, may turn some around (the shipped one was made with two), and then models trained on the
 # old latents do not understand the new ones: train them anew as well.
 
-    python toy_codec.py             how well the shipped one keeps pictures and sound
-    python toy_codec.py --fit       fits it anew, over weights/toy_codec.safetensors or to --out
+    python -m toy.codec             how well the shipped one keeps pictures and sound
+    python -m toy.codec --fit       fits it anew, over weights/toy_codec.safetensors or to --out
 """
 
 from pathlib import Path
@@ -28,12 +28,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import cli
 import config
-import files
-import toy_world
+from plumbing import cli, files
+from toy import world as toy_world
 
-FILE = Path(__file__).parent / "weights" / "toy_codec.safetensors"
+FILE = Path(__file__).parent.parent / "weights" / "toy_codec.safetensors"
 FIT_CLIPS, FIT_SECONDS = 384, 5  # what it is fitted on: the clips of seeds 0 to 383
 
 SAMPLE_RATE = 24000  # samples per second, as LTX-2's vocoder
@@ -208,7 +207,7 @@ def main():
     codec = ToyCodec() if args.fit else load()
     if args.fit:
         codec.fit(video, sound)
-        made_by = {"command": "python toy_codec.py --fit"}
+        made_by = {"command": "python -m toy.codec --fit"}
         files.save_weights(args.out, codec.state_dict(), config.TOY, made_by)
         print(f"wrote {args.out}")
     v, a = codec.encode(video, sound)

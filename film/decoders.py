@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-import toy_codec
-import toy_world
+from toy import codec as toy_codec
+from toy import world as toy_world
 
 PARTS = ("vae", "audio_vae", "vocoder")  # folders
 STEREO, MEL_LATENT_BINS, MEL_BINS = 2, 16, 64

@@ -36,7 +36,7 @@
 // s) multiplies for 172 us; audio, 25 queries over 417 keys (15 s), moves 3.8 MB, 1.3 us. Not
 // measured on a GPU yet.
 //
-// The interface is plain C, called through ctypes by cache_append_attention.py, which checks all
+// The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks all
 // arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the result.
 // Sources: Dao et al., FlashAttention (2022) and Flash-Decoding (2023); Milakov and Gimelshein,
 // Online normalizer calculation for softmax (2018); CUDA C++ Programming Guide.

@@ -1,6 +1,6 @@
 """Build the CUDA kernel, register it with PyTorch, say which path runs.
 
-cache_append_attention.cu does on a GPU what `kv_cache.cache_append_attention` says in PyTorch. It
+kernel/cache_append_attention.cu does on a GPU what `kv_cache.cache_append_attention` says in PyTorch. It
 knows nothing of PyTorch: a C function takes pointers and sizes and returns a CUDA error code. This
 module is everything in between:
 
@@ -20,7 +20,7 @@ is a kernel, and within `strict` every call that would fall back to PyTorch is a
 Under a CUDA graph: nothing here waits for the GPU, and memory comes from PyTorch. Sizes and slots
 are part of a captured launch, so a stream needs a graph per place in the ring.
 
-    python cache_append_attention.py        # which path runs here, and why
+    python -m kernel.cache_append_attention        # which path runs here, and why
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 
-import files
+from plumbing import files
 from rope import Rope
 
 SOURCE = Path(__file__).with_suffix(".cu")
@@ -123,7 +123,7 @@ class Args(ctypes.Structure):
 
 
 class Kernel:
-    """A compiled cache_append_attention.cu."""
+    """A compiled kernel/cache_append_attention.cu."""
 
     def __init__(self, path):
         self.path = path

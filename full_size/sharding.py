@@ -40,7 +40,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-import files
+from plumbing import files
 
 # ---- processes ----
 

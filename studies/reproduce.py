@@ -1,11 +1,11 @@
 """What is shipped and quoted, made anew, command by command; other numbers name their own command.
 
-    python reproduce.py             hours: codec, teacher, three stages, tables, pictures
-    python reproduce.py --controls  hours more: other seeds and the trainings of `experiments.py
-                                    controls`, and of `ablations.py`, and their tables
-    python reproduce.py --quick     minutes: three short stages from the shipped teacher, a table
-    python reproduce.py --gpu       minutes: tests on a GPU, and the tables of benchmarks/README.md
-    python reproduce.py --list      say it only
+    python -m studies.reproduce             hours: codec, teacher, three stages, tables, pictures
+    python -m studies.reproduce --controls  hours more: other seeds and the trainings of `studies/compare.py
+                                    controls`, and of `studies/ablations.py`, and their tables
+    python -m studies.reproduce --quick     minutes: three short stages from the shipped teacher, a table
+    python -m studies.reproduce --gpu       minutes: tests on a GPU, and the tables of benchmarks/README.md
+    python -m studies.reproduce --list      say it only
 
 A training that was stopped goes on where it was, and one that is done is not done again, so this
 may be interrupted and started again at any time. The full run writes over weights/ and results/
@@ -18,10 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
-import experiments
+from plumbing import cli
+from studies import compare as experiments
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 MINUTES = {"ode_regression.py": 30, "self_forcing.py": 20}  # of a training, on two CPU cores
 
@@ -34,19 +34,19 @@ def trainings(students) -> list:
 
 # command, and minutes
 FULL = [
-    ("toy_codec.py --fit", 1),
+    ("toy/codec.py --fit", 1),
     ("teacher.py", 99),
     ("dmd.py", 15),
     *MINUTES.items(),
-    ("evaluate.py", 4),
-    ("experiments.py drift", 7),
-    ("experiments.py joint", 4),
-    ("experiments.py gallery", 1),
-    ("experiments.py identity", 1),
-    ("charts.py losses", 1),
+    ("studies/evaluate.py", 4),
+    ("studies/compare.py drift", 7),
+    ("studies/compare.py joint", 4),
+    ("studies/compare.py gallery", 1),
+    ("studies/compare.py identity", 1),
+    ("studies/plots.py losses", 1),
     ("generate.py --out assets/clip.mp4", 1),
-    ("plots.py", 1),
-    ("charts.py imports", 1),
+    ("studies/plots.py", 1),
+    ("studies/plots.py imports", 1),
     ("benchmarks/bench_toy.py", 10),
     ("notebooks/run.py", 3),
 ]
@@ -54,14 +54,17 @@ MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("st
 WINDOW_2 = "runs/controls/window_2.safetensors"
 CONTROLS = [
     *trainings(experiments.CONTROLS),
-    ("experiments.py controls --clips 96 --seconds 20", 16),
-    (f"experiments.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute", 16),
+    ("studies/compare.py controls --clips 96 --seconds 20", 16),
+    (
+        f"studies/compare.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute",
+        16,
+    ),
     (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
-    (f"experiments.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
+    (f"studies/compare.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
     *trainings(experiments.MEMORY),
-    ("experiments.py memory --clips 96", 30),
-    ("ablations.py sinks", 40),
-    ("ablations.py switches", 30),
+    ("studies/compare.py memory --clips 96", 30),
+    ("studies/ablations.py sinks", 40),
+    ("studies/ablations.py switches", 30),
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 5),
@@ -76,7 +79,7 @@ QUICK = [
         8,
     ),
     (
-        "evaluate.py --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
+        "studies/evaluate.py --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
         "--student runs/quick/quick_ode_regression.safetensors "
         "runs/quick/quick_self_forcing.safetensors --out results/quick",
         2,

@@ -3,10 +3,10 @@
 One palette with one meaning everywhere: video blue, audio orange, sinks grey, forbidden white.
 In a notebook, `show(figure)` as the last line of a cell shows it, with any backend.
 
-    python plots.py          writes assets/masks.png, the paper's mask figure from our masks
-    python plots.py --help
+    python -m studies.plots          writes assets/masks.png, the paper's mask figure from our masks
+    python -m studies.plots --help
 
-Curves and bars of results are in `charts.py`.
+Curves and bars of results are in `studies/plots.py`.
 """
 
 import base64
@@ -22,12 +22,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-import cli
 import config
-import files
 import masks
-import toy_detectors
-import toy_world
+from plumbing import cli, files
+from toy import detectors as toy_detectors
+from toy import world as toy_world
 
 VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
 WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # of impacts and onsets

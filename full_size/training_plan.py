@@ -8,14 +8,14 @@ AdamW; a fifth time if it is averaged. All of it is cut among the processes, so 
     teacher     frozen, in bfloat16                          38 GB  |
 
 What is not cut is what a process works on: layers that are whole at the moment, and activations.
-These are counted by running an update on tensors without contents (memory.py), with two and with
+These are counted by running an update on tensors without contents (full_size/memory.py), with two and with
 three layers: every further layer takes as much as the third.
 
 Stage III's rollout goes backward pass by pass (`sharding.passes_apart`), or the gradients of all
 layers, whole, 38 GB in bfloat16, would be among its activations.
 
-    python training_plan.py                  a student on 8 GPUs, without activations
-    python benchmarks/training_memory.py     the three stages on 8, 16 and 32
+    python -m full_size.memory                  a student on 8 GPUs, without activations
+    python -m benchmarks.training_memory     the three stages on 8, 16 and 32
 """
 
 import functools
@@ -24,13 +24,12 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_map
 
-import captions
 import config
-import memory
 import model
-import sharding
-import training
-from memory import GB, Row
+from full_size import memory, sharding
+from full_size import text as captions
+from full_size.memory import GB, Row
+from plumbing import trainer as training
 
 LAYERS_AT_WORK = 2  # the one that runs, and the next, which is being gathered meanwhile
 MOST_PROCESSES = 1024

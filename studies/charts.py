@@ -1,10 +1,10 @@
 """Charts of results: loss curves, metrics along a stream, bars of ablations; and who imports whom.
 
-Palette, `save` and `show` are those of `plots.py`, which draws masks and clips.
+Palette, `save` and `show` are those of `studies/plots.py`, which draws masks and clips.
 
-    python charts.py losses     writes results/*_curve.png from the logs of the trainings
-    python charts.py imports    writes assets/imports.png: who imports whom, in reading order
-    python charts.py --help
+    python -m studies.plots losses     writes results/*_curve.png from the logs of the trainings
+    python -m studies.plots imports    writes assets/imports.png: who imports whom, in reading order
+    python -m studies.plots --help
 """
 
 import ast
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
-from plots import AUDIO, CURVES, SINK, VIDEO, plt, save
+from plumbing import cli
+from studies.plots import AUDIO, CURVES, SINK, VIDEO, plt, save
 
 # ---- trainings ----
 

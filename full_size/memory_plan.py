@@ -4,9 +4,9 @@ Nineteen billion parameters, a cache that grows with the window, decoders, and f
 encoder two thirds the size of it all: what does not fit should be refused in the first second, with
 the arithmetic, and not by the allocator after ten minutes.
 
-How bytes are counted, and the tools for it, are in `memory.py`.
+How bytes are counted, and the tools for it, are in `full_size/memory.py`.
 
-    python memory_plan.py              the full size at windows of 5, 15 and 25 seconds
+    python -m full_size.memory              the full size at windows of 5, 15 and 25 seconds
 """
 
 from dataclasses import replace
@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-import captions
-import cli
 import config
-import decoders
 import dmd
 import model
+from film import decoders
+from full_size import text as captions
+from full_size.memory import GB, Row, peak_bytes, shown, total, weights_row
 from kv_cache import CachedView
 from masks import SITES, block_span, whole_window
-from memory import GB, Row, peak_bytes, shown, total, weights_row
+from plumbing import cli
 from self_forcing import Block
 
 # ---- sizes that follow from constants ----

@@ -17,7 +17,7 @@ It stands in for the paper's data and its benchmark, JavisBench. Positions are a
 times are exact, and everything follows from a clip's seed. Seeds from `HELD_OUT` on are never
 trained on. All constants are our choice.
 
-    python toy_world.py    four captions, and when their balls hit a wall
+    python -m toy.world    four captions, and when their balls hit a wall
 """
 
 from typing import NamedTuple

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-import files
+from plumbing import files
 
 try:
     import av

@@ -13,10 +13,10 @@ import json
 
 import torch
 
-import files
-import plots
 from kv_cache import RollingCache
 from masks import block_seconds
+from plumbing import files
+from studies import plots
 
 LEVELS_PER_SECOND = 50  # columns of the picture of the sound
 

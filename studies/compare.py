@@ -1,23 +1,23 @@
 """What does each part buy?  One thing changed at a time, all else and every seed the same.
 
-    python experiments.py drift     a minute of streaming by stages II and III: smaller and larger
+    python -m studies.compare drift     a minute of streaming by stages II and III: smaller and larger
                                     windows, fewer passes, no refresh, nothing pinned
-    python experiments.py controls  what of stage III is due to self-forcing? The same training
+    python -m studies.compare controls  what of stage III is due to self-forcing? The same training
                                     behind the true past, from a shorter stage II and from stage I,
                                     and with other seeds; names the trainings that must run first
-    python experiments.py memory    does a stream remember its identity for longer if block 0 is a
+    python -m studies.compare memory    does a stream remember its identity for longer if block 0 is a
                                     whole second, or if training often hides the near past?
-    python experiments.py joint     what the two streams hear of each other is switched off, or two
+    python -m studies.compare joint     what the two streams hear of each other is switched off, or two
                                     clips are put together that were made apart
-    python experiments.py gallery   what to look at: truth, teacher, and the last five seconds of a
+    python -m studies.compare gallery   what to look at: truth, teacher, and the last five seconds of a
                                     minute by the students of stages II and III
-    python experiments.py identity  a minute by both shipped students of stage III, of which one
+    python -m studies.compare identity  a minute by both shipped students of stage III, of which one
                                     keeps its identity
 
 Each writes results/NAME.json, .md and .png; the last two only assets/NAME.png. Nothing is trained
-here; `ablations.py` is for questions that need a training.
+here; `studies/ablations.py` is for questions that need a training.
 
-Metrics are those of `evaluate.py`, but for what they are compared with. Frechet distances are to
+Metrics are those of `studies/evaluate.py`, but for what they are compared with. Frechet distances are to
 the first five seconds of the true clips of the same captions, so they cannot be compared with its
 own. Shares of events and spread are of these true clips in the very seconds that are judged.
 """
@@ -27,15 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import charts
-import cli
 import config
-import evaluate
 import model
-import plots
 import teacher
-import toy_codec
-import toy_world
+from plumbing import cli
+from studies import charts, evaluate, plots
+from toy import codec as toy_codec
+from toy import world as toy_world
 
 # ---- drift ----
 
@@ -105,7 +103,7 @@ class Student(NamedTuple):
 
 
 def trained(name, command, window=WHOLE, path=None) -> Student:
-    """One that the full run of `reproduce.py` does not make."""
+    """One that the full run of `studies/reproduce.py` does not make."""
     path = path or f"runs/controls/{name}.safetensors"
     return Student(path, f"{command} --run runs/controls/{name} --out {path}", window)
 
@@ -250,7 +248,7 @@ def over(values):
 
 # ---- what joint means ----
 
-WALK = teacher.schedule(32)  # the teacher's noise levels, as in evaluate.py
+WALK = teacher.schedule(32)  # the teacher's noise levels, as in studies/evaluate.py
 
 
 def deaf(net, *streams):
