@@ -1,16 +1,16 @@
 """Every constant of the project in one frozen dataclass, with its unit and its source.
 
-The same code runs a toy that trains on two CPU cores and a 19-billion-parameter model on one GPU;
-what changes between them is written here and nowhere else:
+The same code runs a toy on two CPU cores and a model of 19 billion parameters on one GPU. Only
+the constants in this file differ:
 
     TOY           the default: bouncing balls with impact sounds, about 3 M parameters
-    TOY_TEACHER   the same without sinks: the bidirectional teacher of the toy world
-    TOY_RELEASED  the same with the blocks of RELEASED
+    TOY_TEACHER   TOY without sinks: the bidirectional teacher of the toy world
+    TOY_RELEASED  TOY with the block layout of RELEASED
     FULL          the paper: blocks of 1+3k video and 1+25k audio latents, 16 audio sinks
     RELEASED      the released OmniForcing generator: blocks of 4+3k and 26+25k, no sinks
-    LTX2          the bidirectional teacher LTX-2, whose weights FULL and RELEASED start from
+    LTX2          the bidirectional teacher LTX-2; FULL and RELEASED start from its weights
 
-Derived values are properties, so nothing is stored twice. `python config.py` shows all six.
+Derived values are properties, so no value is stored twice. `python config.py` prints all six.
 
 >>> FULL.video_tokens_per_block, FULL.audio_frames_per_block
 (1152, 25)
@@ -21,12 +21,14 @@ Derived values are properties, so nothing is stored twice. `python config.py` sh
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 
+CLIP_SECONDS = 5  # length of a training clip (paper)
+
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model, of the latents and of the blocks.  Defaults are LTX-2's (19B).
+    """Sizes of the model, the latents and the blocks.  The defaults are those of LTX-2 (19B).
 
-    Raises ValueError for sizes, blocks, widths or words that do not fit, and says why.
+    Raises ValueError, with the reason, for values that do not fit together.
     """
 
     name: str = "ltx2"
@@ -39,20 +41,20 @@ class Config:
     video_channels: int = 128  # channels of one video latent token
     audio_channels: int = 128  # channels of one audio latent token (8 channels x 16 mel bins)
     caption_width: int = 3840  # channels of one caption feature (Gemma 3 12B)
-    norm_eps: float = 1e-6  # of every norm, so that none divides by zero
+    norm_eps: float = 1e-6  # epsilon of every normalisation
 
     # --- rotary positions (LTX-2; the angle of position p is g * (2 p / max - 1)) ---
     rope_theta: float = 10000.0  # ratio of the highest to the lowest frequency
-    rope_max_seconds: float = 20.0  # the time that makes the slowest channel turn by pi
+    rope_max_seconds: float = 20.0  # over this time the slowest channel pair rotates by pi
     rope_max_pixels: float = 2048.0  # the same for rows and columns
-    rope_dealing: str = "bands"  # "bands" | "turns": how heads share the frequencies (rope.py)
+    rope_heads: str = "contiguous"  # | "round_robin": which head gets which frequency (rope.py)
 
-    # --- three flags that change the numbers but no key and no shape ---
+    # --- three flags that change the results, but no parameter name and no shape ---
     rope_layout: str = "split"  # "split" | "interleaved": which channels of a head rotate together
     rope_float64: bool = True  # frequency grid in float64 | float32
-    gate_timestep_scale: float = 1000.0  # cross-modal gates (model.py) see sigma times this
+    gate_timestep_scale: float = 1000.0  # the cross-modal gates (model.py) read sigma times this
 
-    # --- latent rates (LTX-2 VAEs; the first latent of either stream covers one frame only) ---
+    # --- latent rates (VAEs of LTX-2; the first latent of each stream covers one frame only) ---
     fps: int = 24  # pixel frames per second
     video_stride: int = 8  # pixel frames per later video latent frame
     pixel_stride: int = 32  # pixels per latent row or column
@@ -65,8 +67,8 @@ class Config:
     block_seconds: float = 1  # length of a block; must hold whole latents of both streams
     prefix_video_frames: int = 1  # latent frames in block 0; paper 1, released 4
     prefix_audio_frames: int = 1  # paper 1, released 26
-    num_sinks: int = 0  # S, learnable audio tokens in front of the audio stream; paper 16
-    sink_positions: str = "identity"  # "identity" (paper) | "incremental" (its ablation)
+    num_sinks: int = 0  # S, learnable tokens at the start of the audio stream; paper 16
+    sink_positions: str = "identity"  # "identity" (paper) | "incremental" (ablation of the paper)
 
     # --- few-step generation ---
     sigmas: tuple[float, ...] = ()  # noise levels of a student's passes, from 1 down to 0
@@ -114,7 +116,7 @@ class Config:
         self._check_widths()
 
     def _check_size(self):
-        """Refuse pictures that cut a latent in two: the rest of it would silently be lost."""
+        """Reject frame sizes that are not a whole number of latents."""
         for side, pixels in (("height", self.height), ("width", self.width)):
             if pixels < self.pixel_stride or pixels % self.pixel_stride:
                 raise ValueError(
@@ -123,7 +125,7 @@ class Config:
                 )
 
     def _check_blocks(self):
-        """Refuse blocks that cut a latent in two, or a first block off the grid of seconds."""
+        """Reject blocks of incomplete latents, and a block 0 whose streams end at different times."""
         for stream, rate in (("video", self.video_rate), ("audio", self.audio_rate)):
             latents = Fraction(self.block_seconds) * rate
             if latents < 1 or latents.denominator != 1:
@@ -141,7 +143,7 @@ class Config:
             )
 
     def _check_widths(self):
-        """Refuse widths that heads cannot share evenly, and unknown words."""
+        """Reject widths that do not divide evenly among the heads, and unknown options."""
         for width in (self.video_width, self.audio_width):
             if width % (2 * self.num_heads):
                 raise ValueError(
@@ -149,8 +151,10 @@ class Config:
                 )
         if self.rope_layout not in ("split", "interleaved"):
             raise ValueError(f"rope_layout={self.rope_layout!r}: expected 'split' or 'interleaved'")
-        if self.rope_dealing not in ("bands", "turns"):
-            raise ValueError(f"rope_dealing={self.rope_dealing!r}: expected 'bands' or 'turns'")
+        if self.rope_heads not in ("contiguous", "round_robin"):
+            raise ValueError(
+                f"rope_heads={self.rope_heads!r}: expected 'contiguous' or 'round_robin'"
+            )
         if self.sink_positions not in ("identity", "incremental"):
             raise ValueError(
                 f"sink_positions={self.sink_positions!r}: expected 'identity' or 'incremental'"
@@ -158,11 +162,11 @@ class Config:
 
     @property
     def is_toy(self) -> bool:
-        """Whether its clips, captions and weight files are the toy's; else they are LTX-2's."""
+        """True for toy configs (toy clips, captions, weight files); False for LTX-2-size ones."""
         return self.name.startswith("toy")
 
     def to_dict(self) -> dict:
-        """Plain values, as they are written into the metadata of a weight file."""
+        """Return plain values, as weight files store them in their metadata."""
         return asdict(self)
 
     @classmethod
@@ -177,18 +181,19 @@ class Config:
         return cls(**{**values, "sigmas": tuple(values["sigmas"])})
 
 
-# Noise levels of few-step students: entries of a list in thousandths, each mapped to the nearest
-# level of LTX-2's 40-step schedule (OmniForcing/OmniForcing, ltx-distillation). The later release
-# lists 1000, 909, 725, 421, 0: four passes. The first listed 1000, 757, 522, 0: three passes.
+# Noise levels of the few-step students. The official code lists them in thousandths and maps each
+# to the nearest level of LTX-2's 40-step schedule (OmniForcing/OmniForcing, ltx-distillation).
+# The later release lists 1000, 909, 725, 421, 0: four passes. The first release lists 1000, 757,
+# 522, 0: three passes.
 FOUR_STEPS = (1.0, 0.9062290, 0.7265238, 0.4207186, 0.0)
 THREE_STEPS = (1.0, 0.7506967, 0.5447712, 0.0)
 
-LTX2 = Config(sigmas=THREE_STEPS)  # levels of its few-step student (stage I), which has its shape
+LTX2 = Config(sigmas=THREE_STEPS)  # the levels are for the stage I student, of the same shape
 
-# Both students rotate interleaved pairs, compute the frequency grid in float32 and leave the gate's
-# sigma unscaled (OmniForcing/OmniForcing, ltx-causal), although they start from LTX-2 weights,
-# which were made for the opposite.
-# Trap: the keys and shapes are the same, so a wrong flag loads silently and gives wrong output.
+# FULL and RELEASED rotate interleaved pairs, compute the frequency grid in float32 and do not scale
+# the gate's sigma (OmniForcing/OmniForcing, ltx-causal). LTX-2's weights, from which they start,
+# were trained with split pairs, float64 and a scale of 1000.
+# Trap: names and shapes are the same, so a wrong flag loads silently and gives wrong output.
 _STUDENT_FLAGS = dict(rope_layout="interleaved", rope_float64=False, gate_timestep_scale=1.0)
 FULL = replace(LTX2, name="full", num_sinks=16, sigmas=THREE_STEPS, **_STUDENT_FLAGS)
 RELEASED = replace(
@@ -200,8 +205,8 @@ RELEASED = replace(
     **_STUDENT_FLAGS,
 )
 
-# The toy keeps LTX-2's rates (3 and 25 latents a second) and its asymmetry (48 video tokens a
-# second against 25 audio tokens; LTX-2 has 1152 against 25).
+# The toy keeps the latent rates of LTX-2 (3 and 25 per second) and its asymmetry: 48 video tokens
+# per second against 25 audio tokens (LTX-2: 1152 against 25).
 TOY = replace(
     LTX2,
     name="toy",
@@ -215,7 +220,7 @@ TOY = replace(
     rope_theta=128.0,  # with the next two: 0.31 to 40 rad/s, 0.02 to 3.1 rad/pixel
     rope_max_seconds=10.0,
     rope_max_pixels=128.0,
-    rope_dealing="turns",  # Simpler: four heads are too few for bands, which train slower
+    rope_heads="round_robin",  # Simpler: with four heads, contiguous frequencies train slower
     pixel_stride=8,
     height=32,
     width=32,

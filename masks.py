@@ -1,10 +1,10 @@
 """The timeline cut into one-second blocks, and who may attend to whom.
 
-A causal generator has to know what "earlier" means for two streams that tick at different rates:
-3 video latents a second (of 384 tokens each) against 25 audio latents (of one token each).
-OmniForcing cuts both at the same instants. Both VAEs give their first latent, V0 and A0, a single
-input frame; so these two sit at time 0, and every later second is exactly 3 video and 25 audio
-latents:
+A causal generator must know what "earlier" means for two streams with different rates: 3 video
+latents per second (384 tokens each) and 25 audio latents per second (one token each). OmniForcing
+cuts both streams at the same times. In both VAEs the first latent (V0, A0) covers a single input
+frame. V0 and A0 therefore stand at time 0, and every later second holds exactly 3 video and 25
+audio latents:
 
     seconds       0        1        2        3
     video      V0 | V1..V3 | V4..V6 | V7..V9 |
@@ -13,16 +13,16 @@ latents:
 
     released checkpoint: the first second joins the prefix, 4 + 3k and 26 + 25k latents
 
-One rule makes all four masks: **a query may see a key if the key's block is not later than its
-own.** Inside a block everything sees everything, in both directions; across blocks time flows one
-way. Sink tokens (sink_tokens.py) stand in front of the audio and count as block 0, so everyone
-sees them and they see only block 0.  (Paper: asymmetric block-causal alignment, global prefix.)
+One rule gives all four masks: **a query may attend to a key if the key's block is not later than
+the query's block.** Inside a block, attention goes both ways; between blocks, only backwards in
+time. Sink tokens (sink_tokens.py) stand at the start of the audio stream and belong to block 0:
+every token attends to them, and they attend to block 0 only.  (Paper: asymmetric block-causal
+alignment, global prefix.)
 
-A boolean mask is named for what True means: `may_attend[q, k]`, as in torch's
-scaled_dot_product_attention. Here is every eighth token of the toy's video, 16 tokens in block 0
-and 48 in block 1:
+In a boolean mask, True means "may attend", as in torch's scaled_dot_product_attention. This is
+every eighth video token of the toy, with 16 tokens in block 0 and 48 in block 1:
 
->>> print(text_picture(four_masks(config.TOY, 2, sinks=False)["video_self"][::8, ::8]))
+>>> print(mask_to_text(four_masks(config.TOY, 2, sinks=False)["video_self"][::8, ::8]))
 ##......
 ##......
 ########
@@ -32,49 +32,39 @@ and 48 in block 1:
 ########
 ########
 
-    python masks.py    prints all four masks as text, every sixth token of a stream
-    python -m studies.plots    draws them, as the paper's figure does
+    python masks.py                  prints all four masks as text, every sixth token
+    python -m studies.plots masks    draws them, like the figure of the paper
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
 
 import config
 
-# Where the model attends, named listener last: "a2v" is audio to video, i.e. video queries.
+# The four attentions of a layer. In "a2v" (audio to video), the queries come from video, the keys
+# and values from audio.
 SITES = ("video_self", "audio_self", "a2v", "v2a")
-# the attention of a site's listener to itself
-LISTENER = {"video_self": "video_self", "audio_self": "audio_self"}
-LISTENER |= {"a2v": "video_self", "v2a": "audio_self"}
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of latent frames of both streams; a pass of the transformer works on one."""
+    """The latent frames of both streams that one pass of the transformer works on."""
 
-    video: range  # global indices of the video latent frames
-    audio: range  # global indices of the audio latent frames
+    video: range  # video latent frames, counted from the start of the clip
+    audio: range  # audio latent frames, likewise
 
     @property
     def has_sinks(self) -> bool:
-        """Sinks belong to block 0: they are part of every pass that starts at the beginning."""
+        """True if the span starts with block 0, to which the sinks belong."""
         return self.audio.start == 0
-
-    def then(self, later: "Span") -> "Span":
-        """This stretch and the one right behind it.
-
-        >>> block_span(1, config.TOY).then(block_span(2, config.TOY))
-        Span(video=range(1, 7), audio=range(1, 51))
-        """
-        return Span(*(range(a.start, b.stop) for a, b in zip(astuple(self), astuple(later))))
 
 
 def num_blocks(seconds, cfg) -> int:
-    """Blocks that make up a clip of `seconds`.  (Paper layout: N seconds are N + 1 blocks.)
+    """Number of blocks of a clip of `seconds`.  (Paper layout: N seconds have N + 1 blocks.)
 
-    Raises ValueError, with the durations that would fit, if the last block would be cut short.
+    Raises ValueError, naming durations that fit, if the clip would end inside a block.
 
     >>> num_blocks(5, config.TOY), num_blocks(5, config.RELEASED)
     (6, 5)
@@ -93,17 +83,24 @@ def num_blocks(seconds, cfg) -> int:
     return 1 + int(later)
 
 
-def whole_window(blocks) -> int:
-    """The least window with which the last of so many blocks still sees them all.
+def full_window(blocks) -> int:
+    """Smallest window with which the last of `blocks` blocks attends to all of them.
 
-    Block 0 is pinned, and its own does not count as past.
-
-    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), whole_window(6)).all())
+    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), full_window(6)).all())
     True
-    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), whole_window(6) - 1).all())
+    >>> bool(may_attend(torch.tensor([5]), torch.arange(6), full_window(6) - 1).all())
     False
     """
-    return blocks - 2
+    return blocks - 2  # block 0 is pinned, and the query's own block is not counted
+
+
+def trained_window(cfg, seconds=config.CLIP_SECONDS) -> int:
+    """How many blocks back the last block of a training clip attends; longer windows break streams.
+
+    >>> trained_window(config.TOY), trained_window(config.RELEASED)
+    (4, 3)
+    """
+    return full_window(num_blocks(seconds, cfg))
 
 
 def block_span(k, cfg) -> Span:
@@ -125,7 +122,7 @@ def _block_frames(k, prefix, step) -> range:
 
 
 def clip_span(blocks, cfg) -> Span:
-    """Latent frames of a whole clip of that many blocks.
+    """Latent frames of a clip of `blocks` blocks.
 
     >>> clip_span(6, config.FULL)
     Span(video=range(0, 16), audio=range(0, 126))
@@ -134,12 +131,21 @@ def clip_span(blocks, cfg) -> Span:
     return Span(range(last.video.stop), range(last.audio.stop))
 
 
-def block_seconds(k, cfg) -> tuple[float, float]:
-    """When block k begins and ends, in seconds, counted from the first pixel frame.
+def clip_of_seconds(cfg, seconds=config.CLIP_SECONDS) -> Span:
+    """Latent frames of a clip of `seconds`, by default of a training clip.
 
-    (Block 0 of the paper's layout is that frame alone: it begins and ends at 0.)
+    >>> clip_of_seconds(config.TOY)
+    Span(video=range(0, 16), audio=range(0, 126))
+    """
+    return clip_span(num_blocks(seconds, cfg), cfg)
 
-    >>> block_seconds(0, config.TOY), block_seconds(3, config.TOY)
+
+def block_interval(k, cfg) -> tuple[float, float]:
+    """Start and end of block k in seconds, counted from the first pixel frame.
+
+    In the paper's layout, block 0 is that frame alone: it starts and ends at 0.
+
+    >>> block_interval(0, config.TOY), block_interval(3, config.TOY)
     ((0.0, 0.0), (2.0, 3.0))
     """
     end = Fraction(block_span(k, cfg).video.stop - 1) / cfg.video_rate
@@ -148,10 +154,10 @@ def block_seconds(k, cfg) -> tuple[float, float]:
 
 
 def block_of_frame(frame, prefix, step):
-    """Block of a latent frame index (number or tensor): 0 in the prefix, then one per `step`.
+    """Block index of a latent frame index (number or tensor): 0 in the prefix, then one per `step`.
 
-    Both streams use this with their own numbers, which is what aligns them: frames of the same
-    second get the same block, however many there are.
+    Each stream calls this with its own prefix and step. Video and audio frames of the same second
+    therefore get the same block index.
 
     >>> [block_of_frame(f, 1, 3) for f in range(8)]
     [0, 1, 1, 1, 2, 2, 2, 3]
@@ -161,7 +167,7 @@ def block_of_frame(frame, prefix, step):
 
 
 def frame_blocks(blocks, cfg) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block of every latent frame of a clip: (F_v,) and (F_a,)."""
+    """Block index of every latent frame of a clip: (F_v,) and (F_a,)."""
     span = clip_span(blocks, cfg)
     video, audio = torch.tensor(span.video), torch.tensor(span.audio)
     return (
@@ -171,12 +177,12 @@ def frame_blocks(blocks, cfg) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def video_token_blocks(blocks, cfg) -> torch.Tensor:
-    """(T_v,) block of every video token of a clip; tokens are frame-major, then row, column."""
+    """(T_v,) block index of every video token of a clip; order: frame, then row, then column."""
     return frame_blocks(blocks, cfg)[0].repeat_interleave(cfg.tokens_per_frame)
 
 
 def audio_token_blocks(blocks, cfg, sinks=True) -> torch.Tensor:
-    """(S + F_a,) block of every audio token of a clip; the sinks come first, in block 0."""
+    """(S + F_a,) block index of every audio token of a clip; sinks come first, in block 0."""
     per_frame = frame_blocks(blocks, cfg)[1]
     return torch.cat([per_frame.new_zeros(cfg.num_sinks if sinks else 0), per_frame])
 
@@ -184,8 +190,8 @@ def audio_token_blocks(blocks, cfg, sinks=True) -> torch.Tensor:
 def may_attend(query_blocks, key_blocks, window=None, pinned=True) -> torch.Tensor:
     """The rule.  (Q,) and (K,) block indices -> (Q, K) booleans.
 
-    window   how many blocks before its own a query remembers; None never forgets.  Block 0 (prefix
-             and sinks) is pinned: it stays visible for ever, unless `pinned` is False (a control).
+    window   how many blocks before its own a query attends to; None: all of them
+    pinned   block 0 (prefix and sinks) stays visible for ever; False is an ablation
 
     >>> may_attend(torch.arange(4), torch.arange(4), window=1).int()
     tensor([[1, 0, 0, 0],
@@ -205,7 +211,7 @@ def four_masks(cfg, blocks, window=None, sinks=True) -> dict[str, torch.Tensor]:
 
     video_self (T_v, T_v)   audio_self (S+F_a, S+F_a)   a2v (T_v, S+F_a)   v2a (S+F_a, T_v)
 
-    Text attention is never masked by block: the prompt is known before the first frame.
+    Caption attention has no block mask: the prompt is known before the first frame.
     """
     video = video_token_blocks(blocks, cfg)
     audio = audio_token_blocks(blocks, cfg, sinks)
@@ -217,8 +223,8 @@ def four_masks(cfg, blocks, window=None, sinks=True) -> dict[str, torch.Tensor]:
     }
 
 
-def text_picture(mask) -> str:
-    """A mask as text: '#' where the query (row) may attend to the key (column)."""
+def mask_to_text(mask) -> str:
+    """Draw a mask as text: '#' where the query (row) may attend to the key (column)."""
     return "\n".join("".join("#" if allowed else "." for allowed in row) for row in mask.tolist())
 
 
@@ -227,4 +233,4 @@ if __name__ == "__main__":
         print(
             f"{site}: {mask.shape[0]} queries x {mask.shape[1]} keys, {mask.float().mean():.0%} on"
         )
-        print(text_picture(mask[::6, ::6]), end="\n\n")
+        print(mask_to_text(mask[::6, ::6]), end="\n\n")

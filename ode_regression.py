@@ -1,34 +1,37 @@
-"""Stage II: the causal mask is put on, and the student regresses the teacher's trajectories.
+"""Stage II: add the causal mask; the student regresses the end points of ODE trajectories.
 
-A bidirectional model cannot simply be run causally: its attention has always been spread over the
-future too. Here it learns to do without. The four-step student of dmd.py denoises whole clips from
-noise; of each walk we keep the states at the noise levels, whose common end is the answer:
+A bidirectional model cannot simply run causally, because its attention has always used the future
+too. Here it learns to do without. The four-step student of dmd.py denoises whole clips from noise.
+We keep each trajectory's states at the student's noise levels. Its final state x_0 is the
+regression target:
 
     noise = x_1 --> x_.91 --> x_.73 --> x_.42 --> x_0        one trajectory of its ODE
 
 The student sees such a clip with **one noise level per block**, drawn independently, under the
-block-causal masks of masks.py, and must name the clean end:
+block-causal masks of masks.py, and must predict the clean end:
 
     block        0      1      2      3
     level       .42     0     .91    .42        loss = mean |x0(x_level) - x_0|^2, noisy blocks only
 
-Independent levels teach every mixture of noisy and clean at once. A quarter of the blocks are clean
-(CLEAN_SHARE), so that most pasts have a clean block in them; all of a long past is clean, as it is
-in streaming, seldom. # Paper: uniform over all levels, the clean one included.
+Independent levels teach every mixture of noisy and clean blocks at once. Each block is clean with
+probability 1/4 (CLEAN_SHARE), so most pasts contain a clean block. A long past is rarely clean as
+a whole, although it always is in streaming. (Differs from the paper: uniform over all levels, the
+clean one included.)
 
-A block's level is shared by its video **and its own** audio. # Paper: the official code spreads
-levels over audio by rounding 126 / 16 frames instead of by block edges (edges at 8, 32, 55, 79, 102
-instead of 1, 26, 51, 76, 101), so a few audio tokens of every block carry their neighbour's level.
-Both streams take the level of `masks.frame_blocks` here.
+A block's video **and its own audio** share a level. Both streams take the level of
+`masks.frame_blocks`. (Differs from the paper: the official code spreads the levels over the audio
+by rounding 126 / 16 frames, not by block edges. Its edges are 8, 32, 55, 79, 102 instead of 1, 26,
+51, 76, 101, so a few audio tokens of every block carry their neighbour's level.)
 
-In a clip of five seconds the blocks just before tell all that the past has to say, so nothing
-teaches a student to look back at block 0, the only one that a long stream never forgets. With
-`--windows 0 1 2 3` every batch hides another part of what lies between (not in the paper).
+In a clip of five seconds, the latest blocks contain everything the past can tell. Nothing then
+teaches a student to use block 0, the only block that a long stream never evicts. With
+`--windows 0 1 2 3`, each batch draws one of these windows, and blocks between block 0 and the
+window are masked (not in the paper).
 
-The walk may as well be the many-step teacher's own, as in the later release of the paper's code,
-which left stage I out; then it needs guidance, and small steps in between:
+Trajectories can also come from the many-step teacher, as in the later release, which has no stage
+I. Then use guidance and several Euler steps per kept level:
 
-    python ode_regression.py         from the stage I student, see --help
+    python ode_regression.py         from the stage I student; see --help
     python ode_regression.py --teacher weights/toy_teacher.safetensors --guidance 3 5 --between 4
 """
 
@@ -38,20 +41,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import config
 import model
 import teacher
-from full_size import sharding, training_plan
-from full_size.text import TOY_PROMPTS
+from config import CLIP_SECONDS
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks, num_blocks
-from plumbing import cli, files
-from plumbing import stages as training_parts
-from plumbing import trainer as training
+from plumbing import cli, files, processes, stages, trainer
 
-STEPS = 2500, 3000  # the toy's, and at full size (paper)
-CLEAN_SHARE = 0.25  # share of blocks shown clean
-# trajectories begin from captions the teacher was not trained on
+STEPS = 2500, 3000  # training steps: toy, full size (paper)
+CLEAN_SHARE = 0.25  # probability that a block is clean
+# trajectories start from captions that the teacher was not trained on
 FIRST_SEED = teacher.SEEDS * teacher.CLIPS_PER_SEED
 
 
@@ -59,7 +58,7 @@ FIRST_SEED = teacher.SEEDS * teacher.CLIPS_PER_SEED
 
 
 def fine_sigmas(sigmas, steps_between) -> list[float]:
-    """The student's noise levels with more, evenly spaced, in between.
+    """The student's noise levels, with `steps_between` even steps from each level to the next.
 
     >>> fine_sigmas((1.0, 0.5, 0.0), 2)
     [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -70,58 +69,56 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
     return fine
 
 
-def draw_trajectories(net, sigmas, seeds, guidance=(1, 1), between=1, prompts=TOY_PROMPTS):
-    """Teacher states at exactly the levels `sigmas`, for the captions of these seeds.
-
-    # Simpler: evenly spaced steps, plain guidance. Both releases take 40 steps of LTX-2's schedule.
-    The later one, whose walker is LTX-2 itself, also pushes away from what it says without the
-    self-attention of layer 29 (by 1) and without listening to the other stream (by 3), and rescales
-    the result (0.7). What the ends of walks lose by that is not measured.
+def draw_trajectories(net, sigmas, seeds, prompts, guidance=(1, 1), between=1):
+    """A model's states at exactly the levels `sigmas`, for the captions of these seeds.
 
     between   Euler steps from one kept level to the next
     ->        tokens (B, 3), video (B, len(sigmas), T_v, C_v), audio (B, len(sigmas), F_a, C_a);
-              at full size the tokens are numbers of prompts, (B,)
+              at full size the tokens are indices of prompts, (B,)
     """
+    # Simpler: even steps and plain guidance. Both releases take 40 steps of LTX-2's schedule. The
+    # later one, which starts from LTX-2, also uses STG (layer 29, scale 1), modality guidance
+    # (scale 3) and guidance rescale (0.7). The effect of leaving them out is not measured.
     tokens = prompts.numbers(seeds)
-    captions = prompts.captions(sharding.rows(tokens))
+    captions = prompts.captions(processes.rows(tokens))
     fine = fine_sigmas(sigmas, between)
     keep = range(0, len(fine), between)
-    with sharding.shared_draws():
+    with processes.shared_draws():
         _, states = teacher.sample(net, captions, fine, guidance=guidance, seed=seeds[0], keep=keep)
-    return tokens, *(sharding.gathered(x).cpu() for x in states)
+    return tokens, *(processes.gathered(x).cpu() for x in states)
 
 
-def load_trajectories(
-    path, net, count, guidance, between, batch=16, sigmas=config.TOY.sigmas, prompts=TOY_PROMPTS,
-    mark=None,
-) -> dict:  # fmt: skip
-    """Trajectories from a file, or drawn and written there: "tokens", "video", "audio".
+def load_or_draw_trajectories(
+    path, net, count, prompts, guidance=(1, 1), between=1, batch=16, sigmas=None, weights_id=None
+) -> dict:
+    """Read the trajectories of a file, or draw and write them: "tokens", "video", "audio".
 
-    mark   tells the walker from others; by default a hash of its weights
+    sigmas       levels to keep; default: those of the model that draws
+    weights_id   identifies the weights of that model; default: a hash of them
 
-    Raises ValueError for a file that is not whole, or whose trajectories are others.
+    Raises ValueError for a file that is incomplete, or was made with other settings.
     """
-    # others in any of these, other trajectories
-    about = {"count": count, "guidance": list(guidance), "between": between}
-    about |= {"sigmas": list(sigmas), "prompts": prompts.mark}
-    about["teacher"] = mark or files.fingerprint(net.state_dict())
+    sigmas = sigmas or net.cfg.sigmas
+    settings = {"count": count, "guidance": list(guidance), "between": between}
+    settings |= {"sigmas": list(sigmas), "prompts": prompts.identity}
+    settings["teacher"] = weights_id or files.fingerprint(net.state_dict())
     if Path(path).exists():
-        tensors, _, made_by = files.read_weights(path)
-        if made_by != about:
+        tensors, _, made_with = files.read_weights(path)
+        if made_with != settings:
             raise ValueError(
-                f"{path}: made with {made_by}, wanted {about}; remove it to start anew"
+                f"{path}: made with {made_with}, wanted {settings}; remove it to start anew"
             )
         return tensors
     parts = []
-    shown = dict(desc="trajectories", mininterval=5, disable=not sharding.is_first())
+    shown = dict(desc="trajectories", mininterval=5, disable=not processes.is_first())
     with tqdm(total=count, unit="clip", **shown) as bar:
         for first in range(FIRST_SEED, FIRST_SEED + count, batch):
             seeds = range(first, min(first + batch, FIRST_SEED + count))
-            parts.append(draw_trajectories(net, sigmas, seeds, guidance, between, prompts))
+            parts.append(draw_trajectories(net, sigmas, seeds, prompts, guidance, between))
             bar.update(len(seeds))
     tensors = dict(zip(("tokens", "video", "audio"), map(torch.cat, zip(*parts))))
-    if sharding.is_first():
-        files.save_weights(path, tensors, net.cfg, about)
+    if processes.is_first():
+        files.save_weights(path, tensors, net.cfg, settings)
     return tensors
 
 
@@ -129,17 +126,17 @@ def load_trajectories(
 
 
 def draw_levels(batch, blocks, levels, generator) -> torch.Tensor:
-    """(B, N) index of every block's noise level; the last level is clean."""
+    """Draw (B, N) noise level indices, one per block; the last of `levels` levels is clean."""
     noisy = torch.randint(levels - 1, (batch, blocks), generator=generator)
     is_clean = torch.rand(batch, blocks, generator=generator) < CLEAN_SHARE
     return noisy.masked_fill(is_clean, levels - 1)
 
 
-def states_at(trajectory, levels):
-    """Each frame's state at its level: (B, L, F, ...), (B, F) indices -> (B, F, ...).
+def gather_states(trajectory, levels):
+    """State of each frame at its level: (B, L, F, ...), (B, F) indices -> (B, F, ...).
 
-    >>> walk = torch.tensor([[[10, 20], [11, 21], [12, 22]]])            # 3 levels of 2 frames
-    >>> states_at(walk, torch.tensor([[2, 0]]))
+    >>> trajectory = torch.tensor([[[10, 20], [11, 21], [12, 22]]])      # 3 levels of 2 frames
+    >>> gather_states(trajectory, torch.tensor([[2, 0]]))
     tensor([[12, 20]])
     """
     index = levels.view(len(levels), 1, -1, *[1] * (trajectory.dim() - 3))
@@ -147,19 +144,19 @@ def states_at(trajectory, levels):
 
 
 def regression_losses(net, trajectories, levels, sigmas, view):
-    """Mean squared error of x0 over the noisy elements of video and of audio.
+    """Mean squared error of x0 over the noisy elements, for video and audio.
 
     trajectories   `Captions`, video (B, L, T_v, C_v), audio (B, L, F_a, C_a)
-    levels         (B, N) index into sigmas, one per block
-    view           what may be attended to: a MaskedView of the block-causal masks
+    levels         (B, N) indices into sigmas, one per block
+    view           MaskedView of the block-causal masks
     """
     captions, video, audio = trajectories
     span = clip_span(levels.shape[1], net.cfg)
     level_v, level_a = (levels[:, blocks] for blocks in frame_blocks(levels.shape[1], net.cfg))
-    table = torch.tensor(sigmas, device=levels.device)
-    sigma_v, sigma_a = table[level_v], table[level_a]
+    sigma_of_level = torch.tensor(sigmas, device=levels.device)
+    sigma_v, sigma_a = sigma_of_level[level_v], sigma_of_level[level_a]
     video = video.unflatten(2, (len(span.video), -1))  # (B, L, F_v, rows * columns, C_v)
-    noisy = states_at(video, level_v).flatten(1, 2), states_at(audio, level_a)
+    noisy = gather_states(video, level_v).flatten(1, 2), gather_states(audio, level_a)
     text = net.project_text(*captions.features)
     x0 = model.predict_x0(net, *noisy, sigma_v, sigma_a, text, span, view)
     ends = video[:, -1].flatten(1, 2), audio[:, -1]
@@ -170,32 +167,29 @@ def regression_losses(net, trajectories, levels, sigmas, view):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask; 0 where there is nothing.
+    """Mean of x where the mask is True; 0 if it is nowhere True."""
+    # With several processes, each divides by the mean count of all processes. The average of their
+    # results is then the mean over the whole batch.
+    return (x * mask).sum() / processes.averaged(mask.sum()).clamp(min=1)
 
-    Several processes divide by what they have on average: the mean of theirs is then the batch's.
+
+def make_losses(net, data, recipe, prompts, seconds=CLIP_SECONDS, weights=(1, 1), windows=(None,)):
+    """Make the loss function that `trainer.Run.train` minimises.
+
+    weights   weights of the losses of video and audio
+    windows   windows of the masks (masks.may_attend); every batch draws one
     """
-    return (x * mask).sum() / sharding.averaged(mask.sum()).clamp(min=1)
-
-
-def losses_of(
-    net, data, recipe, prompts=TOY_PROMPTS, seconds=teacher.SECONDS, weights=(1, 1),
-    windows=(None,),
-):  # fmt: skip
-    """The function that `training.Run.train` minimises.
-
-    weights   of video's loss and of audio's  # Paper: the first release has 1 and 0.16
-    windows   of the masks (masks.may_attend), of which every batch draws one
-    """
+    # Paper: the first release weights the two losses 1 and 0.16.
     blocks = num_blocks(seconds, net.cfg)
     views = [masked_view(net.cfg, blocks, window) for window in windows]
-    batch = sharding.share_of(recipe.batch)
+    batch = processes.share_of(recipe.batch)
 
     def losses(step):
-        g = training.generator(recipe.seed, step)
+        g = trainer.generator(recipe.seed, step)
         rows = torch.randint(len(data["tokens"]), (batch,), generator=g).cpu()
         levels = draw_levels(batch, blocks, len(net.cfg.sigmas), g)
         view = views[torch.randint(len(views), (), generator=g)]
-        states = [data[name][rows].to(sharding.device()) for name in ("video", "audio")]
+        states = [data[name][rows].to(processes.device()) for name in ("video", "audio")]
         chosen = prompts.captions(data["tokens"][rows]), *states
         video, audio = regression_losses(net, chosen, levels, net.cfg.sigmas, view)
         loss = weights[0] * video + weights[1] * audio
@@ -205,97 +199,95 @@ def losses_of(
 
 
 def masked_view(cfg, blocks, window=None) -> MaskedView:
-    """What a clip of so many blocks may attend to, where this process computes."""
+    """The block-causal view of a clip, on the device of this process."""
     masks = four_masks(cfg, blocks, window)
-    return MaskedView({site: mask.to(sharding.device()) for site, mask in masks.items()})
+    return MaskedView({site: mask.to(processes.device()) for site, mask in masks.items()})
 
 
-def recipe_of(steps, seed=0, batch=8, is_toy=True):
-    """How the student learns.
-
-    # Paper: AdamW at 2e-5; betas, and constant after a warm-up of 100 steps, as in the first
-    release. Gradients are clipped at 1, as in the later one; the first clips at 10. Neither
-    averages weights here, as far as we know; we ship a mean of the last hundred steps or so.
-    """
+def make_recipe(steps, seed=0, batch=8, is_toy=True):
+    """Recipe of the student."""
     if is_toy:
-        return training.Recipe(steps, batch, seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
-    full = dict(muon_lr=0, adam_lr=2e-5, betas=(0.9, 0.999), warmup=100, decay=0.0, ema=0.99)
-    return training.Recipe(steps, batch, seed, **full)
+        return trainer.Recipe(steps, batch, seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
+    # Paper: AdamW at 2e-5; betas, and constant after a warm-up of 100 steps, as in the first
+    # release. Gradients are clipped at 1, as in the later one; the first clips at 10. Neither
+    # averages weights here, as far as we know; we write a mean of the last hundred steps or so.
+    return trainer.Recipe(
+        steps, batch, seed,
+        muon_lr=0, adam_lr=2e-5, betas=(0.9, 0.999), warmup=100, decay=0.0, ema=0.99,
+    )  # fmt: skip
 
 
 def trial_loss(net, captions, generator):
-    """The loss of made-up walks, to see what it takes (full_size/memory.py)."""
+    """Loss of made-up trajectories; full_size/memory.py runs it on meta tensors."""
     cfg, batch = net.cfg, len(captions)
-    blocks, levels = num_blocks(teacher.SECONDS, cfg), len(cfg.sigmas)
+    blocks, levels = num_blocks(CLIP_SECONDS, cfg), len(cfg.sigmas)
     ends = model.draw_noise(batch, clip_span(blocks, cfg), cfg, generator)
-    walks = [x[:, None].expand(-1, levels, -1, -1) for x in ends]
+    trajectories = [x[:, None].expand(-1, levels, -1, -1) for x in ends]
     drawn = draw_levels(batch, blocks, levels, generator)
     view = MaskedView(four_masks(cfg, blocks))
-    return sum(regression_losses(net, (captions, *walks), drawn, cfg.sigmas, view))
+    return sum(regression_losses(net, (captions, *trajectories), drawn, cfg.sigmas, view))
 
 
 def options():
     """The command line."""
     p = cli.parser(__doc__)
     p.add_argument(
-        "--teacher",
-        default="weights/toy_dmd.safetensors",
-        help="walks; weights to start at",
-    )
-    p.add_argument("--clips", type=int, default=768, help="walks to draw")
-    cli.add_guidance(p, (1.0, 1.0), "of the walks")
-    cli.add_pair(p, "--loss-weights", (1.0, 1.0), "of the two streams")
+        "--teacher", default="weights/toy_dmd.safetensors",
+        help="weights of the model that draws the trajectories; the student starts at them too",
+    )  # fmt: skip
+    p.add_argument("--clips", type=int, default=768, help="trajectories to draw")
+    cli.add_guidance(p, (1.0, 1.0), "guidance scale of the trajectories")
+    cli.add_pair(p, "--loss-weights", (1.0, 1.0), "weights of the losses of video and audio")
     p.add_argument(
         "--windows", nargs="+", type=int, metavar="W",
-        help="blocks that may be seen besides block 0 and one's own, one of these for every batch; "
-        "default all",
+        help="attention windows in blocks, besides block 0 and the block itself; one is drawn per "
+        "batch; default: no limit",
     )  # fmt: skip
-    p.add_argument("--between", type=int, default=1, help="Euler steps from one level to the next")
-    p.add_argument("--run", default="runs/ode", help="folder of walks and state; resumed if there")
-    out = "weights/toy_ode_regression.safetensors"
-    p.add_argument("--out", default=out, help=training.ABOUT_OUT)
-    training_parts.add_options(p, STEPS)
+    p.add_argument("--between", type=int, default=1, help="Euler steps per kept noise level")
+    stages.add_options(p, STEPS, "ode_regression")
     return p
 
 
-def regress(p, args):
-    """Draw the walks, train on them, ship the student."""
-    parts, start = training_parts.parts_for(args, is_causal=True), time.perf_counter()
-    recipe = recipe_of(args.steps, args.seed, args.batch, parts.is_toy)
-    walker = parts.find(args.teacher)
-    student = parts.find(args.teacher, parts.cfg, args.seed)
-    if not parts.is_toy:
-        share = sharding.share_of(recipe.batch)
-        training_plan.check([("student", student.cfg, recipe)], trial_loss, share)
-    data = load_trajectories(
-        f"{args.run}/trajectories.safetensors", walker.load(learns=False),
-        count=args.clips, guidance=args.guidance, between=args.between,
-        sigmas=student.cfg.sigmas, prompts=parts.prompts, mark=walker.mark,
-    )  # fmt: skip
-    print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
-    learner = training.Learner(student.load(learns=True), recipe)
-    marks = {args.teacher: walker.mark}
-    run = training.Run({"student": learner}, cli.command(p, args), args.run, marks)
-    losses = losses_of(
-        learner.model, data, recipe, parts.prompts,
-        weights=args.loss_weights, windows=args.windows or [None],
-    )  # fmt: skip
-    run.train(training.descent(learner, losses))
-    run.ship(args.out, parts.write, parts.dtype)
+def regress(args, command):
+    """Draw the trajectories, train on them, write the student."""
+    start = time.perf_counter()
+    with stages.set_up(args, is_causal=True) as source:
+        recipe = make_recipe(args.steps, args.seed, args.batch, source.is_toy)
+        drawing = source.open(args.teacher)
+        student = source.open(args.teacher, source.cfg, args.seed)
+        if not source.is_toy:
+            from full_size import memory
+
+            share = processes.share_of(recipe.batch)
+            memory.check_training([("student", student.cfg, recipe)], trial_loss, share)
+        data = load_or_draw_trajectories(
+            f"{args.run}/trajectories.safetensors", drawing.load(learns=False), args.clips,
+            source.prompts, args.guidance, args.between,
+            sigmas=student.cfg.sigmas, weights_id=drawing.weights_id,
+        )  # fmt: skip
+        print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
+        learner = trainer.Learner(student.load(learns=True), recipe)
+        starts = {args.teacher: drawing.weights_id}
+        run = trainer.Run({"student": learner}, command, args.run, starts)
+        losses = make_losses(
+            learner.model, data, recipe, source.prompts,
+            weights=args.loss_weights, windows=args.windows or [None],
+        )  # fmt: skip
+        run.train(trainer.descent(learner, losses))
+        run.write_student(args.out, source.write, source.dtype)
 
 
 def main():
     p = options()
-    args = training_parts.parse(p, STEPS)
+    args = stages.parse(p, STEPS)
     for name, value in (("--clips", args.clips), ("--between", args.between)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected 1 or more")
     if args.windows and (least := min(args.windows)) < 0:
         raise ValueError(f"--windows {least}: expected 0 or more")
-    training.check_places(args.run, args.out)
-    with sharding.processes(args.device or "cpu"):
-        regress(p, args)
+    regress(args, cli.command(p, args))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

@@ -1,18 +1,20 @@
 """Flow matching: train the bidirectional toy teacher, and sample from it.
 
-The paper starts from LTX-2, a model that turns noise into a whole clip at once in 40 steps, every
-token seeing every other, past and future alike. This is its counterpart for the toy world.
+The paper starts from LTX-2, a model that turns noise into a whole clip at once in 40 steps. Every
+token attends to every other one, in the past and in the future. This file has the same for the toy
+world.
 
-    x_sigma = (1 - sigma) x0 + sigma noise         noise a clip, by as much as sigma says
-    loss    = | v(x_sigma, sigma) - (noise - x0) |^2     and learn which way it was moved
+    x_sigma = (1 - sigma) x0 + sigma noise               noise a clip, to a random level sigma
+    loss    = | v(x_sigma, sigma) - (noise - x0) |^2     learn the direction of the noise
 
-Sampling walks the other way: start at sigma = 1, follow -v in small Euler steps. Guidance pushes
-the prediction away from what an empty caption would give: x0_u + s (x0_c - x0_u).
+Sampling goes the other way: start at sigma = 1 and follow -v in small Euler steps. Classifier-free
+guidance moves the prediction away from the prediction for an empty caption:
+x0_u + s (x0_c - x0_u).
 
-One sigma per clip, shared by video and audio: they are one thing, and at no noise level may one
-stream know more about the clip than the other.
+Each clip has one sigma for video and audio. At no noise level may one stream know more about the
+clip than the other.
 
-    python teacher.py                train from scratch, an hour and a half on two CPU cores
+    python teacher.py                trains from scratch, an hour and a half on two CPU cores
     python teacher.py --help
 """
 
@@ -20,37 +22,16 @@ import torch
 
 import config
 import model
-from full_size.text import toy_captions
+from config import CLIP_SECONDS
 from kv_cache import MaskedView
-from masks import clip_span, num_blocks, whole_window
-from plumbing import cli, files
-from plumbing import trainer as training
-from toy import codec as toy_codec
-from toy import world as toy_world
+from masks import clip_of_seconds
+from plumbing import cli, files, trainer
 
-SECONDS = 5  # length of a training clip, as in the paper
-DROP_CAPTION, DROP_WORD = 0.10, 0.05  # shares of captions and words hidden while training
-SHIFT = 8.0  # of the sampler's noise levels towards noise, where motion is decided; LTX-2: e^2.05
-GUIDANCE = 3.0, 5.0  # for video and for audio (OmniForcing's stages I and III); 1 is none
-SEEDS, CLIPS_PER_SEED = 10, 10**7  # of the teacher: every seed has clips of its own to train on
-
-
-def whole_span(cfg, seconds=SECONDS):
-    """All latent frames of a clip of so many seconds.
-
-    >>> whole_span(config.TOY)
-    Span(video=range(0, 16), audio=range(0, 126))
-    """
-    return clip_span(num_blocks(seconds, cfg), cfg)
-
-
-def trained_window(cfg, seconds=SECONDS) -> int:
-    """How far back the last block of a training clip sees: with more, a stream falls apart.
-
-    >>> trained_window(config.TOY), trained_window(config.RELEASED)
-    (4, 3)
-    """
-    return whole_window(num_blocks(seconds, cfg))
+# Timestep shift of the sampler, and of the scores in dmd.py: more weight on high noise, where the
+# motion is decided. LTX-2 uses e^2.05.
+SHIFT = 8.0
+GUIDANCE = 3.0, 5.0  # scales for video and audio (OmniForcing, stages I and III); 1: no guidance
+SEEDS, CLIPS_PER_SEED = 10, 10**7  # every training seed has its own clips
 
 
 # ---- noise levels ----
@@ -66,7 +47,7 @@ def shifted(sigma, shift):
 
 
 def schedule(steps, shift=SHIFT) -> list[float]:
-    """steps + 1 noise levels from 1 to 0 for as many passes.
+    """Noise levels of `steps` passes: steps + 1 numbers from 1 to 0.
 
     >>> [round(s, 3) for s in schedule(4)]
     [1.0, 0.96, 0.889, 0.727, 0.0]
@@ -74,8 +55,8 @@ def schedule(steps, shift=SHIFT) -> list[float]:
     return [shifted(1 - i / steps, shift) for i in range(steps + 1)]
 
 
-def draw_sigmas(n, generator) -> torch.Tensor:
-    """(n,) noise levels to train on: sigmoid of N(0.4, 1), with 10 % uniform for the two ends."""
+def draw_training_sigmas(n, generator) -> torch.Tensor:
+    """Draw (n,) noise levels to train on: 90 % sigmoid of N(0.4, 1), 10 % uniform for both ends."""
     sigma = torch.sigmoid(0.4 + torch.randn(n, generator=generator))
     uniform = torch.rand(n, generator=generator)
     return torch.where(torch.rand(n, generator=generator) < 0.1, uniform, sigma)
@@ -84,31 +65,22 @@ def draw_sigmas(n, generator) -> torch.Tensor:
 # ---- training ----
 
 
-def hide_words(tokens, generator):
-    """Blank whole captions and single words, so that guidance and partial prompts have meaning."""
-    B, words = tokens.shape
-    hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
-    hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
-    return tokens.masked_fill(hide.to(tokens.device), 0)
-
-
 def velocity_losses(net, latents, captions, sigma, generator):
     """Squared error of the velocities: (B,) for video and (B,) for audio, mean over elements."""
     text = net.project_text(*captions.features)
     noise = [model.noise_like(x, generator) for x in latents]
     noisy = [model.add_noise(x, n, sigma[:, None]) for x, n in zip(latents, noise)]
-    span = whole_span(net.cfg)
-    v = net(*noisy, sigma, sigma, text, span, MaskedView())
+    v = net(*noisy, sigma, sigma, text, clip_of_seconds(net.cfg), MaskedView())
     return [(p - (n - x)).square().mean((1, 2)) for p, n, x in zip(v, noise, latents)]
 
 
-def clips_of(recipe) -> range:
-    """Seeds of the clips that a training will see, in order.
+def training_seeds(recipe) -> range:
+    """Seeds of the clips of a training, in order.
 
-    Raises ValueError for more than CLIPS_PER_SEED, and for a seed that would train on clips which
-    are kept for ode_regression.py or for the evaluation.
+    Raises ValueError for more than CLIPS_PER_SEED clips, and for a seed whose clips are kept for
+    ode_regression.py or for the evaluation.
 
-    >>> clips_of(training.Recipe(steps=6000, seed=1))
+    >>> training_seeds(trainer.Recipe(steps=6000, seed=1))
     range(10000000, 10096000)
     """
     if recipe.seed >= SEEDS:
@@ -119,29 +91,27 @@ def clips_of(recipe) -> range:
     return range(first, first + count)
 
 
-def losses_of(net, codec, recipe):
-    """The function that `training.Run.train` minimises: fresh clips at every step."""
-    seeds, batch = clips_of(recipe), recipe.batch
+def make_losses(net, examples, recipe):
+    """Make the loss function that `trainer.Run.train` minimises, with new clips at every step.
+
+    examples   (seeds, generator) -> latents (video, audio) and `Captions` of their clips
+    """
+    seeds, batch = training_seeds(recipe), recipe.batch
 
     def losses(step):
-        g = training.generator(recipe.seed, step)
-        clips = toy_world.draw_clips(seeds[step * batch : (step + 1) * batch])
-        latents = toy_codec.encode_clips(codec, clips, SECONDS)
-        captions = toy_captions(hide_words(toy_world.caption_tokens(clips), g))
-        sigma = draw_sigmas(batch, g)
+        g = trainer.generator(recipe.seed, step)
+        latents, captions = examples(seeds[step * batch : (step + 1) * batch], g)
+        sigma = draw_training_sigmas(batch, g)
         video, audio = velocity_losses(net, latents, captions, sigma, g)
-        return {"loss": video.mean() + audio.mean(), **by_level(video, audio, sigma)}
+        return {"loss": video.mean() + audio.mean(), **losses_by_noise(video, audio, sigma)}
 
     return losses
 
 
-def by_level(video, audio, sigma) -> dict:
-    """Teaching readout: both losses, and video's at low, middle and high noise.
-
-    Where the loss is high is where the model still has something to decide: at high noise where the
-    ball will fly, at low noise only its pixels.
-    """
+def losses_by_noise(video, audio, sigma) -> dict:
+    """Losses to log: of both streams, and of video at low, middle and high noise."""
     values = {"video": video.mean(), "audio": audio.mean()}
+    # At high noise the model must decide where the ball flies, at low noise only pixel details.
     for name, low, high in (("low", 0, 0.4), ("mid", 0.4, 0.7), ("high", 0.7, 1.01)):
         inside = (sigma >= low) & (sigma < high)
         values[name] = video[inside].mean() if inside.any() else video.mean()
@@ -155,7 +125,7 @@ class Guided:
     """x0 predictions of a model with classifier-free guidance, for one batch of captions."""
 
     def __init__(self, net, captions, guidance=(1, 1)):
-        """`Captions` of B clips; guidance of video and of audio, 1 is none."""
+        """captions: `Captions` of B clips; guidance: scales for video and audio, 1: no guidance."""
         self.net, self.guidance = net, guidance
         self.is_guided = tuple(guidance) != (1, 1)
         features = captions.with_nothing() if self.is_guided else captions.features
@@ -163,7 +133,7 @@ class Guided:
 
     def x0(self, video, audio, sigma, span, view):
         """Noisy (B, T, C) latents at (B,) sigma -> clean estimates of both."""
-        copies = 2 if self.is_guided else 1
+        copies = 2 if self.is_guided else 1  # with and without caption, in one pass
         x = [x.repeat(copies, 1, 1) for x in (video, audio)]
         s = sigma.repeat(copies)
         x0 = model.predict_x0(self.net, *x, s, s, self.text, span, view)
@@ -174,22 +144,22 @@ class Guided:
 
 
 @torch.no_grad()
-def sample(net, captions, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, keep=()):
-    """Whole clips by Euler steps, everything at once.
+def sample(net, captions, sigmas, seconds=CLIP_SECONDS, guidance=GUIDANCE, seed=0, keep=()):
+    """Sample whole clips by Euler steps, all tokens at once.
 
     captions `Captions` of B clips
-    sigmas   noise levels from 1 to 0; one pass for each but the last
-    guidance of video and of audio
-    keep     indices into sigmas whose states are to be returned as well
-    ->       video (B, T_v, C_v) and audio (B, F_a, C_a) latents; and, if `keep`, the kept states:
+    sigmas   noise levels from 1 to 0; one pass for each except the last
+    guidance scales for video and audio
+    keep     indices into sigmas of states to return as well
+    ->       video (B, T_v, C_v) and audio (B, F_a, C_a) latents; with `keep` also these states:
              (B, len(keep), T_v, C_v) and (B, len(keep), F_a, C_a)
     """
-    span = whole_span(net.cfg, seconds)
+    span = clip_of_seconds(net.cfg, seconds)
     x = model.draw_noise(len(captions), span, net.cfg, torch.Generator().manual_seed(seed))
     guided, kept = Guided(net, captions, guidance), {0: x}
     for i, (sigma, lower) in enumerate(zip(sigmas, sigmas[1:])):
         x0 = guided.x0(*x, x[0].new_full((len(captions),), sigma), span, MaskedView())
-        # the same straight line seen from its clean end: at `lower`, this share of x is left
+        # Euler step x + (lower - sigma) v, with v = (x - x0) / sigma, written in terms of x0
         x = [x0 + lower / sigma * (x - x0) for x, x0 in zip(x, x0)]
         kept[i + 1] = x
     if not keep:
@@ -198,26 +168,29 @@ def sample(net, captions, sigmas, seconds=SECONDS, guidance=GUIDANCE, seed=0, ke
 
 
 def main():
+    from toy.source import TrainingClips  # only the toy's teacher is trained here
+
     p = cli.parser(__doc__)
     p.add_argument("--steps", type=int, default=6000, help="training steps of 16 clips")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--init", help="weights to go on from instead of a fresh model")
-    p.add_argument("--run", default="runs/teacher", help="folder for the state; resumed if there")
-    p.add_argument("--out", default="weights/toy_teacher.safetensors", help=training.ABOUT_OUT)
+    p.add_argument("--init", help="weights to start at, instead of a new model")
+    p.add_argument("--run", default="runs/teacher", help="folder of the state; resumed if there")
+    p.add_argument("--out", default="runs/toy_teacher.safetensors", help=trainer.ABOUT_OUT)
     args = p.parse_args()
-    training.check_places(args.run, args.out)
-    recipe, codec = training.Recipe(args.steps, seed=args.seed), toy_codec.load()
+    trainer.check_places(args.run, args.out)
+    recipe, examples = trainer.Recipe(args.steps, seed=args.seed), TrainingClips()
     net = model.load(args.init) if args.init else model.build(config.TOY_TEACHER, args.seed)
-    losses = losses_of(net, codec, recipe)
-    learner = training.Learner(net, recipe)
-    marks = {toy_codec.FILE.name: files.fingerprint(codec.state_dict())}
+    losses = make_losses(net, examples, recipe)
+    learner = trainer.Learner(net, recipe)
+    starts = {"toy_codec.safetensors": examples.codec_id}
     if args.init:
-        marks[args.init] = files.fingerprint(net.state_dict())
-    run = training.Run({"teacher": learner}, cli.command(p, args), args.run, marks)
+        starts[args.init] = files.fingerprint(net.state_dict())
+    run = trainer.Run({"teacher": learner}, cli.command(p, args), args.run, starts)
     print(f"{net.num_parameters():,} parameters, from step {run.step}")
-    run.train(training.descent(learner, losses))
-    run.ship(args.out)
+    run.train(trainer.descent(learner, losses))
+    run.write_student(args.out)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

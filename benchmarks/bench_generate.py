@@ -504,4 +504,5 @@ def fill_page(about, rungs, rows, window):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

@@ -1,9 +1,8 @@
-"""Frames and sound into an mp4 while they are being made.
+"""Write frames and sound into an mp4 while they are being made.
 
-The file is fragmented: its index is written piece by piece, so whatever has been written plays.
-It grows beside its target as NAME.partial.mp4 and takes the target's name at the end, or when the
-stream is interrupted. Only a kill leaves it under that name, playable but for its last quarter
-second.
+The file is fragmented: its index is written in parts, so an incomplete file plays as far as it
+goes. It grows as NAME.partial.mp4 and gets its final name at the end, or when the stream is
+interrupted. After a kill it stays under the partial name and lacks at most its last quarter second.
 """
 
 import os
@@ -16,29 +15,34 @@ from plumbing import files
 
 try:
     import av
-except ImportError:  # a stream can be measured without being written
+except ImportError:  # benchmarks measure a stream without writing it
     av = None
 
-# Trap: without delay_moov the head is written before the encoder's delay (43 ms of AAC) is known,
-# and then sound and all frames but the first come that much late.
+# Trap: without delay_moov, the header is written before the delay of the audio encoder (43 ms of
+# AAC) is known. Sound and all frames but the first then play 43 ms late.
 OPTIONS = {
     "movflags": "frag_keyframe+delay_moov+default_base_moof",
-    "frag_duration": "250000",  # microseconds a fragment
+    "frag_duration": "250000",  # microseconds per fragment
     "flush_packets": "1",
 }
 
 
 class Movie:
-    """An mp4 (H.264, AAC) that can be added to, second after second."""
+    """An mp4 (H.264, AAC) to which frames and samples can be appended."""
 
     def __init__(self, path, size, fps, sample_rate, channels=1, scale=1):
-        """size (height, width) in pixels, each of which scale makes larger; 1 or 2 channels."""
+        """Open the file.
+
+        size       (height, width) of the frames in pixels
+        channels   1 or 2
+        scale      integer factor by which frames are enlarged
+        """
         self.path, self.scale = Path(path), scale
         check_film(self.path)
         self.partial = self.path.with_suffix(".partial.mp4")
         self.file = av.open(str(self.partial), "w", format="mp4", options=OPTIONS)
         self.video = self.file.add_stream("libx264", rate=fps)
-        # zerolatency: no frame waits in the encoder for later ones
+        # zerolatency: the encoder keeps no frame back to compare it with later frames
         self.video.options = {"preset": "veryfast", "crf": "16", "tune": "zerolatency"}
         self.video.pix_fmt = "yuv420p"
         self.video.height, self.video.width = (n * scale for n in size)
@@ -47,7 +51,7 @@ class Movie:
         self.frames = self.samples = 0
 
     def add(self, frames, samples):
-        """(P, H, W, 3) uint8 frames and (channels, n) float32 samples, appended."""
+        """Append frames (P, H, W, 3) of uint8 and samples (channels, n) of float32."""
         if samples.size:
             sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", self.layout)
             sound.sample_rate, sound.pts = self.audio.rate, self.samples
@@ -55,29 +59,29 @@ class Movie:
             self.samples += samples.shape[1]
             self.file.mux(self.audio.encode(sound))
         for frame in frames:
-            large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))
+            large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))  # repeat pixels
             picture = av.VideoFrame.from_ndarray(large, "rgb24")
             picture.pts, picture.time_base = self.frames, Fraction(1, self.video.codec_context.rate)
             self.frames += 1
             self.file.mux(self.video.encode(picture))
 
     def close(self):
-        """Finish the file and give it its name; nothing at all if nothing was added."""
+        """Finish the file and give it its final name.  Without frames, leave no file."""
         if self.frames:
-            self.file.mux(self.video.encode(None))
+            self.file.mux(self.video.encode(None))  # what the encoders still hold
             self.file.mux(self.audio.encode(None))
             self.file.close()
             os.replace(self.partial, self.path)
         self.discard()
 
     def discard(self):
-        """Leave nothing behind that has no name yet."""
+        """Remove the partial file."""
         self.file.close()
         self.partial.unlink(missing_ok=True)
 
 
 def check_film(path):
-    """Raises ValueError if no film can be written there, or none at all."""
+    """Raises ValueError if no mp4 can be written to this path, or av is not installed."""
     if av is None:
         raise ValueError("a film needs the package av: pip install -r requirements.txt")
     files.check_writable(path)

@@ -1,8 +1,8 @@
-"""One page to look at: the film, its sound, its events and the cache, on one axis of time.
+"""One HTML page with the video, its sound, its events and the cache on one time axis.
 
-The page needs nothing but itself: the film is inside as base64, and a few lines of script draw the
-bands of the sound, impacts and onsets, the borders of blocks, and which blocks the model could see
-while it made each of them. A line runs along with the film; a click on the axis goes there.
+The page needs no other file: it holds the video as base64. A short script draws the bands of the
+sound, impacts and onsets, the borders of blocks, and the blocks that each block could attend to.
+A line follows the video; a click on the axis jumps there.
 
     python generate.py --html out.html
 """
@@ -13,12 +13,12 @@ import json
 
 import torch
 
+from film import sheet
 from kv_cache import RollingCache
-from masks import block_seconds
+from masks import block_interval
 from plumbing import files
-from studies import plots
 
-LEVELS_PER_SECOND = 50  # columns of the picture of the sound
+LEVELS_PER_SECOND = 50  # columns that show the sound
 
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>@title@</title>
@@ -39,8 +39,8 @@ TEMPLATE = """<!DOCTYPE html>
 lines are borders of blocks. Click to go there.</small></p>
 <h2>What each block could attend to</h2>
 <table id="cache"></table>
-<p><small>One row a block, slots of the cache from left to right: the pinned block 0 (with the audio
-sinks), then the ring, in which a new block (dark) overwrites the oldest.</small></p>
+<p><small>One row per block. Slots of the cache from left to right: first the pinned block 0 (with
+the audio sinks), then the ring, in which a new block (dark) overwrites the oldest.</small></p>
 <script>
 const data = @data@;
 const film = document.getElementById("film"), now = document.getElementById("now");
@@ -102,28 +102,28 @@ window.onresize = drawAxis;
 
 
 def held_blocks(num_blocks, window) -> list[list[int]]:
-    """For each block, the blocks that lie in the cache's slots while it is made, slot by slot.
+    """Return, for each block, the blocks in the slots of the cache while it is generated.
 
     >>> held_blocks(6, 2)
     [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 4, 2, 3], [0, 4, 5, 3]]
     """
     cache, held = RollingCache(1, 1, min(window + 1, max(1, num_blocks - 1))), []
     for k in range(num_blocks):
-        keys = torch.full((1, 1, 1, 1), float(k))
+        keys = torch.full((1, 1, 1, 1), float(k))  # let the cache itself say where a block goes
         held.append(cache.append(keys, keys)[0].flatten().int().tolist())
         cache.next_block()
     return held
 
 
 def contents(frames, levels, cfg, num_blocks, window) -> dict:
-    """What the script draws; times in seconds.
+    """Return the data of the script; times in seconds.
 
-    frames   (P, 3, H, W) from time 0 on, of a long stream the first minute
-    levels   (M, bands) of the sound, as long
+    frames   (P, 3, H, W) from time 0 on; the first minute of a long stream
+    levels   (M, bands) of the sound, of the same length
     """
-    seen, heard = plots.clip_events(frames, levels, cfg)
+    seen, heard = sheet.clip_events(frames, levels, cfg)
     seconds = max(1 / cfg.fps, (len(frames) - 1) / cfg.fps)
-    blocks = [list(map(float, block_seconds(k, cfg))) for k in range(num_blocks)]
+    blocks = [list(block_interval(k, cfg)) for k in range(num_blocks)]
     blocks = [block for block in blocks if block[1] <= seconds]
     step = max(1, cfg.mel_rate // LEVELS_PER_SECOND)
     low, high = levels.min(), levels.max()
@@ -135,17 +135,20 @@ def contents(frames, levels, cfg, num_blocks, window) -> dict:
         "heard": [[round(float(t), 3), int(w)] for t, w in zip(*heard)],
         "blocks": blocks,
         "cache": held_blocks(num_blocks, window)[: len(blocks)],
-        "colours": plots.WALL_COLOURS,
+        "colours": sheet.WALL_COLOURS,
     }
 
 
 def write(path, film, title, data):
-    """Write the page; film is the path of the mp4, data from `contents`."""
+    """Write the page.  film: path of the mp4; data: from `contents`."""
     with open(film, "rb") as file:
         inside = base64.b64encode(file.read()).decode()
-    # Trap: a prompt is text, and "</script>" in it would end the script
-    parts = {"title": html.escape(title), "video": plots.VIDEO, "film": inside}
-    parts["data"] = json.dumps(data).replace("</", "<\\/")
+    parts = {
+        "title": html.escape(title),
+        "video": sheet.VIDEO,
+        "film": inside,
+        "data": json.dumps(data).replace("</", "<\\/"),  # Trap: "</script>" would end the script
+    }
     page = TEMPLATE
     for name, value in parts.items():
         page = page.replace(f"@{name}@", value)

@@ -165,4 +165,5 @@ if __name__ == "__main__":
             print(f"window {seconds} s, two minutes, bfloat16:")
             print(shown(film_rows(config.FULL, 121, seconds, torch.bfloat16), 80 * GB), "\n")
 
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

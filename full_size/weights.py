@@ -4,8 +4,8 @@ Our model has LTX-2's parameters, tensor by tensor, under names that follow our 
 per modality, where LTX-2 writes every name twice, once for video and once for audio. The tables
 below are the only place that knows both.
 
-    video.layers.7.self_attn.q_norm  <->  transformer_blocks.7.attn1.q_norm.weight
-    audio.layers.7.mlp_in.bias       <->  transformer_blocks.7.audio_ff.net.0.proj.bias
+    layers.7.video.self_attn.q_norm  <->  transformer_blocks.7.attn1.q_norm.weight
+    layers.7.audio.mlp_in.bias       <->  transformer_blocks.7.audio_ff.net.0.proj.bias
 
 LTX-2's names are those behind `model.diffusion_model.` in `ltx-2-19b-dev.safetensors`; released
 OmniForcing generators use them too. Sinks are in none of these files, only in our model.
@@ -36,14 +36,14 @@ from safetensors.torch import save_file
 import config
 from model import OmniTransformer, build
 from plumbing import cli, files
-from sink_tokens import fresh_sinks
+from sink_tokens import init_sinks
 
 # ---- names ----
 
 # ours, behind "video." or "audio."; LTX-2's for video; LTX-2's for audio
 STREAM = [
-    ("patchify", "patchify_proj", "audio_patchify_proj"),
-    ("unpatchify", "proj_out", "audio_proj_out"),
+    ("proj_in", "patchify_proj", "audio_patchify_proj"),
+    ("proj_out", "proj_out", "audio_proj_out"),
     ("table", "scale_shift_table", "audio_scale_shift_table"),
     ("caption_1", "caption_projection.linear_1", "audio_caption_projection.linear_1"),
     ("caption_2", "caption_projection.linear_2", "audio_caption_projection.linear_2"),
@@ -52,7 +52,7 @@ STREAM = [
     # A gate belongs to the stream that listens: audio to video (a2v) writes to video.
     ("adaln_gate", "av_ca_a2v_gate_adaln_single", "av_ca_v2a_gate_adaln_single"),
 ]
-# the same behind "video.layers.7." or "audio.layers.7.", and "transformer_blocks.7."
+# the same after "layers.7.video." or "layers.7.audio.", and "transformer_blocks.7."
 LAYER = [
     ("table", "scale_shift_table", "audio_scale_shift_table"),
     ("cross_table", "scale_shift_table_a2v_ca_video", "scale_shift_table_a2v_ca_audio"),
@@ -79,16 +79,18 @@ MODULES = {  # "video", "audio" -> our module's name -> LTX-2's, outside and ins
 def ltx2_name(key) -> str:
     """LTX-2's name of one of our parameters.
 
-    >>> ltx2_name("audio.layers.7.cross_attn.to_out.bias")
+    >>> ltx2_name("layers.7.audio.cross_attn.to_out.bias")
     'transformer_blocks.7.video_to_audio_attn.to_out.0.bias'
     >>> ltx2_name("video.adaln_gate.linear_1.weight")
     'av_ca_a2v_gate_adaln_single.emb.timestep_embedder.linear_1.weight'
     """
-    stream, *path = key.split(".")
-    outside, inside = MODULES[stream]
-    if path[0] != "layers":
+    first, *path = key.split(".")
+    if first != "layers":
+        outside, _ = MODULES[first]
         return _joined(outside, *path)
-    return f"transformer_blocks.{path[1]}.{_joined(inside, *path[2:])}"
+    index, stream, *path = path
+    _, inside = MODULES[stream]
+    return f"transformer_blocks.{index}.{_joined(inside, *path)}"
 
 
 def _joined(modules, module, *rest):
@@ -364,7 +366,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """A short hash of the exits, which every training moves."""
-        exits, found = [n for n, ours in self.table.items() if "unpatchify" in ours], {}
+        exits, found = [n for n, ours in self.table.items() if "proj_out" in ours], {}
         for name in exits:
             file, key = self.checkpoint.where[name]
             with opened(file) as f:
@@ -378,7 +380,7 @@ class Source:
         if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
             self.say(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
             g = torch.Generator().manual_seed(0)
-            sinks = fresh_sinks(self.cfg.num_sinks, self.cfg.audio_width, g)
+            sinks = init_sinks(self.cfg.num_sinks, self.cfg.audio_width, g)
             yield "sinks.tokens", sinks.to(device, dtype)
 
     def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
@@ -509,4 +511,5 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

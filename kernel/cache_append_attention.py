@@ -403,14 +403,14 @@ def fused(q, k, v, heads, cache) -> torch.Tensor:
 
 
 def _arguments(q, k, v, heads, cache):
-    here = cache.place_for(heads.split(k))
+    here = cache.checked_slots(heads.split(k))
     tables = [rope or NO_ROPE for rope in (heads.q_rope, heads.k_rope)]
     if tables[0].layout != tables[1].layout:
         raise ValueError("queries and keys must be rotated in the same layout")
     return (
         q, heads.q_weight, tables[0].cos, tables[0].sin,
         k, heads.k_weight, tables[1].cos, tables[1].sin, v, cache.k, cache.v,
-        cache.first, cache.num_filled, here.start, tables[0].layout == "split", heads.eps,
+        cache.first_visible, cache.num_filled, here.start, tables[0].layout == "split", heads.eps,
     )  # fmt: skip
 
 

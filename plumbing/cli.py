@@ -1,6 +1,7 @@
-"""What the command lines share: one-line errors with exit status 2, and a help that teaches."""
+"""Shared by all command lines: errors in one line with exit status 2, and a help that teaches."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
@@ -10,11 +11,14 @@ import torch
 
 import config
 
+ROOT = Path(__file__).resolve().parent.parent  # of the project
 
-def run(main):
-    """Call main(); bad input becomes one line on stderr and exit status 2, not a traceback."""
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Context that turns bad input into one line on stderr and exit status 2, not a traceback."""
     try:
-        main()
+        yield
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
         print(f"{sys.argv[0]}: {message}", file=sys.stderr)
@@ -25,7 +29,7 @@ def run(main):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" would teach nothing
+    def _get_help_string(self, action):  # without "(default: None)"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -36,29 +40,42 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(doc):
     """An ArgumentParser whose help is the module's docstring and shows every default."""
-    return _Parser(description=doc, formatter_class=_Help)
+    return _Parser(prog=program(sys.argv[0]), description=doc, formatter_class=_Help)
+
+
+def program(path) -> str:
+    """How to start a file of the project, after the word "python".
+
+    >>> program(str(ROOT / "dmd.py")), program(str(ROOT / "toy" / "codec.py"))
+    ('dmd.py', '-m toy.codec')
+    """
+    file = Path(path).resolve()
+    if file.parent == ROOT or not file.is_relative_to(ROOT):
+        return file.name
+    names = file.relative_to(ROOT).with_suffix("").parts
+    return "-m " + ".".join(name for name in names if name != "__main__")
 
 
 def add_pair(parser, name, default, about):
-    """An option of two numbers: --NAME VIDEO AUDIO."""
+    """Add an option of two numbers: --NAME VIDEO AUDIO."""
     names = "VIDEO", "AUDIO"
     parser.add_argument(name, nargs=2, type=float, default=default, metavar=names, help=about)
 
 
-def add_guidance(parser, default, of_what):
-    """--guidance VIDEO AUDIO."""
-    add_pair(parser, "--guidance", default, f"{of_what}; 1 is none")
+def add_guidance(parser, default, about):
+    """Add --guidance VIDEO AUDIO."""
+    add_pair(parser, "--guidance", default, f"{about}; 1: no guidance")
 
 
 def command(parser, args, leave_out=("run", "out")) -> str:
-    """The line that repeats these arguments, for the record; paths of results left out.
+    """The command line with these arguments, for the record, without paths of results.
 
     >>> p = argparse.ArgumentParser(prog="teacher.py")
     >>> _ = p.add_argument("--steps", type=int), p.add_argument("--init"), p.add_argument("--out")
     >>> command(p, p.parse_args(["--steps", "5", "--out", "x"]))
     'python teacher.py --steps 5'
     """
-    words = ["python", Path(parser.prog).name]
+    words = ["python", *parser.prog.split()]
     for name, value in vars(args).items():
         if name not in leave_out and value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -67,19 +84,19 @@ def command(parser, args, leave_out=("run", "out")) -> str:
 
 
 def find_device(name) -> torch.device:
-    """A usable torch device.  Raises ValueError if it is unknown or not there."""
+    """Return a torch device.  Raises ValueError if it is unknown or not usable here."""
     try:
-        torch.empty(0, device=name).cpu()  # "meta" exists, but nothing comes back from it
+        torch.empty(0, device=name).cpu()  # "meta" exists, but no data can be read from it
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on for a paragraph
+        reason = str(error).splitlines()[0].split(". ")[0]  # torch's message is a paragraph
         raise ValueError(f"--device {name}: not usable here ({reason}); try --device cpu") from None
     return torch.device(name)
 
 
 def chosen(only, known) -> list:
-    """The known names that --only asks for, or all if it does not.
+    """The known names that --only asks for; without --only, all of them.
 
-    Raises ValueError for one that is unknown.
+    Raises ValueError for an unknown name.
 
     >>> chosen(["b"], {"a": 1, "b": 2}), chosen(None, {"a": 1, "b": 2})
     (['b'], ['a', 'b'])
@@ -88,13 +105,13 @@ def chosen(only, known) -> list:
     ValueError: --only c: expected some of a 'b, long'
     """
     if unknown := set(only or ()) - set(known):
-        names = shlex.join(known)  # which may hold spaces and commas
+        names = shlex.join(known)  # names may contain spaces and commas
         raise ValueError(f"--only {shlex.quote(unknown.pop())}: expected some of {names}")
     return list(only or known)
 
 
 def machine(device) -> dict:
-    """Where, with what and when: what a measurement must say besides its numbers."""
+    """Device, versions and date, to be stored with every measurement."""
     is_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
@@ -105,7 +122,7 @@ def machine(device) -> dict:
 
 
 def find_config(name) -> config.Config:
-    """The config of that name.  Raises ValueError, listing the known ones."""
+    """Return the config of that name.  Raises ValueError, listing the known names."""
     if name not in config.CONFIGS:
         raise ValueError(f"--config {name}: unknown; expected one of {', '.join(config.CONFIGS)}")
     return config.CONFIGS[name]

@@ -80,9 +80,27 @@ def save_weights(path, tensors, cfg, made_by):
 def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     """Tensors, config and made_by of a file that `save_weights` wrote.
 
-    Raises ValueError, in one line that names it, for a file that is missing, cut short, no
-    safetensors, not of this project, or that holds a NaN.
+    Raises ValueError, in one line that names it, for a file that is missing, incomplete, not a
+    safetensors file, not of this project or of an earlier version, or that contains a NaN.
     """
+    tensors, metadata = read_tensors(path, device)
+    if '"rope_dealing"' in metadata["config"]:  # a field of the earlier version's config
+        raise ValueError(
+            f"{path}: has the names of an earlier version; rename them: "
+            f"python -m plumbing.rename {path}"
+        )
+    for name, t in tensors.items():
+        if not torch.isfinite(t).all():
+            raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
+    try:
+        cfg, made_by = read_config(metadata["config"]), json.loads(metadata.get("made_by", "{}"))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: its metadata is not this project's ({error})") from None
+    return tensors, cfg, made_by
+
+
+def read_tensors(path, device="cpu") -> tuple[dict, dict]:
+    """Tensors and metadata of a file of this project, of any version; errors as in `read_weights`."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -95,14 +113,7 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
         raise ValueError(
             f"{path}: its metadata has no config, so it was not written by this project"
         )
-    for name, t in tensors.items():
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
-    try:
-        cfg, made_by = read_config(metadata["config"]), json.loads(metadata.get("made_by", "{}"))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: its metadata is not this project's ({error})") from None
-    return tensors, cfg, made_by
+    return tensors, metadata
 
 
 def read_config(text) -> Config:

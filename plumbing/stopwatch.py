@@ -1,16 +1,16 @@
-"""How speed is counted: seconds by block and by stage, without slowing down what is measured.
+"""Measure speed: seconds per block and per stage, without slowing down the stream.
 
-    TTFC        time to first chunk: from having weights and prompt to the first second of picture
-                and sound written
-    passes      the transformer alone, refresh included
+    TTFC        time to first chunk: from having weights and prompt until the first second of
+                frames and sound is written
+    passes      the transformer alone, including the refresh
     end to end  with decoding and writing
 
-Rates are frames over seconds, of the whole stream and again of the median block from the third on,
-when the first ones have paid for everything that is only paid once.
+Rates are frames per second: of the whole stream, and of the median block from the third on, because
+the first blocks include one-time costs.
 
-On a GPU work is queued, and the clock of the CPU says when it was queued. So stages are marked by
-events in the GPU's own queue, read after the stream; the CPU waits for the GPU once a block, when
-the finished block is wanted, and never inside one.
+A GPU works through a queue, and the clock of the CPU only tells when work was queued. Stages are
+therefore marked by events in the GPU's queue, which are read after the stream. The CPU waits for
+the GPU once per block, when the finished block is needed, and never inside a block.
 """
 
 import resource
@@ -21,24 +21,22 @@ from collections import Counter, defaultdict
 
 import torch
 
-from kv_cache import MergedView
-
 
 class Stopwatch:
-    """Seconds of one stream."""
+    """Times of one stream."""
 
     def __init__(self, device=torch.device("cpu")):
         self.on_gpu = device.type == "cuda"
         self.marks = defaultdict(list)  # stage -> (block, begin, end) of every call
-        self.passes, self.output = [], []  # seconds a block, by the CPU's clock
+        self.passes, self.output = [], []  # seconds per block, on the clock of the CPU
         self.ttfc = self.ttfc_passes = None
-        self.peaks = []  # largest memory in use so far, in MB, block by block
+        self.peaks = []  # peak memory after each block, in MB
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         self.start = self.last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap, everything queued until now included."""
+        """Seconds since the last lap; waits for all queued work."""
         if self.on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
@@ -46,20 +44,20 @@ class Stopwatch:
         return seconds
 
     def block_made(self):
-        """The passes of a block are done; decoding and writing it begins."""
+        """Note that the passes of a block are done; decoding and writing starts."""
         self.passes.append(self.lap())
 
     def block_written(self, is_first_second):
-        """And now it is in the file; with `is_first_second`, it can be seen and heard from here."""
+        """Note that a block is in the file; is_first_second: the film can be played from now on."""
         self.output.append(self.lap())
         self.peaks.append(self._peak_memory_mb())
         if is_first_second and self.ttfc is None:
             self.ttfc, self.ttfc_passes = self.last - self.start, sum(self.passes)
 
     def watch(self, stage, function, by_cpu=False):
-        """The same function, its calls marked as a stage of the block in work.
+        """Return the same function, with its calls timed as a stage of the current block.
 
-        by_cpu   what it does is done by the CPU, also where there is a GPU
+        by_cpu   the CPU does the work, even if there is a GPU
         """
         mark = time.perf_counter if by_cpu else self._mark
 
@@ -72,20 +70,20 @@ class Stopwatch:
         return watched
 
     def watch_passes(self, net, steps):
-        """Mark every pass of a model: the first `steps` of a block denoise it, one refreshes it.
+        """Time every pass of a model, by hooks: the first `steps` of a block denoise, one refreshes."""
+        passes, begin = Counter(), []  # number of passes of each block, by its last latent frame
 
-        The first pass may also refresh the block before: that is a stage of its own, "both".
-        """
-        stages = {name: self.watch(name, net.forward) for name in ("denoise", "refresh", "both")}
-        passes = Counter()  # of each block, by its last latent frame
+        def before(net, inputs):
+            begin.append(self._mark())
 
-        def watched(*inputs):
-            *_, span, view = inputs
-            passes[span.video.stop] += 1
-            stage = "denoise" if passes[span.video.stop] <= steps else "refresh"
-            return stages["both" if isinstance(view, MergedView) else stage](*inputs)
+        def after(net, inputs, velocities):
+            last_frame = inputs[5].video.stop  # of the span
+            passes[last_frame] += 1
+            stage = "denoise" if passes[last_frame] <= steps else "refresh"
+            self.marks[stage].append((len(self.output), begin.pop(), self._mark()))
 
-        net.forward = watched
+        net.register_forward_pre_hook(before)
+        net.register_forward_hook(after)
 
     def _mark(self):
         if not self.on_gpu:
@@ -101,7 +99,7 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else peak_memory_mb()
 
     def stages(self) -> dict:
-        """Median seconds a block of every stage."""
+        """Median seconds per block of every stage."""
         if self.on_gpu:
             torch.cuda.synchronize()
         medians = {}
@@ -113,7 +111,7 @@ class Stopwatch:
         return medians
 
     def report(self, frames, cfg) -> dict:
-        """Frames per second by every convention, medians, memory."""
+        """Rates, medians and memory."""
         passes, whole, fps = sum(self.passes), self.last - self.start, cfg.fps
         block = settled_median(self.passes)
         both = settled_median([sum(pair) for pair in zip(self.passes, self.output)])
@@ -137,7 +135,7 @@ class Stopwatch:
 
 
 def settled_median(seconds) -> float:
-    """Median from the third block on, if there is one.
+    """Median from the third block on; of all blocks if there are fewer.
 
     >>> settled_median([9.0, 5.0, 1.0, 2.0, 3.0])
     2.0
@@ -146,9 +144,9 @@ def settled_median(seconds) -> float:
 
 
 def held_memory() -> dict:
-    """What PyTorch held at most, to have the peak in use; and the host's memory.
+    """Peak memory that PyTorch reserved on the GPU, and peak memory of the host, in MB.
 
-    Recorded passes (full_size/faster.py) hold memory between replays that is not in use.
+    CUDA graphs (full_size/faster.py) keep memory reserved between replays that is not in use.
     """
     return {
         "peak_reserved_memory_mb": torch.cuda.max_memory_reserved() / 2**20,
@@ -157,6 +155,6 @@ def held_memory() -> dict:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)

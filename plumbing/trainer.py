@@ -1,19 +1,18 @@
-"""What every trainer needs once: optimisers, averaged weights, exact resumption, a progress line.
+"""Train: optimisers, averaged weights, exact resumption, a progress line.
 
-All randomness of step n is drawn from a generator seeded with (seed, n), so a run that was killed
-and resumed goes on exactly as if it had never stopped. Its state is weights, averages, optimiser
-moments, the log and the number of the next step; no generator has to be saved.
+All random numbers of step n come from a generator with the seed (seed, n). A run that was killed
+and resumed therefore continues exactly as if it had never stopped. Its state holds weights,
+averages, optimiser moments, the log and the number of the next step, but no generator.
 
-Muon (Jordan et al. 2024) trains the matrices inside the layers: it replaces a gradient by the
-nearest orthogonal matrix, so that all its directions are learnt at the same pace. Everything else
-(tables, biases, the first and the last projection) is AdamW's. On the toy the teacher's losses fall
-clearly faster than with AdamW alone.
+Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces a gradient by the
+nearest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the rest
+(tables, biases, input and output projections). On the toy, the teacher's losses fall clearly faster
+than with AdamW alone.
 
     python -m plumbing.trainer    stops a small training half-way, resumes it, and compares
 """
 
 import json
-import os
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -23,31 +22,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from full_size import sharding
-from plumbing import files
+from plumbing import files, processes
 
-SEEDS = 4294  # of a training, from 0 on; `generator` says why
-ABOUT_OUT = "weights to write; curve in results/, or beside them outside the current folder"
+SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
+ABOUT_OUT = "weights to write; the loss curve goes to results/ for weights/, otherwise beside them"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train.  Defaults are the toy teacher's, our choice.
+    """How long and how fast to train.  The defaults are those of the toy teacher, our choice.
 
-    Raises ValueError for no steps, no clips, or a seed that would draw another one's numbers.
+    Raises ValueError for no steps, no clips, or a seed that repeats the numbers of another seed.
     """
 
     steps: int
     batch: int = 16  # clips
     seed: int = 0
-    muon_lr: float = 0.02  # 0: AdamW for the matrices as well
+    muon_lr: float = 0.02  # 0: AdamW trains the matrices as well
     adam_lr: float = 1.5e-3
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     weight_decay: float = 0.01  # of Muon; AdamW has none
     warmup: int = 30  # steps
-    decay: float = 0.5  # last share of the run, over which the rates fall linearly to 0
+    decay: float = 0.5  # over this last share of the run, the rates fall linearly to 0
     clip: float = 1.0  # largest gradient norm
-    ema: float = 0.995  # decay of the averaged weights
+    ema: float = 0.995  # decay of the averaged weights; 0: no average
 
     def __post_init__(self):
         for name in ("steps", "batch"):
@@ -58,7 +56,7 @@ class Recipe:
 
 
 def rate(step, recipe) -> float:
-    """Share of the full learning rate at a step: warm-up, constant, linear decay.
+    """Fraction of the full learning rate at a step: warm-up, constant, linear decay.
 
     >>> [round(rate(s, Recipe(steps=100, warmup=10)), 2) for s in (0, 9, 30, 75, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.02]
@@ -68,21 +66,18 @@ def rate(step, recipe) -> float:
 
 
 def generator(seed, step) -> torch.Generator:
-    """The only source of randomness of a step.
-
-    Each (seed, step) has a number of its own: runs have less than a million steps.
-
-    # Trap: a CPU generator uses the lowest 32 bits of its number only. From SEEDS on, a seed would
-    draw what a smaller one draws; `Recipe` refuses it.
-    """
+    """The only source of random numbers of a step."""
+    # Runs have less than a million steps, so each (seed, step) has its own number.
+    # Trap: a CPU generator uses only the lowest 32 bits of its number. From SEEDS on, a seed would
+    # repeat the numbers of a smaller one; `Recipe` rejects it.
     return torch.Generator().manual_seed(seed * 10**6 + step)
 
 
 def optimisers(model, recipe):
-    """Muon for the matrices of the layers, AdamW for the rest; or AdamW for all."""
+    """Muon for the matrices of the layers and AdamW for the rest; with muon_lr 0, AdamW for all."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
-        is_matrix = ".layers." in name and name.endswith("weight")
+        is_matrix = name.startswith("layers.") and name.endswith("weight")
         (matrices if is_matrix and recipe.muon_lr else rest).append(p)
     adam = torch.optim.AdamW(rest, lr=recipe.adam_lr, betas=recipe.betas, weight_decay=0.0)
     if not matrices:
@@ -91,10 +86,10 @@ def optimisers(model, recipe):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is an orthogonal matrix (Jordan et al. 2024).
+    """Momentum in which every step is an orthogonal matrix (Jordan et al. 2024).
 
-    torch.optim.Muon does the same in bfloat16, which is ten times as slow as float32 on processors
-    that must emulate it; this one computes in the dtype of its weights.
+    torch.optim.Muon does the same in bfloat16. On CPUs that emulate bfloat16 it is ten times slower
+    than this class, which computes in the dtype of the weights.
     """
 
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95):
@@ -107,22 +102,21 @@ class Muon(torch.optim.Optimizer):
             for p in (p for p in group["params"] if p.grad is not None):
                 mean = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - momentum)
-                update = nearly_orthogonal(p.grad.lerp(mean, momentum))  # Nesterov's look ahead
+                update = nearly_orthogonal(p.grad.lerp(mean, momentum))  # Nesterov momentum
                 p.mul_(1 - lr * group["weight_decay"])
                 p.sub_(lr * max(1, len(p) / p.shape[1]) ** 0.5 * update)
 
 
 def nearly_orthogonal(x, steps=5):
-    """(n, m) -> the same with all singular values near 1, without computing them.
-
-    Each step maps every singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones grow
-    threefold, all end between 0.7 and 1.2.
+    """Set all singular values of a matrix (n, m) close to 1, without computing them.
 
     >>> s = torch.linalg.svdvals(nearly_orthogonal(torch.diag(torch.tensor([9.0, 3.0, 0.5]))))
     >>> bool((s > 0.6).all() and (s < 1.25).all())
     True
     """
     y = (x if x.shape[0] <= x.shape[1] else x.T) / (x.norm() + 1e-7)
+    # Each step maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5: small ones grow
+    # threefold, and all end between 0.7 and 1.2.
     for _ in range(steps):
         gram = y @ y.T
         y = 3.4445 * y + (-4.775 * gram + 2.0315 * gram @ gram) @ y
@@ -130,28 +124,28 @@ def nearly_orthogonal(x, steps=5):
 
 
 class Averaged:
-    """Exponential moving average of a model's weights: what is evaluated and shipped."""
+    """Exponential moving average of a model's weights: these are evaluated and written."""
 
     def __init__(self, model, decay):
-        """decay 0: nothing is averaged, and nothing is kept."""
+        """decay 0: keep no average."""
         self.decay, weights = decay, model.state_dict() if decay else {}
         self.tensors = {n: p.detach().clone() for n, p in weights.items()}
 
     @torch.no_grad()
     def update(self, model, step):
-        # Early on the average would be mostly the initial weights: let it follow faster.
+        # At first the average would be mostly the initial weights, so it follows faster.
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in model.state_dict().items() if self.decay else ():
             self.tensors[name].lerp_(p, 1 - decay)
 
 
 def _part(tensors, prefix) -> dict:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names start with `prefix`, under the rest of their names."""
     return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 class Learner:
-    """One model that learns: its optimisers and its average."""
+    """A model in training, with its optimisers and its average."""
 
     def __init__(self, model, recipe):
         self.model, self.recipe = model, recipe
@@ -159,11 +153,11 @@ class Learner:
         self.average = Averaged(model, recipe.ema)
 
     def update(self, loss, step) -> float:
-        """One step down the loss; returns the norm of the gradient before clipping.
+        """Take one optimiser step; return the norm of the gradient before clipping.
 
-        Raises ValueError, naming step and tensor, if loss or gradient is not finite.
+        Raises ValueError, naming step and tensor, if the loss or a gradient is not finite.
         """
-        value = sharding.averaged(loss.detach())
+        value = processes.averaged(loss.detach())
         if not torch.isfinite(value):
             raise ValueError(
                 f"step {step}: the loss is {value.item()}; try another seed, or a recipe with a "
@@ -171,8 +165,8 @@ class Learner:
             )
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        # Trap: clipping by a norm of NaN would spoil every gradient; look for the culprit before.
+        norm = processes.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        # Trap: clipping by a norm of NaN would make every gradient NaN, so look for it first.
         if not torch.isfinite(norm):
             raise ValueError(f"step {step}: gradient of {self._first_bad()} is not finite")
         torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
@@ -187,10 +181,10 @@ class Learner:
 
     def _first_bad(self):
         named = ((n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None)
-        return next((n for n, g in named if not torch.isfinite(sharding.whole(g)).all()), "?")
+        return next((n for n, g in named if not torch.isfinite(processes.whole(g)).all()), "?")
 
     def tensors(self) -> dict:
-        """Everything needed to go on, by name."""
+        """Everything needed to continue, by name."""
         parts = {f"model.{n}": p for n, p in self.model.state_dict().items()}
         parts |= {f"average.{n}": p for n, p in self.average.tensors.items()}
         for i, optimiser in enumerate(self.optimisers):
@@ -199,9 +193,9 @@ class Learner:
         return parts
 
     def places(self, shapes) -> dict:
-        """Tensors to read a sharded state into: our own, and moments cut as their parameters are.
+        """Tensors to read a sharded state into; optimiser moments are sharded as their parameters.
 
-        shapes   of everything in the state, by name
+        shapes   shape of every tensor of the state, by name
         """
         parts = self.tensors()
         for name, shape in shapes.items():
@@ -225,61 +219,64 @@ class Learner:
 
 
 def state_of(folder) -> Path:
-    """The file of a run's state."""
+    """State file of a run."""
     return Path(folder) / "state.safetensors"
 
 
 def curve_of(out) -> Path:
-    """Where the curve goes of a training that writes its weights to `out`.
+    """Loss curve of a training that writes its weights to `out`.
 
-    >>> str(curve_of("weights/x.safetensors")), str(curve_of("../x.safetensors"))
-    ('results/x_curve.json', '../x_curve.json')
+    >>> str(curve_of("weights/x.safetensors")), str(curve_of("runs/x.safetensors"))
+    ('results/x_curve.json', 'runs/x_curve.json')
     """
-    is_here = Path(os.path.abspath(out)).is_relative_to(Path.cwd())
-    return (Path("results") if is_here else Path(out).parent) / f"{Path(out).stem}_curve.json"
+    folder, is_released = Path(out).parent, Path(out).parent.name == "weights"
+    return (folder.parent / "results" if is_released else folder) / f"{Path(out).stem}_curve.json"
 
 
 def check_places(folder, out):
-    """Raises ValueError if a training cannot write its state, its weights or its curve."""
+    """Raises ValueError if a training cannot write its state, weights or curve."""
     for path in (state_of(folder), out, curve_of(out)):
         files.check_writable(path, makes_folders=True)
 
 
 class Run:
-    """One training: who learns, the log, the next step; saved as one file, resumed from it."""
+    """A training: learners, log and next step; saved as one file, and resumed from it."""
 
-    def __init__(self, learners, command, folder=None, marks=None):
-        """learners   by name; the first is the one that is shipped, and its recipe the run's
-        command    line that makes such a run; a state of another command is not resumed
-        folder     for the state; None: nothing is saved
-        marks      of the weights it begins with, by name of their files: others, another run
+    def __init__(self, learners, command, folder=None, starts=None):
+        """learners   by name; the first is the student, and its recipe is the recipe of the run
+        command    command line of this run; a state of another command is not resumed
+        folder     folder of the state; None: nothing is saved
+        starts     hash of the weights the run starts from, by file; other weights, other run
 
-        Raises ValueError for a folder whose state is not whole, or not of this run.
+        Raises ValueError for a folder whose state is incomplete, or belongs to another run.
         """
-        self.learners, self.command, self.marks = learners, command, marks or {}
-        self.shipped = next(iter(learners.values()))
-        self.steps = self.shipped.recipe.steps
+        self.learners, self.command, self.starts = learners, command, starts or {}
+        self.student = next(iter(learners.values()))
+        self.steps = self.student.recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
         self.file = state_of(folder) if folder else None
-        if self.file and sharding.is_sharded():
+        if self.file and processes.is_sharded():
             self._load_shards()
-        elif self.file and sharding.states(self.file.parent):
+        elif self.file and list(self.file.parent.glob("state-[0-9]*")):
             raise ValueError(f"{self.file.parent}: holds the state of a run under torchrun")
         elif self.file and self.file.exists():
             self._load()
 
     def _identity(self):
-        """What a saved state must match; by way of JSON, which makes lists of tuples."""
+        """Settings that a saved state must match."""
         recipes = {name: asdict(learner.recipe) for name, learner in self.learners.items()}
+        # through JSON, which turns tuples into lists, as in a state that was read
         return json.loads(json.dumps({"command": self.command, "recipes": recipes}))
 
     def save(self):
-        """Write everything needed to go on, beside the old state, then rename."""
+        """Write the state beside the old one, then rename it."""
         if not self.file:
             return
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
-        about |= {"of": self._identity(), "marks": self.marks}
-        if sharding.is_sharded():
+        about |= {"of": self._identity(), "marks": self.starts}
+        if processes.is_sharded():
+            from full_size import sharding
+
             sharding.save(self.file.parent, self._tensors(), about)
             return
         tensors = {name: t.detach().clone() for name, t in self._tensors().items()}
@@ -300,6 +297,8 @@ class Run:
         self._go_on(about, tensors, self.file)
 
     def _load_shards(self):
+        from full_size import sharding
+
         if self.file.exists():
             raise ValueError(f"{self.file}: of a run without torchrun; go on without, or remove it")
         if not (found := sharding.states(self.file.parent)):
@@ -316,9 +315,9 @@ class Run:
     def _check(self, about, path):
         if about.get("of") != self._identity():
             raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
-        began = about.get("marks", self.marks)  # states of before there were marks have none
-        for name, mark in self.marks.items():
-            if began.get(name) != mark:
+        began = about.get("marks", self.starts)  # older states have none
+        for name, weights_id in self.starts.items():
+            if began.get(name) != weights_id:
                 raise ValueError(
                     f"{path}: began when {name} held other weights; remove it to start anew"
                 )
@@ -332,11 +331,11 @@ class Run:
     def train(self, update, print_every=25, save_every=100):
         """Train to the end of the recipe.
 
-        update(step) -> dict of named scalars to log, after everyone who learns has moved
+        update(step) -> dict of named scalars to log; it has updated all learners
         """
         while self.step < self.steps:
             start = time.perf_counter()
-            with sharding.shared_draws():
+            with processes.shared_draws():
                 values = update(self.step)
             self.step += 1
             self.seconds += time.perf_counter() - start
@@ -346,7 +345,7 @@ class Run:
 
     def _log(self, values, print_every):
         row = {
-            n: float(sharding.averaged(x.detach())) if torch.is_tensor(x) else float(x)
+            n: float(processes.averaged(x.detach())) if torch.is_tensor(x) else float(x)
             for n, x in values.items()
         }
         self._recent.append(row)
@@ -355,37 +354,37 @@ class Run:
         mean = {n: sum(r[n] for r in self._recent) / len(self._recent) for n in row}
         self._recent = []
         self.log.append({"step": self.step, **{n: round(x, 5) for n, x in mean.items()}})
-        shown = " ".join(f"{n} {x:.2f}".replace(" 0.", " .") for n, x in mean.items())
+        shown = " ".join(f"{n} {x:.2f}" for n, x in mean.items())
         left = self.seconds / self.step * (self.steps - self.step)
         print(f"{self.step:5}/{self.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
-    def ship(self, path, write=files.save_weights, dtype=torch.float16):
-        """Write the averaged weights of the first learner, in half precision, and its curve.
+    def write_student(self, path, write=files.save_weights, dtype=torch.float16):
+        """Write the averaged weights of the student, in half precision, and the loss curve.
 
-        write   function of path, tensors, config and a dict that says how they were made
+        write   function of path, tensors, config and a dict about the training
         """
-        half = sharding.whole_on_first(self.shipped.average.tensors, dtype)
-        if not sharding.is_first():
+        half = processes.whole_on_first(self.student.average.tensors, dtype)
+        if not processes.is_first():
             return
-        write(path, half, self.shipped.model.cfg, self.made_by())
+        write(path, half, self.student.model.cfg, self.made_by())
         curve = curve_of(path)
         files.write_json(curve, self.log)
         print(f"wrote {path} and {curve}")
 
     def made_by(self) -> dict:
-        """What a weight file says about its making."""
+        """The training, as a weight file describes it."""
         return {
             "command": self.command,
             "steps": self.step,
             "minutes": round(self.seconds / 60, 1),
             "threads": torch.get_num_threads(),
-            **({"processes": sharding.count()} if sharding.is_sharded() else {}),
+            **({"processes": processes.count()} if processes.is_sharded() else {}),
             "torch": str(torch.__version__),
         }
 
 
 def descent(learner, losses):
-    """The update of a training with one loss: losses(step) -> dict, whose "loss" is minimised."""
+    """Make the update of a training with one loss: losses(step) -> dict with a "loss" to minimise."""
 
     def update(step):
         values = losses(step)
@@ -395,7 +394,7 @@ def descent(learner, losses):
 
 
 def _fit_line(folder, stops) -> torch.Tensor:
-    """Weights of a line fitted in 60 steps, by a new run after each stop."""
+    """Fit a line in 60 steps, with a new run after each stop; return its weights."""
     for stop in stops:
         torch.manual_seed(0)
         learner = Learner(torch.nn.Linear(3, 1), Recipe(60, adam_lr=0.1))
@@ -414,4 +413,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         whole, resumed = _fit_line(None, [60]), _fit_line(folder, [30, 60])
     assert torch.equal(whole, resumed)
-    print(f"stopped at 30 and resumed, or in one go: equal to the last bit, {whole.tolist()[0]}")
+    print(f"stopped at step 30 and resumed, or uninterrupted: equal bits, {whole.tolist()[0]}")

@@ -1,21 +1,25 @@
-"""What if it were trained otherwise?  Short stage II trainings, one thing changed at a time.
+"""How would other trainings turn out?  Short trainings of stage II, one change at a time.
+
+evaluate.py and compare.py measure trained students; this file trains the students it measures.
 
     python -m studies.ablations sinks      with and without sinks, in both block layouts, with other
-                                   attentions and in half precision: what do the gradients do?
-    python -m studies.ablations switches   other blocks, and stage I left out: what do the streams show?
+                                   attentions and in half precision: what happens to the gradients?
+    python -m studies.ablations switches   other blocks, and without stage I: what do streams show?
 
-All start from the same weights, see the same walks (clips on their way from noise to clean, see
-ode_regression.py) in the same order, and differ in what their name says. Each writes
-results/NAME.json, .md and .png; started again after an interruption, it goes on at the variant
-where it was. `studies/compare.py` is for questions that need no training.
+All students start from the same weights and see the same trajectories (states of a clip between
+noise and clean, see ode_regression.py) in the same order. Each ablation writes results/NAME.json,
+.md and .png. After an interruption it continues with the variant that was not finished.
 
-What the columns of `sinks` mean. *max norm*: the largest norm of a step's gradient before clipping,
-after the first ten steps; *A0 norm*: the same for the loss of block 0's audio alone, which in the
-paper's layout is A0, the latent with a single key besides the sinks; *loss*: x0 loss of one pass,
-when clean ends of walks are noised to sigma = 0.5 throughout, on walks that no step has seen;
-*entropy*: of A0's attention, in nats; *share*: of A0's attention that goes to the sinks; both are
-means over layers and heads. Max norm and loss are the paper's columns. Those of `switches` are what
-they are in `studies/compare.py`.
+Columns of `sinks`:
+
+    max norm    largest norm of a step's gradient before clipping, after the first ten steps
+    A0 norm     the same for the loss of block 0's audio only. In the paper's layout that is A0, the
+                latent that attends to a single key in addition to the sinks
+    loss        x0 loss of one pass at sigma = 0.5, on trajectories that were not trained on
+    entropy     of A0's attention, in nats; mean over layers and heads
+    share       of A0's attention that goes to the sinks; mean over layers and heads
+
+Max norm and loss are the paper's columns. The columns of `switches` are those of compare.py.
 """
 
 import json
@@ -36,48 +40,51 @@ import model
 import ode_regression
 import rope
 import teacher
-from full_size.text import toy_captions
-from masks import clip_span, four_masks, num_blocks
-from plumbing import cli, files
-from plumbing import stages as training_parts
-from plumbing import trainer as training
-from studies import charts, evaluate
-from studies import compare as experiments
+from masks import clip_span, four_masks, num_blocks, trained_window
+from plumbing import cli, files, trainer
+from studies import compare, evaluate, plots
 from toy import codec as toy_codec
+from toy.source import TOY_PROMPTS, student_from, toy_captions
 
 
-def start_and_walks(from_teacher, args):
-    """Weights that students start at, and clips on their way from noise to clean.
+def start_and_trajectories(from_teacher, args):
+    """Return the weights to start from, and their trajectories [tokens, video, audio].
 
-    from_teacher   the teacher's own, guided and with small steps, instead of stage I's
+    from_teacher   use the teacher, with guidance and smaller steps, instead of stage I's student
     """
-    path, how = (args.real, (teacher.GUIDANCE, 4)) if from_teacher else (args.few_step, ((1, 1), 1))
-    net, name = model.load(path), evaluate.short_name(path)
-    file = f"{args.run}/{name}_walks.safetensors"
-    walks = ode_regression.load_trajectories(file, net, args.walks, *how)
-    return net.state_dict(), [walks[part] for part in ("tokens", "video", "audio")]
+    path = args.real if from_teacher else args.few_step
+    net = model.load(path)
+    found = ode_regression.load_or_draw_trajectories(
+        f"{args.run}/{evaluate.short_name(path)}_trajectories.safetensors",
+        net,
+        args.walks,
+        TOY_PROMPTS,
+        guidance=teacher.GUIDANCE if from_teacher else (1, 1),
+        between=4 if from_teacher else 1,
+    )
+    return net.state_dict(), [found[part] for part in ("tokens", "video", "audio")]
 
 
 # ---- sinks ----
 
 
 class Bare(kv_cache.Heads):
-    """Without the RMSNorm of queries and keys."""
+    """Attention heads without the RMSNorm of queries and keys."""
 
-    def _normed(self, x, weight, table):
+    def _normed(self, x, weight, positions):
         x = self.split(x)
-        return x if table is None else rope.rotate(x, table)
+        return x if positions is None else rope.rotate(x, positions)
 
 
 class Loud(kv_cache.Heads):
-    """With logits eight times as large."""
+    """Attention heads with logits eight times as large."""
 
     def queries(self, q):
         return 8 * super().queries(q)
 
 
 class TanhGate(nn.Module):
-    """Attention behind a gate tanh(g) that starts closed, so the model must open it anew."""
+    """The output of an attention times tanh(g).  g starts at 0, so training must open the gate."""
 
     def __init__(self, to_out):
         super().__init__()
@@ -88,7 +95,7 @@ class TanhGate(nn.Module):
 
 
 def with_heads(kind, net):
-    """Every attention of the network uses another kind of kv_cache.Heads."""
+    """Give every attention of the network another kind of `kv_cache.Heads`."""
     for part in net.modules():
         if isinstance(part, model.Attention):
             heads = part.heads
@@ -96,21 +103,21 @@ def with_heads(kind, net):
     return net
 
 
-without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads, Loud)
-
-
 def with_gates(net):
-    """Every audio self-attention is gated: the paper's alternative to sinks."""
-    for layer in net.audio.layers:
-        layer.self_attn.to_out = TanhGate(layer.self_attn.to_out)
+    """Gate every audio self-attention: the paper's alternative to sinks."""
+    for layer in net.layers:
+        layer.audio.self_attn.to_out = TanhGate(layer.audio.self_attn.to_out)
     return net
 
 
-class HalfPrecision(TorchFunctionMode):
-    """Matrix products and attention of 16-bit numbers, added up in float32 as tensor cores do.
+without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads, Loud)
 
-    Operands and results are rounded, and so are gradients on their way back. Unlike torch.autocast
-    it takes float32's time on processors without 16-bit arithmetic, and is the same on all.
+
+class HalfPrecision(TorchFunctionMode):
+    """Round to 16 bits around matrix products and attention, which add in float32.
+
+    Operands, results and their gradients are rounded, as by tensor cores. torch.autocast does the
+    same, but is slow on processors without 16-bit arithmetic, and differs between processors.
     """
 
     def __init__(self, dtype):
@@ -126,12 +133,13 @@ class HalfPrecision(TorchFunctionMode):
 
     def rounded(self, x):
         is_number = isinstance(x, torch.Tensor) and x.is_floating_point()
+        # the backward pass of `to` rounds the gradient in the same way
         return x.to(self.dtype).to(x.dtype) if is_number else x
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A stage II training: its config, what is done to the network, and the precision."""
+    """One training: its config, a change of the network, and the precision."""
 
     cfg: config.Config = config.TOY
     change: Callable = lambda net: net
@@ -141,7 +149,12 @@ class Variant:
 MERGED = replace(config.TOY_RELEASED, num_sinks=16)
 NONE = replace(config.TOY, num_sinks=0)
 SINKS = {
-    **{f"S = {S}": Variant(replace(config.TOY, num_sinks=S)) for S in (0, 2, 4, 8, 16, 24)},
+    "S = 0": Variant(NONE),
+    "S = 2": Variant(replace(config.TOY, num_sinks=2)),
+    "S = 4": Variant(replace(config.TOY, num_sinks=4)),
+    "S = 8": Variant(replace(config.TOY, num_sinks=8)),
+    "S = 16": Variant(replace(config.TOY, num_sinks=16)),
+    "S = 24": Variant(replace(config.TOY, num_sinks=24)),
     "S = 16, incremental": Variant(replace(config.TOY, sink_positions="incremental")),
     "4+26, S = 0": Variant(config.TOY_RELEASED),
     "4+26, S = 16": Variant(MERGED),
@@ -160,16 +173,16 @@ SINK_COLUMNS = {
     "entropy": "entropy", "share": "share",
 }  # fmt: skip
 BURN_IN, PROBE_EVERY = 10, 5  # steps
-HELD_BACK = 32  # walks that are not trained on
+HELD_BACK = 32  # trajectories that are not trained on
 BATCH = 8  # clips
 
 
 class A0Probe(kv_cache.MaskedView):
-    """A masked view that keeps how the first audio latent attends in audio self-attention."""
+    """A masked view that records how the first audio latent attends in audio self-attention."""
 
     def __init__(self, masks, num_sinks):
         super().__init__(masks)
-        self.num_sinks, self.weights = num_sinks, []  # per layer (B, H, keys that A0 may see)
+        self.num_sinks, self.weights = num_sinks, []  # per layer (B, H, keys visible to A0)
 
     def attend(self, layer, site, q, k, v, heads):
         if site == "audio_self":
@@ -181,24 +194,24 @@ class A0Probe(kv_cache.MaskedView):
 
     def entropy(self):
         w = torch.stack(self.weights)
-        return abs(float((w * w.clamp(min=1e-12).log()).sum(-1).mean()))  # not -0
+        return abs(float((w * w.clamp(min=1e-12).log()).sum(-1).mean()))  # abs: 0 instead of -0
 
     def share(self):
         return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
 
 
 def block_0_loss(net, data, view, step):
-    """x0 loss of block 0's audio, every other block clean: A0 alone in the paper's layout."""
+    """Return the x0 loss of block 0's audio, with all other blocks clean."""
     rows, clean = torch.arange(BATCH) + BATCH * step, len(net.cfg.sigmas) - 1
-    tokens, *walks = (x[rows % len(x)] for x in data)
-    chosen = toy_captions(tokens), *walks
-    levels = torch.full((BATCH, num_blocks(teacher.SECONDS, net.cfg)), clean)
-    levels[:, 0] = torch.arange(BATCH) % clean
-    return ode_regression.regression_losses(net, chosen, levels, net.cfg.sigmas, view)[1]
+    tokens, *states = (x[rows % len(x)] for x in data)
+    trajectories = toy_captions(tokens), *states
+    levels = torch.full((BATCH, num_blocks(config.CLIP_SECONDS, net.cfg)), clean)
+    levels[:, 0] = torch.arange(BATCH) % clean  # every noisy level in turn
+    return ode_regression.regression_losses(net, trajectories, levels, net.cfg.sigmas, view)[1]
 
 
 def gradient_norm(net, loss):
-    """Norm over all parameters, without touching what the optimiser sees."""
+    """Return the norm over all parameters; their .grad, which the optimiser reads, stays."""
     parameters = list(net.parameters())
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     return float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
@@ -206,53 +219,58 @@ def gradient_norm(net, loss):
 
 @torch.no_grad()
 def after_training(net, held, masks) -> dict:
-    """One-step loss at sigma = 0.5 of walks that were held back, and how A0 attends there."""
-    tokens, *walks = held
-    g = torch.Generator().manual_seed(0)
-    ends = [walk[:, -1] for walk in walks]
-    noise = [torch.randn(end.shape, generator=g) for end in ends]
+    """Return the loss at sigma = 0.5 on trajectories that were held back, and A0's attention."""
+    tokens, *states = held
+    generator = torch.Generator().manual_seed(0)
+    ends = [x[:, -1] for x in states]
+    noise = [torch.randn(end.shape, generator=generator) for end in ends]
     half = torch.full((1, 1), 0.5)
+    # trajectories of two states: half noisy, clean
     pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
-    levels = torch.zeros(len(tokens), num_blocks(teacher.SECONDS, net.cfg), dtype=torch.long)
+    blocks = num_blocks(config.CLIP_SECONDS, net.cfg)
+    levels = torch.zeros(len(tokens), blocks, dtype=torch.long)
     probe = A0Probe(masks, net.cfg.num_sinks)
-    captions = toy_captions(tokens)
-    losses = ode_regression.regression_losses(net, (captions, *pairs), levels, (0.5, 0.0), probe)
+    trajectories = toy_captions(tokens), *pairs
+    losses = ode_regression.regression_losses(net, trajectories, levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 
 def train_variant(variant, start, data, held, args) -> dict:
-    """A short stage II training; what SINK_COLUMNS names, or the step at which it broke down."""
-    net = variant.change(training_parts.student_from(start, variant.cfg))
-    view = kv_cache.MaskedView(four_masks(net.cfg, num_blocks(teacher.SECONDS, net.cfg)))
-    # AdamW, as in the paper: Muon orthogonalises every step, and so hides how large gradients are
-    recipe = training.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
-    learner = training.Learner(net, recipe)
+    """Train briefly; return the values of SINK_COLUMNS, or the step at which it broke down."""
+    net = variant.change(student_from(start, variant.cfg))
+    blocks = num_blocks(config.CLIP_SECONDS, net.cfg)
+    view = kv_cache.MaskedView(four_masks(net.cfg, blocks))
+    # AdamW, as in the paper: Muon makes every step orthogonal, which hides how large gradients are
+    recipe = trainer.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
+    learner = trainer.Learner(net, recipe)
     rows = dict(zip(("tokens", "video", "audio"), data))
-    losses, norms, a0 = ode_regression.losses_of(net, rows, recipe), [], []
+    losses = ode_regression.make_losses(net, rows, recipe, TOY_PROMPTS)
+    norms, a0_norms = [], []
     is_half = variant.precision != torch.float32
-    precise = partial(HalfPrecision, variant.precision) if is_half else nullcontext
+    precision = partial(HalfPrecision, variant.precision) if is_half else nullcontext
     try:
         for step in range(args.steps):
             if step >= BURN_IN and step % PROBE_EVERY == 0:
-                with precise():
-                    a0.append(gradient_norm(net, block_0_loss(net, data, view, step)))
-            with precise():
+                with precision():
+                    a0_norms.append(gradient_norm(net, block_0_loss(net, data, view, step)))
+            with precision():
                 loss = losses(step)["loss"]
             norms.append(learner.update(loss, step))
-    except ValueError as error:  # not finite
+    except ValueError as error:  # loss or gradient is not finite: a result as well
         return {"broke down": str(error)}
-    result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0)}
+    result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0_norms)}
     return result | after_training(net, held, view.masks)
 
 
 def sinks(args) -> Callable:
-    """What gives a variant's row, {variant: results}."""
-    start, walks = start_and_walks(False, args)
-    held, data = [x[:HELD_BACK] for x in walks], [x[HELD_BACK:] for x in walks]
+    """Return the function that trains a variant and returns its row: {variant: results}."""
+    start, trajectories = start_and_trajectories(False, args)
+    held, data = [x[:HELD_BACK] for x in trajectories], [x[HELD_BACK:] for x in trajectories]
     return lambda name: {name: train_variant(SINKS[name], start, data, held, args)}
 
 
 def sinks_table(results) -> str:
+    """Return a Markdown table of {variant: results}."""
     head = "| | " + " | ".join(SINK_COLUMNS.values()) + " | |"
     lines = [head, "|---|" + "---|" * (len(SINK_COLUMNS) + 1)]
     for name, row in results.items():
@@ -266,16 +284,16 @@ def sinks_table(results) -> str:
 
 @dataclass(frozen=True)
 class Switch:
-    """A stage II training and how it is streamed."""
+    """One training, which also decides how its student is streamed."""
 
     cfg: config.Config = config.TOY
-    seconds: int = teacher.SECONDS  # of a walk, from its start, that are trained on
-    from_teacher: bool = False  # stage I left out: the teacher's weights, the teacher's walks
+    seconds: int = config.CLIP_SECONDS  # of a trajectory, from its start, that are trained on
+    from_teacher: bool = False  # without stage I: the teacher's weights and trajectories
 
     @property
     def window(self) -> int:
-        """As far as the last block of a clip sees in training; a longer one breaks a stream."""
-        return teacher.trained_window(self.cfg, self.seconds)
+        """As many blocks back as in training; longer windows break streams."""
+        return trained_window(self.cfg, self.seconds)
 
 
 SWITCHES = {
@@ -285,40 +303,43 @@ SWITCHES = {
     "1+6k, 1+50k, blocks of 2 s": Switch(replace(config.TOY, block_seconds=2), seconds=4),
     "stage I left out": Switch(from_teacher=True),
 }
-STREAMED = 20  # seconds, of which the first and the last five are judged
+STREAMED = 20  # seconds; the first and the last five are measured
 
 
 def train_switch(switch, args):
-    """The averaged student of a short stage II training."""
-    start, walks = start_and_walks(switch.from_teacher, args)
-    net = training_parts.student_from(start, switch.cfg)
-    learner = training.Learner(net, ode_regression.recipe_of(args.steps))
-    rows = dict(zip(("tokens", "video", "audio"), first_seconds(walks, switch)))
-    losses = ode_regression.losses_of(net, rows, learner.recipe, seconds=switch.seconds)
-    training.Run({"student": learner}, "").train(training.descent(learner, losses))
+    """Train briefly; return the averaged student."""
+    start, trajectories = start_and_trajectories(switch.from_teacher, args)
+    net = student_from(start, switch.cfg)
+    learner = trainer.Learner(net, ode_regression.make_recipe(args.steps))
+    rows = dict(zip(("tokens", "video", "audio"), first_seconds(trajectories, switch)))
+    losses = ode_regression.make_losses(
+        net, rows, learner.recipe, TOY_PROMPTS, seconds=switch.seconds
+    )
+    trainer.Run({"student": learner}, "").train(trainer.descent(learner, losses))
     net.load_state_dict(learner.average.tensors)
     return net.eval()
 
 
-def first_seconds(walks, switch):
-    """Walks cut to whole blocks; what is left of a clip is a clip."""
-    tokens, video, audio = walks
+def first_seconds(trajectories, switch):
+    """Cut trajectories to the complete blocks of the first `switch.seconds`."""
+    tokens, video, audio = trajectories
     span = clip_span(num_blocks(switch.seconds, switch.cfg), switch.cfg)
     tokens_v = len(span.video) * switch.cfg.tokens_per_frame
     return tokens, video[:, :, :tokens_v], audio[:, :, : len(span.audio)]
 
 
 def switches(args) -> Callable:
-    """What gives a variant's rows, {"variant, seconds": metrics with intervals}."""
+    """Return the function that trains a variant and returns its rows: {"variant, 0-5 s": ...}."""
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    windows = [(0, 5), (STREAMED - 5, STREAMED)]
-    truth = evaluate.judge(partial(evaluate.true_clips, STREAMED), seeds, windows, "truth")
+    times = [(0, 5), (STREAMED - 5, STREAMED)]
+    true = partial(evaluate.true_clips, STREAMED)
+    truth = evaluate.measure_all(true, seeds, times, "truth")
 
     def rows(name):
         switch = SWITCHES[name]
         net = train_switch(switch, args)
         make = evaluate.streams_of(net, codec, STREAMED, window=switch.window)
-        return experiments.by_window(name, make, seeds, windows, truth)
+        return compare.by_interval(name, make, seeds, times, truth)
 
     return rows
 
@@ -327,8 +348,8 @@ def switches(args) -> Callable:
 
 
 def check(args):
-    """Raises ValueError for what cannot be trained, judged or written, before anything is."""
-    least = BURN_IN + 1 if args.ablation == "sinks" else 1  # gradients count behind BURN_IN only
+    """Raises ValueError, before any work is done, for what cannot be trained or written."""
+    least = BURN_IN + 1 if args.ablation == "sinks" else 1  # norms count after BURN_IN only
     if args.steps < least:
         raise ValueError(f"--steps {args.steps}: expected at least {least}")
     if args.walks <= HELD_BACK:
@@ -340,15 +361,17 @@ def check(args):
 def main():
     p = cli.parser(__doc__)
     p.add_argument("ablation", choices=("sinks", "switches"))
-    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="stage I: start")
+    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="student of stage I")
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
-    p.add_argument("--walks", type=int, default=384, help="clips to train on")
-    p.add_argument("--steps", type=int, help="of each training; default sinks 150, switches 250")
+    p.add_argument("--walks", type=int, default=384, help="trajectories to train on")
+    p.add_argument("--steps", type=int, help="of each training; default: sinks 150, switches 250")
     p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
-    p.add_argument("--clips", type=int, default=48, help="switches: held-out clips a row")
-    p.add_argument("--only", nargs="*", metavar="NAME", help="these variants only")
-    p.add_argument("--run", default="runs/ablations", help="folder for walks, and rows so far")
-    p.add_argument("--out", help="default results/ABLATION")
+    p.add_argument("--clips", type=int, default=48, help="switches: held-out clips per row")
+    p.add_argument("--only", nargs="*", metavar="NAME", help="only these variants")
+    p.add_argument(
+        "--run", default="runs/ablations", help="folder of trajectories and finished rows"
+    )
+    p.add_argument("--out", help="default: results/ABLATION")
     args = p.parse_args()
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
     names = cli.chosen(args.only, known)
@@ -356,12 +379,12 @@ def main():
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
     check(args)
-    results = measured(names, ablation(args), args)
+    results = measure_variants(names, ablation(args), args)
     evaluate.write(args, {"result": results}, table(results), draw(results))
 
 
-def measured(names, measure, args) -> dict:
-    """Rows of all variants; what an interrupted run has measured is not measured again."""
+def measure_variants(names, measure, args) -> dict:
+    """Return the rows of all variants; skip those that an interrupted run has measured."""
     file, done = Path(args.run) / f"{args.ablation}.json", {}
     if file.exists() and (state := json.loads(file.read_text()))["command"] == args.command:
         done = state["rows"]
@@ -370,14 +393,15 @@ def measured(names, measure, args) -> dict:
             done[name] = measure(name)
             files.write_json(file, {"command": args.command, "rows": done})
             print(done[name], flush=True)
-    file.unlink()
+    file.unlink()  # the next run measures anew
     return {row: values for name in names for row, values in done[name].items()}
 
 
-ABLATIONS = {
-    "sinks": (SINKS, 150, sinks, sinks_table, charts.draw_sinks),
-    "switches": (SWITCHES, 250, switches, evaluate.table, charts.draw_streams),
+ABLATIONS = {  # variants, default steps, how to measure one, table, picture
+    "sinks": (SINKS, 150, sinks, sinks_table, plots.draw_sinks),
+    "switches": (SWITCHES, 250, switches, evaluate.table, plots.draw_streams),
 }
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

@@ -1,25 +1,28 @@
-"""What does each part buy?  One thing changed at a time, all else and every seed the same.
+"""What does each part contribute?  Trained students, compared by one change at a time.
 
-    python -m studies.compare drift     a minute of streaming by stages II and III: smaller and larger
-                                    windows, fewer passes, no refresh, nothing pinned
-    python -m studies.compare controls  what of stage III is due to self-forcing? The same training
-                                    behind the true past, from a shorter stage II and from stage I,
-                                    and with other seeds; names the trainings that must run first
-    python -m studies.compare memory    does a stream remember its identity for longer if block 0 is a
-                                    whole second, or if training often hides the near past?
-    python -m studies.compare joint     what the two streams hear of each other is switched off, or two
-                                    clips are put together that were made apart
-    python -m studies.compare gallery   what to look at: truth, teacher, and the last five seconds of a
-                                    minute by the students of stages II and III
-    python -m studies.compare identity  a minute by both shipped students of stage III, of which one
-                                    keeps its identity
+evaluate.py has one table of the stages as shipped; this file changes something about them, or
+compares them with students of other trainings. Nothing is trained here: ablations.py trains.
 
-Each writes results/NAME.json, .md and .png; the last two only assets/NAME.png. Nothing is trained
-here; `studies/ablations.py` is for questions that need a training.
+    python -m studies.compare drift     a minute of streaming by stages II and III: smaller and
+                                    larger windows, fewer passes, no refresh, nothing pinned
+    python -m studies.compare controls  how much of stage III is due to self-forcing? The same
+                                    training with the ground-truth past, from a shorter stage II,
+                                    from stage I, and with other seeds. Names the trainings that
+                                    must run first
+    python -m studies.compare memory    does a stream keep its identity longer if block 0 is a whole
+                                    second, or if training often hides the recent past?
+    python -m studies.compare joint     the attention between video and audio is switched off, or
+                                    video and audio of two clips are combined
+    python -m studies.compare gallery   pictures: ground truth, teacher, and the last five seconds
+                                    of a minute by the students of stages II and III
+    python -m studies.compare identity  pictures: a minute by both shipped students of stage III;
+                                    one of them keeps its identity
 
-Metrics are those of `studies/evaluate.py`, but for what they are compared with. Frechet distances are to
-the first five seconds of the true clips of the same captions, so they cannot be compared with its
-own. Shares of events and spread are of these true clips in the very seconds that are judged.
+Each writes results/NAME.json, .md and .png; the last two write only assets/NAME.png.
+
+The metrics are those of evaluate.py, compared with other clips: Frechet distances with the first
+five seconds of the ground-truth clips of the same captions, so they cannot be compared with those
+of evaluate.py; event rates and spread with these clips in the same seconds.
 """
 
 import copy
@@ -27,307 +30,412 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import config
+from torch import nn
+
 import model
 import teacher
 from plumbing import cli
-from studies import charts, evaluate, plots
+from studies import evaluate, plots
 from toy import codec as toy_codec
 from toy import world as toy_world
 
 # ---- drift ----
 
-STREAMS = {  # what is changed; see evaluate.streams_of
-    "window 4": dict(window=4),
-    "window 2": dict(window=2),
-    "window 8": dict(window=8),
-    "2 steps": dict(steps=2),
-    "1 step": dict(steps=1),
-    "nothing pinned": dict(pinned=False),
+
+class Streaming(NamedTuple):
+    """How a student is streamed."""
+
+    window: int | str = evaluate.TRAINED
+    steps: int | None = None  # passes per block; None: as in training
+    pinned: bool = True
+    refresh: bool = True
+
+
+STREAMS = {
+    "window 4": Streaming(window=4),
+    "window 2": Streaming(window=2),
+    "window 8": Streaming(window=8),
+    "2 steps": Streaming(steps=2),
+    "1 step": Streaming(steps=1),
+    "nothing pinned": Streaming(pinned=False),
+    "no refresh": Streaming(refresh=False),
 }
-NO_REFRESH = "no refresh"
-SHOWN = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
+DRIFT_COLUMNS = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
 
 
 def drift(args):
-    """{student, stream: [metrics of seconds 0-5, 5-10, ...]}."""
+    """Measure every way of streaming: {"student, stream": [metrics of 0-5 s, of 5-10 s, ...]}."""
     students, codec = evaluate.load(args.student), toy_codec.load()
-    seeds, windows = evaluate.held_out(args.clips), evaluate.five_second_windows(args.seconds)
+    seeds, times = evaluate.held_out(args.clips), evaluate.five_second_intervals(args.seconds)
     true = partial(evaluate.true_clips, args.seconds)
-    truth = evaluate.judge(true, seeds, windows, "truth")
+    truth = evaluate.measure_all(true, seeds, times, "truth")
     by_time = {}
-    for stage, net in students.items():
-        for name, changed in (STREAMS | {NO_REFRESH: {}}).items():
-            streamed = without_refresh(net) if name == NO_REFRESH else net
-            make = evaluate.streams_of(streamed, codec, args.seconds, **changed)
-            judged = evaluate.judge(make, seeds, windows, f"{stage}, {name}")
-            rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(judged, truth)]
-            by_time[f"{stage}, {name}"] = rows
-    return by_time, drift_table(by_time), charts.draw_drift(by_time, step=5)
+    for student, net in students.items():
+        for stream, how in STREAMS.items():
+            make = evaluate.streams_of(
+                net if how.refresh else WithoutRefresh(net),
+                codec,
+                args.seconds,
+                window=how.window,
+                steps=how.steps,
+                pinned=how.pinned,
+            )
+            found = evaluate.measure_all(make, seeds, times, f"{student}, {stream}")
+            rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(found, truth)]
+            by_time[f"{student}, {stream}"] = rows
+    return by_time, drift_table(by_time), plots.draw_drift(by_time, step=5)
 
 
-def without_refresh(net):
-    """A copy whose finished blocks keep the keys and values that their last, noisy pass wrote."""
-    net = copy.copy(net)
-    forward = net.forward
+class WithoutRefresh(nn.Module):
+    """A student that skips the refresh: the cache keeps the keys of the last noisy pass."""
 
-    def unless_clean(video, audio, sigma, *rest):
-        return forward(video, audio, sigma, *rest) if sigma.any() else (video, audio)
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
 
-    net.forward = unless_clean
-    return net
+    def forward(self, video, audio, sigma_video, *others):
+        if not sigma_video.any():  # a refresh: return without writing to the cache
+            return video, audio
+        return self.net(video, audio, sigma_video, *others)
 
 
 def drift_table(by_time) -> str:
-    """First, middle and last five seconds of every stream."""
-    lines = ["| stream | seconds | " + " | ".join(SHOWN) + " |", "|---|---|" + "---|" * len(SHOWN)]
+    """Return a Markdown table of the first, middle and last five seconds of every stream."""
+    columns = DRIFT_COLUMNS
+    lines = ["| stream | seconds | " + " | ".join(columns) + " |"]
+    lines.append("|---|---|" + "---|" * len(columns))
     for name, rows in by_time.items():
         for i in sorted({0, len(rows) // 2, len(rows) - 1}):
-            cells = " | ".join(f"{rows[i][metric]:.3f}" for metric in SHOWN)
+            cells = " | ".join(f"{rows[i][metric]:.3f}" for metric in columns)
             lines.append(f"| {name} | {5 * i}-{5 * i + 5} | {cells} |")
     return "\n".join(lines)
 
 
-# ---- controls ----
-
-# windows that remember all of a training clip of five seconds, with either kind of block 0
-WHOLE, WHOLE_RELEASED = map(teacher.trained_window, (config.TOY, config.TOY_RELEASED))
+# ---- controls and memory: who is compared ----
 
 
 class Student(NamedTuple):
-    """Whose streams are compared."""
+    """A weight file, and the window of its streams."""
 
-    path: str  # of the weights
-    command: str  # that makes them
-    window: int = WHOLE  # of the streams
+    path: str
+    training: str  # the command that makes it, but for --out
+    window: int  # blocks in the cache, in addition to block 0
 
-
-def trained(name, command, window=WHOLE, path=None) -> Student:
-    """One that the full run of `studies/reproduce.py` does not make."""
-    path = path or f"runs/controls/{name}.safetensors"
-    return Student(path, f"{command} --run runs/controls/{name} --out {path}", window)
+    @property
+    def command(self) -> str:
+        return f"{self.training} --out {self.path}"
 
 
-SEEDS = 3
-FEW = 500  # steps of stage II, a fifth of the shipped one's
+SEEDS = 3  # of "NAME", "NAME, seed 1" and "NAME, seed 2"
 
-
-def both_stages(names, files, seed, options=("", ""), window=WHOLE) -> dict:
-    """Stages II and III once more, with a seed of their own: {name: Student}."""
-    second, third = (f"{file}_{seed}" for file in files)
-    in_second, in_third = options
-    second = trained(second, f"ode_regression.py{in_second} --seed {seed}", window)
-    how = f"self_forcing.py{in_third} --student {second.path} --seed {seed}"
-    third = trained(third, how, window)
-    return {seeded(name, seed): student for name, student in zip(names, (second, third))}
-
-
-def seeded(name, seed) -> str:
-    """The name of a student that was trained with this seed."""
-    return f"{name}, seed {seed}" if seed else name
-
-
-# names of the two students, and of their files
-SHIPPED = ("stage II", "stage III"), ("long_ode_regression", "from_long")
-SHORT = ("short II", "III from short II"), ("ode_regression", "self_forcing")
-FROM_SHORT = "self_forcing.py --student runs/controls/ode_regression_0.safetensors"
-CHANGED = {  # one thing each: file, command
-    "III from short II behind the true past": ("true_history", f"{FROM_SHORT} --history true"),
-    "III from short II, own exit for every block": ("own_exit", f"{FROM_SHORT} --exit own"),
-    "III from stage I": ("from_stage_I", "self_forcing.py --student weights/toy_dmd.safetensors"),
+# Windows 4 (block 0 is one frame) and 3 (block 0 is a second, "4+3k" video latents) hold exactly a
+# training clip.
+CONTROLS = {
+    "stage II": Student(
+        "weights/toy_ode_regression.safetensors",
+        "ode_regression.py",
+        window=4,
+    ),
+    "stage III": Student(
+        "weights/toy_self_forcing.safetensors",
+        "self_forcing.py",
+        window=4,
+    ),
+    "stage II, seed 1": Student(
+        "runs/controls/long_ode_regression_1.safetensors",
+        "ode_regression.py --seed 1 --run runs/controls/long_ode_regression_1",
+        window=4,
+    ),
+    "stage III, seed 1": Student(
+        "runs/controls/from_long_1.safetensors",
+        "self_forcing.py --student runs/controls/long_ode_regression_1.safetensors --seed 1 "
+        "--run runs/controls/from_long_1",
+        window=4,
+    ),
+    "stage II, seed 2": Student(
+        "runs/controls/long_ode_regression_2.safetensors",
+        "ode_regression.py --seed 2 --run runs/controls/long_ode_regression_2",
+        window=4,
+    ),
+    "stage III, seed 2": Student(
+        "runs/controls/from_long_2.safetensors",
+        "self_forcing.py --student runs/controls/long_ode_regression_2.safetensors --seed 2 "
+        "--run runs/controls/from_long_2",
+        window=4,
+    ),
+    "short II": Student(
+        "runs/controls/ode_regression_0.safetensors",
+        "ode_regression.py --steps 500 --seed 0 --run runs/controls/ode_regression_0",
+        window=4,
+    ),
+    "III from short II": Student(
+        "runs/controls/self_forcing_0.safetensors",
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --seed 0 "
+        "--run runs/controls/self_forcing_0",
+        window=4,
+    ),
+    "short II, seed 1": Student(
+        "runs/controls/ode_regression_1.safetensors",
+        "ode_regression.py --steps 500 --seed 1 --run runs/controls/ode_regression_1",
+        window=4,
+    ),
+    "III from short II, seed 1": Student(
+        "runs/controls/self_forcing_1.safetensors",
+        "self_forcing.py --student runs/controls/ode_regression_1.safetensors --seed 1 "
+        "--run runs/controls/self_forcing_1",
+        window=4,
+    ),
+    "short II, seed 2": Student(
+        "runs/controls/ode_regression_2.safetensors",
+        "ode_regression.py --steps 500 --seed 2 --run runs/controls/ode_regression_2",
+        window=4,
+    ),
+    "III from short II, seed 2": Student(
+        "runs/controls/self_forcing_2.safetensors",
+        "self_forcing.py --student runs/controls/ode_regression_2.safetensors --seed 2 "
+        "--run runs/controls/self_forcing_2",
+        window=4,
+    ),
+    "III from short II behind the true past": Student(
+        "runs/controls/true_history.safetensors",
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --history true "
+        "--run runs/controls/true_history",
+        window=4,
+    ),
+    "III from short II, own exit for every block": Student(
+        "runs/controls/own_exit.safetensors",
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --exit own "
+        "--run runs/controls/own_exit",
+        window=4,
+    ),
+    "III from stage I": Student(
+        "runs/controls/from_stage_I.safetensors",
+        "self_forcing.py --student weights/toy_dmd.safetensors --run runs/controls/from_stage_I",
+        window=4,
+    ),
 }
-
-
-def students() -> dict:
-    """Who is compared by `controls`."""
-    commands = "ode_regression.py", "self_forcing.py"
-    found = dict(zip(SHIPPED[0], map(Student, evaluate.STUDENTS, commands)))
-    for seed in range(1, SEEDS):
-        found |= both_stages(*SHIPPED, seed)
-    for seed in range(SEEDS):
-        found |= both_stages(*SHORT, seed, (f" --steps {FEW}", ""))
-    return found | {name: trained(*how) for name, how in CHANGED.items()}
-
-
-CONTROLS = students()
-
-# ---- memory ----
-
-RELEASED = " --config toy_released"  # block 0 is a whole second: "4+3k" video latents
-HIDING = f"{RELEASED} --windows 0 1 2 3", f"{RELEASED} --window 1"  # options of stages II and III
-HIDDEN = "stage II, 4+3k, past often hidden", "stage III, 4+3k, past often hidden"
-REMEMBERING = f"{HIDDEN[1]}, window 1"  # what keeps its identity best
-SHIPPED_RELEASED = "weights/toy_released_self_forcing.safetensors"  # its weights
-
-
-def memory() -> dict:
-    """Who is compared by `memory`: one thing after the other is changed, in training or streaming.
-
-    In training: a whole second in block 0; near pasts hidden. In streaming: a window of one block.
-    """
-    second, hiding = "released_ode_regression", ("hiding_ode_regression", "hiding_self_forcing")
-    seen = trained(second, f"ode_regression.py{RELEASED}", WHOLE_RELEASED)
-    hidden = trained(hiding[0], f"ode_regression.py{HIDING[0]}", WHOLE_RELEASED)
-    how = f"self_forcing.py{HIDING[1]} --student {hidden.path}"
-    third = trained(hiding[1], how, WHOLE_RELEASED, SHIPPED_RELEASED)
-    found = {
-        "stage II": CONTROLS["stage II"],
-        "stage II, 4+3k": seen,
-        "stage II, 4+3k, window 1": seen._replace(window=1),
-        HIDDEN[0]: hidden,
-        f"{HIDDEN[0]}, window 1": hidden._replace(window=1),
-        "stage III": CONTROLS["stage III"],
-        HIDDEN[1]: third,
-        REMEMBERING: third._replace(window=1),
-    }
-    names = f"{HIDDEN[0]}, window 1", REMEMBERING
-    return found | both_stages(names, hiding, 1, HIDING, window=1)
-
-
-MEMORY = memory()
-
-# ---- controls and memory: how they are compared ----
-
+MEMORY = {
+    "stage II": Student(
+        "weights/toy_ode_regression.safetensors",
+        "ode_regression.py",
+        window=4,
+    ),
+    "stage II, 4+3k": Student(
+        "runs/controls/released_ode_regression.safetensors",
+        "ode_regression.py --config toy_released --run runs/controls/released_ode_regression",
+        window=3,
+    ),
+    "stage II, 4+3k, window 1": Student(
+        "runs/controls/released_ode_regression.safetensors",
+        "ode_regression.py --config toy_released --run runs/controls/released_ode_regression",
+        window=1,
+    ),
+    "stage II, 4+3k, past often hidden": Student(
+        "runs/controls/hiding_ode_regression.safetensors",
+        "ode_regression.py --config toy_released --windows 0 1 2 3 "
+        "--run runs/controls/hiding_ode_regression",
+        window=3,
+    ),
+    "stage II, 4+3k, past often hidden, window 1": Student(
+        "runs/controls/hiding_ode_regression.safetensors",
+        "ode_regression.py --config toy_released --windows 0 1 2 3 "
+        "--run runs/controls/hiding_ode_regression",
+        window=1,
+    ),
+    "stage III": Student(
+        "weights/toy_self_forcing.safetensors",
+        "self_forcing.py",
+        window=4,
+    ),
+    "stage III, 4+3k, past often hidden": Student(
+        "weights/toy_released_self_forcing.safetensors",
+        "self_forcing.py --config toy_released --window 1 "
+        "--student runs/controls/hiding_ode_regression.safetensors "
+        "--run runs/controls/hiding_self_forcing",
+        window=3,
+    ),
+    "stage III, 4+3k, past often hidden, window 1": Student(
+        "weights/toy_released_self_forcing.safetensors",
+        "self_forcing.py --config toy_released --window 1 "
+        "--student runs/controls/hiding_ode_regression.safetensors "
+        "--run runs/controls/hiding_self_forcing",
+        window=1,
+    ),
+    "stage II, 4+3k, past often hidden, window 1, seed 1": Student(
+        "runs/controls/hiding_ode_regression_1.safetensors",
+        "ode_regression.py --config toy_released --windows 0 1 2 3 --seed 1 "
+        "--run runs/controls/hiding_ode_regression_1",
+        window=1,
+    ),
+    "stage III, 4+3k, past often hidden, window 1, seed 1": Student(
+        "runs/controls/hiding_self_forcing_1.safetensors",
+        "self_forcing.py --config toy_released --window 1 "
+        "--student runs/controls/hiding_ode_regression_1.safetensors --seed 1 "
+        "--run runs/controls/hiding_self_forcing_1",
+        window=1,
+    ),
+}
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
+# ---- controls and memory: how they are compared ----
+
+
 def compare(args):
-    """{student, seconds: metrics with intervals} of the first and the last five seconds."""
+    """Measure the first and the last five seconds: {"student, 0-5 s": metrics with intervals}."""
     everyone = COMPARED[args.experiment]
     chosen = {name: everyone[name] for name in cli.chosen(args.only, everyone)}
     if missing := [s.command for s in chosen.values() if not Path(s.path).exists()]:
-        raise ValueError(f"train first: {'; '.join(f'python {how}' for how in missing)}")
+        commands = "; ".join(f"python {command}" for command in missing)
+        raise ValueError(f"train first: {commands}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    windows = [(0, 5), (args.seconds - 5, args.seconds)]
-    truth = evaluate.judge(partial(evaluate.true_clips, args.seconds), seeds, windows, "truth")
+    times = [(0, 5), (args.seconds - 5, args.seconds)]
+    true = partial(evaluate.true_clips, args.seconds)
+    truth = evaluate.measure_all(true, seeds, times, "truth")
     results = {}
     for name, student in chosen.items():
         make = streams(student, codec, args.seconds)
-        results |= by_window(name, make, seeds, windows, truth)
+        results |= by_interval(name, make, seeds, times, truth)
     shown = over_seeds(results)
-    return results | shown, evaluate.table(shown), charts.draw_streams(shown)
+    return results | shown, evaluate.table(shown), plots.draw_streams(shown)
 
 
 def streams(student, codec, seconds):
-    """What a Student makes, as a function for `evaluate.judge`."""
+    """Load a Student; return its streams as a function of clips and seed."""
     net = model.load(student.path)
     return evaluate.streams_of(net, codec, seconds, window=student.window)
 
 
-def by_window(name, make, seeds, windows, truth) -> dict:
-    """{"NAME, START-STOP s": metrics with intervals} of what `make` makes, beside the truth's."""
-    judged = evaluate.judge(make, seeds, windows, name)
+def by_interval(name, make, seeds, times, truth) -> dict:
+    """Measure the clips of `make`: {"NAME, START-STOP s": metrics with intervals}."""
+    found = evaluate.measure_all(make, seeds, times, name)
     return {
         f"{name}, {start}-{stop} s": evaluate.with_intervals(w, t, truth[0])
-        for (start, stop), w, t in zip(windows, judged, truth)
+        for (start, stop), w, t in zip(times, found, truth)
     }
 
 
 def over_seeds(results) -> dict:
-    """A student of several training seeds becomes one row, their mean; ± is half of their range."""
-    shown, pooled = {}, set()
+    """Merge the rows of a student's training seeds into one: mean, least and largest value."""
+    shown, merged = {}, set()
     for name, row in results.items():
         student, _, seconds = name.rpartition(", ")
-        others = [f"{seeded(student, s)}, {seconds}" for s in range(1, SEEDS)]
+        others = [f"{student}, seed {seed}, {seconds}" for seed in range(1, SEEDS)]
         if others := [other for other in others if other in results]:
             rows = [row, *(results[other] for other in others)]
-            mean = {metric: over([r[metric][0] for r in rows]) for metric in row}
-            shown[f"{student}, {1 + len(others)} seeds, {seconds}"] = mean
-            pooled.update(others)
-        elif name not in pooled:
+            values = {metric: over([r[metric][0] for r in rows]) for metric in row}
+            shown[f"{student}, {len(rows)} seeds, {seconds}"] = values
+            merged.update(others)
+        elif name not in merged:
             shown[name] = row
     return shown
 
 
 def over(values):
-    """[mean, least, most]; nothing if one of them is missing (no sound at all, say)."""
+    """Return [mean, least, largest], or None three times if a value is missing."""
     if None in values:
         return [None, None, None]
     return [sum(values) / len(values), min(values), max(values)]
 
 
-# ---- what joint means ----
+# ---- joint: video and audio apart ----
 
-WALK = teacher.schedule(32)  # the teacher's noise levels, as in studies/evaluate.py
+TEACHER_SIGMAS = teacher.schedule(32)  # as in evaluate.py
 
 
 def deaf(net, *streams):
-    """A copy of a model in which these streams hear nothing of the other one."""
+    """Return a copy of the model in which these streams receive nothing from the other one."""
     net = copy.deepcopy(net)
-    for stream in streams:
-        for layer in getattr(net, stream).layers:
-            for p in layer.cross_attn.to_out.parameters():
+    for layer in net.layers:
+        for stream in streams:
+            # out = W x + b with W = b = 0 adds nothing to the residual stream
+            for p in getattr(layer, stream).cross_attn.to_out.parameters():
                 p.zero_()
     return net
 
 
 def put_together(make, clips, seed):
-    """The pictures of one clip with the sound of another of the same caption."""
+    """Return the video of one clip and the sound of another one with the same caption."""
     return make(clips, seed)[0], make(clips, seed + 1)[1]
 
 
 def joint(args):
-    """{who: metrics}: teacher and stage III as they are, deaf in one or both streams, and apart."""
+    """Measure teacher and stage III, complete and with video and audio apart: {who: metrics}."""
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    once = evaluate.five_second_windows(evaluate.WINDOW)
-    truth = evaluate.judge(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
-    makers = {
-        "teacher": (args.real, lambda net: partial(evaluate.from_teacher, net, codec, WALK)),
-        "stage III": (args.student[-1], lambda net: evaluate.streams_of(net, codec, 5)),
-    }
+    once = evaluate.five_second_intervals(evaluate.INTERVAL_SECONDS)
+    truth = evaluate.measure_all(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
+    teacher_net = model.load(args.real).requires_grad_(False)
+    student_net = model.load(args.student[-1]).requires_grad_(False)
+    makers = apart("teacher", teacher_net, lambda net: teacher_clips(net, codec))
+    makers |= apart("stage III", student_net, lambda net: evaluate.streams_of(net, codec, 5))
     results = {}
-    for who, (path, maker) in makers.items():
-        net = model.load(path).requires_grad_(False)
-        makes = {
-            who: maker(net),
-            f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
-            f"{who}, audio deaf (no V2A)": maker(deaf(net, "audio")),
-            f"{who}, both deaf": maker(deaf(net, "video", "audio")),
-            f"{who}, two clips put together": partial(put_together, maker(net)),
-        }
-        for name, make in makes.items():
-            w = evaluate.judge(make, seeds, once, name)[0]
-            results[name] = evaluate.with_intervals(w, truth, truth)
-    return results, evaluate.table(results), charts.draw_joint(results)
+    for name, make in makers.items():
+        w = evaluate.measure_all(make, seeds, once, name)[0]
+        results[name] = evaluate.with_intervals(w, truth, truth)
+    return results, evaluate.table(results), plots.draw_joint(results)
 
 
-# ---- something to look at ----
+def teacher_clips(net, codec):
+    """Return the teacher's clips of five seconds as a function of clips and seed."""
+    return partial(evaluate.from_teacher, net, codec, TEACHER_SIGMAS)
+
+
+def apart(who, net, maker) -> dict:
+    """Return {row: function of clips and seed}.  maker(net) -> such a function."""
+    return {
+        who: maker(net),
+        f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
+        f"{who}, audio deaf (no V2A)": maker(deaf(net, "audio")),
+        f"{who}, both deaf": maker(deaf(net, "video", "audio")),
+        f"{who}, two clips put together": partial(put_together, maker(net)),
+    }
+
+
+# ---- pictures ----
 
 
 def gallery(args):
-    """A held-out caption, five seconds each: frames and sound."""
+    """Draw five seconds of one held-out caption by everyone, frames and sound."""
     students, codec = evaluate.load(args.student), toy_codec.load()
     clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
-    shown = {"truth": (*evaluate.true_clips(5, clips, 0), 0)}
-    teacher_clip = evaluate.from_teacher(model.load(args.real), codec, WALK, clips, 0)
-    shown["teacher"] = (*teacher_clip, 0)
+    made = {  # video, sound, and the second from which to draw
+        "truth": (*evaluate.true_clips(5, clips, 0), 0),
+        "teacher": (*teacher_clips(model.load(args.real), codec)(clips, 0), 0),
+    }
     for name, net in students.items():
-        stream = evaluate.streams_of(net, codec, args.seconds)(clips, 0)
-        shown[name] = (*stream, args.seconds - 5)
-    firsts = {name: (video[0], sound[0], at) for name, (video, sound, at) in shown.items()}
+        stream = evaluate.streams_of(net, codec, args.seconds)
+        made[name] = (*stream(clips, 0), args.seconds - 5)
+    firsts = {name: (video[0], sound[0], start) for name, (video, sound, start) in made.items()}
     return plots.draw_gallery(toy_world.words_of(clips)[0], firsts)
 
 
 def identity(args):
-    """Three held-out captions by both shipped students of stage III: a frame every three seconds.
+    """Draw a frame every three seconds: three held-out captions by both students of stage III.
 
-    Strips of a caption begin at the same noise, and stand one below the other.
+    The two strips of a caption start from the same noise and stand below each other.
     """
     first = toy_world.HELD_OUT + args.clip
     clips, codec = toy_world.draw_clips(range(first, first + 3)), toy_codec.load()
+    students = {
+        "1+3k": MEMORY["stage III"],
+        "4+3k": MEMORY["stage III, 4+3k, past often hidden, window 1"],
+    }
     shown = {}
-    for blocks, student in (("1+3k", MEMORY["stage III"]), ("4+3k", MEMORY[REMEMBERING])):
-        films, _ = streams(student, codec, args.seconds)(clips, 0)
-        captions = toy_world.words_of(clips)
-        shown |= {f"{words}, {blocks}": film for words, film in zip(captions, films)}
+    for blocks, student in students.items():
+        videos, _ = streams(student, codec, args.seconds)(clips, 0)
+        for words, video in zip(toy_world.words_of(clips), videos):
+            shown[f"{words}, {blocks}"] = video
     return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3)
 
 
 # ---- command line ----
 
+TABLES = {"drift": drift, "controls": compare, "memory": compare, "joint": joint}
+PICTURES = {"gallery": gallery, "identity": identity}
+
 
 def check(args):
-    """Raises ValueError for what cannot be judged, compared, shown or written."""
+    """Raises ValueError for options that make no sense, or results that cannot be written."""
     evaluate.check(args)
     if args.only is not None and args.experiment not in COMPARED:
         raise ValueError(f"--only: for {' and '.join(COMPARED)}; {args.experiment} has no choice")
@@ -338,31 +446,29 @@ def check(args):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("experiment", choices=(*EXPERIMENTS, *PICTURES))
-    p.add_argument("--clips", type=int, default=32, help="held-out clips a row")
-    p.add_argument("--seconds", type=int, default=60, help="of the streams, in fives")
+    p.add_argument("experiment", choices=(*TABLES, *PICTURES))
+    p.add_argument("--clips", type=int, default=32, help="held-out clips per row")
+    p.add_argument("--seconds", type=int, default=60, help="length of the streams, a multiple of 5")
     p.add_argument(
         "--student", nargs="+", default=evaluate.STUDENTS, help="weights, stage by stage"
     )
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
-    p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these")
+    p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these students")
     p.add_argument("--clip", type=int, default=0, help="gallery, identity: which held-out caption")
-    p.add_argument("--out", help="default results/EXPERIMENT")
+    p.add_argument("--out", help="default: results/EXPERIMENT, for pictures assets/EXPERIMENT")
     args = p.parse_args()
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"
     folder = "assets" if args.experiment in PICTURES else "results"
     args.out = args.out or f"{folder}/{args.experiment}"
     check(args)
-    if args.experiment in EXPERIMENTS:
-        results, table, figure = EXPERIMENTS[args.experiment](args)
+    if args.experiment in TABLES:
+        results, table, figure = TABLES[args.experiment](args)
         evaluate.write(args, {"result": results}, table, figure)
     else:
         plots.save(PICTURES[args.experiment](args), f"{args.out}.png")
         print(f"wrote {args.out}.png")
 
 
-EXPERIMENTS = {"drift": drift, "controls": compare, "memory": compare, "joint": joint}
-PICTURES = {"gallery": gallery, "identity": identity}
-
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

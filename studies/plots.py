@@ -1,44 +1,33 @@
-"""Pictures of masks, caches, clips and attention: small functions that return a figure.
+"""All pictures but the contact sheet: masks, caches, clips, attention, curves and bars of results.
 
-One palette with one meaning everywhere: video blue, audio orange, sinks grey, forbidden white.
-In a notebook, `show(figure)` as the last line of a cell shows it, with any backend.
+Small functions that return a figure, in the palette of film/sheet.py. A notebook shows a figure
+with any backend if the last line of a cell is `show(figure)`.
 
-    python -m studies.plots          writes assets/masks.png, the paper's mask figure from our masks
+    python -m studies.plots masks      assets/masks.png: the paper's figure of the four masks
+    python -m studies.plots losses     results/NAME_curve.png for every training log there
+    python -m studies.plots imports    assets/imports.png: which file imports which
     python -m studies.plots --help
-
-Curves and bars of results are in `studies/plots.py`.
 """
 
 import base64
 import io
+import json
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")  # files, not windows
-
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
 
 import config
 import masks
-from plumbing import cli, files
-from toy import detectors as toy_detectors
-from toy import world as toy_world
+from film.sheet import AUDIO, SINK, VIDEO, clip_events, draw_stretch, draw_strip, plt, save
+from film.sheet import draw_clip as draw_clip  # notebooks draw everything with this file
+from plumbing import cli
+from studies.order import ORDER, imports_of
 
-VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
-WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # of impacts and onsets
-CURVES = (
-    "#1b9e77",
-    "#7570b3",
-    "#e7298a",
-    "#555555",
-    "#a6761d",
-    "#66a61e",
-    "#1f9bcf",
-)  # whatever else
+# for everything that is neither video, audio nor sink
+CURVES = ("#1b9e77", "#7570b3", "#e7298a", "#555555", "#a6761d", "#66a61e", "#1f9bcf")
 TITLES = {
     "video_self": "video self-attention",
     "audio_self": "audio self-attention",
@@ -47,17 +36,11 @@ TITLES = {
 }
 
 
-def save(figure, path, dpi=100):
-    """Write a PNG beside its target, rename it, and close the figure."""
-    files.write_beside(path, lambda p: figure.savefig(p, dpi=dpi, format="png"))
-    plt.close(figure)
-
-
 # ---- in a notebook ----
 
 
 class Picture:
-    """A PNG that a notebook shows: Jupyter and notebooks/run.py ask for `_repr_png_`."""
+    """A PNG for a notebook: Jupyter and notebooks/run.py call `_repr_png_`."""
 
     def __init__(self, png):
         self.png = png
@@ -70,17 +53,17 @@ class Picture:
 
 
 def show(figure, dpi=80) -> Picture:
-    """A figure as a picture for the last line of a notebook's cell; the figure is closed."""
+    """Return a figure as a picture, to end a notebook cell with, and close it."""
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=dpi, format="png")
     plt.close(figure)
-    # 128 colours are plenty here, and a third of the bytes
+    # 128 colours are enough, and make the notebook's file a third as large
     Image.open(drawn).convert("RGB").quantize(128).save(small, "png", optimize=True)
     return Picture(small.getvalue())
 
 
 class Film:
-    """An mp4 that plays inside a notebook: the file travels in the page as base64."""
+    """An mp4 that plays inside a notebook, which stores it as base64."""
 
     def __init__(self, path, width=320):
         self.mp4, self.width = Path(path).read_bytes(), width
@@ -97,13 +80,13 @@ class Film:
 
 
 def draw_masks(cfg, blocks=4, window=None):
-    """The four masks of a clip, tokens coloured by the stream of the key, blocks marked."""
+    """Draw the four masks of a clip: the colour is that of the key's stream, lines mark blocks."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
     all_masks = masks.four_masks(cfg, blocks, window)
     video, audio = masks.video_token_blocks(blocks, cfg), masks.audio_token_blocks(blocks, cfg)
     for ax, site in zip(axes.flat, masks.SITES):
-        from_video = site in ("video_self", "a2v")
-        to_video = site in ("video_self", "v2a")
+        from_video = site in ("video_self", "a2v")  # the queries
+        to_video = site in ("video_self", "v2a")  # the keys
         image = np.ones((*all_masks[site].shape, 3))
         image[all_masks[site].numpy()] = matplotlib.colors.to_rgb(VIDEO if to_video else AUDIO)
         if not to_video:
@@ -118,7 +101,7 @@ def draw_masks(cfg, blocks=4, window=None):
 
 
 def _mark_blocks(ax, rows, columns, cfg):
-    """Lines at block borders, labels in blocks and seconds."""
+    """Draw lines at block borders, and label blocks with their seconds."""
     for blocks, line, axis in ((rows, ax.axhline, ax.yaxis), (columns, ax.axvline, ax.xaxis)):
         starts = (blocks[1:] != blocks[:-1]).nonzero()[:, 0] + 1
         for start in starts.tolist():
@@ -126,26 +109,29 @@ def _mark_blocks(ax, rows, columns, cfg):
         edges = [0, *starts.tolist(), len(blocks)]
         names = []
         for k in range(len(edges) - 1):
-            low, high = masks.block_seconds(k, cfg)
+            low, high = masks.block_interval(k, cfg)
             names.append(f"B{k}\n{low:g}-{high:g} s" if k else "B0")
         axis.set_ticks([(a + b) / 2 - 0.5 for a, b in zip(edges, edges[1:])], names, fontsize=7)
 
 
 def draw_slots(moments, pinned=1):
-    """What lies in the slots of a cache: {moment: [block in slot 0, in slot 1, ...]}.
+    """Draw which block lies in which slot of a cache: {moment: [block in slot 0, slot 1, ...]}.
 
     The first `pinned` slots are grey; the slot of the newest block is framed.
     """
     width = max(map(len, moments.values()))
-    figure, ax = plt.subplots(
-        figsize=(0.6 * width + 2.2, 0.42 * len(moments) + 0.7), layout="constrained"
-    )
+    size = 0.6 * width + 2.2, 0.42 * len(moments) + 0.7
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
     for row, blocks in enumerate(moments.values()):
         for slot, block in enumerate(blocks):
-            colour = SINK if slot < pinned else VIDEO
             is_new = block == max(blocks)
-            edge = dict(ec="black" if is_new else "white", lw=2, zorder=2 if is_new else 1)
-            ax.add_patch(plt.Rectangle((slot - 0.44, row - 0.4), 0.88, 0.8, fc=colour, **edge))
+            box = plt.Rectangle(
+                (slot - 0.44, row - 0.4), 0.88, 0.8, lw=2,
+                fc=SINK if slot < pinned else VIDEO,
+                ec="black" if is_new else "white",
+                zorder=2 if is_new else 1,  # the frame lies over its neighbours
+            )  # fmt: skip
+            ax.add_patch(box)
             ax.text(slot, row, str(block), ha="center", va="center", color="white", zorder=3)
     ax.set(xlim=(-0.6, width - 0.4), ylim=(len(moments) - 0.4, -0.6), xlabel="slot of the cache")
     ax.set_xticks(range(width))
@@ -156,40 +142,8 @@ def draw_slots(moments, pinned=1):
 # ---- clips ----
 
 
-def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_second=4):
-    """Contact sheet of a clip above the bands of its sound; the toy's impacts and onsets marked.
-
-    frames   (P, 3, H, W) in [0, 1], all frames from time 0 on
-    sound    (M, bands) levels
-    """
-    seconds = (len(frames) - 1) / cfg.fps
-    rows = max(1, int(np.ceil(seconds / row_seconds)))
-    width = min(row_seconds, max(1, seconds))
-    second, picture, bands = 1.8, 1.8 / per_second, 1.2  # inches
-    figure, axes = plt.subplots(
-        2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
-        gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
-    )  # fmt: skip
-    events = clip_events(frames, sound, cfg)
-    for r in range(rows):
-        pair = axes[2 * r : 2 * r + 2, 0]
-        _draw_stretch(pair, frames, sound, events, r * row_seconds, width, per_second, cfg)
-    axes[-1, 0].set_xlabel("seconds")
-    marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
-    figure.suptitle(title + (marks if cfg.is_toy else ""))
-    return figure
-
-
-def clip_events(frames, sound, cfg):
-    """(times, walls) of what is seen and of what is heard; the detectors know the toy's ball."""
-    if not cfg.is_toy:
-        return ((), ()), ((), ())
-    ball = toy_detectors.see_ball(frames[None])
-    return toy_detectors.find_impacts(ball, cfg)[0], toy_detectors.find_onsets(sound[None], cfg)[0]
-
-
 def draw_gallery(title, clips, seconds=5, per_second=4, cfg=config.TOY):
-    """Strips above their sound, events marked: {name: (frames, levels, second to start at)}."""
+    """Draw `seconds` of several clips: {name: (frames, levels, second to start at)}."""
     figure, axes = plt.subplots(
         2 * len(clips), 1, figsize=(1.8 * seconds + 1.4, 1.5 * len(clips) + 0.8),
         gridspec_kw={"height_ratios": [0.45, 0.9] * len(clips)}, squeeze=False,
@@ -197,65 +151,21 @@ def draw_gallery(title, clips, seconds=5, per_second=4, cfg=config.TOY):
     )  # fmt: skip
     for i, (name, (frames, sound, start)) in enumerate(clips.items()):
         pair, events = axes[2 * i : 2 * i + 2, 0], clip_events(frames, sound, cfg)
-        _draw_stretch(pair, frames, sound, events, start, seconds, per_second, cfg)
+        draw_stretch(pair, frames, sound, events, start, seconds, per_second, cfg)
         pair[0].set_ylabel(name, rotation=0, ha="right", va="center")
     figure.suptitle(title)
     return figure
 
 
-def _draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
-    """`width` seconds of a clip in two axes: a strip, and below it the sound, events marked."""
-    _draw_strip(pair[0], frames, start, width, per_second, cfg)
-    _draw_bands(pair[1], sound, start, width, cfg)
-    for ax, (times, walls), marker in zip(pair, events, "v^"):
-        for time, wall in zip(times, walls):
-            if start <= time < start + width:
-                _mark(ax, float(time), int(wall), marker)
-
-
-def _draw_strip(ax, frames, start, width, per_second, cfg):
-    step = round(cfg.fps / per_second)
-    first = start * cfg.fps + step // 2
-    pictures = frames[first : int((start + width) * cfg.fps) + 1 : step]
-    if len(pictures):
-        image = torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()
-        end = start + len(pictures) / per_second
-        ax.imshow(image, extent=(start, end, 0, 1), aspect="auto", interpolation="nearest")
-    for border in np.arange(start, start + width, 1 / per_second):
-        ax.axvline(border, color="white", lw=0.5)
-    ax.set(xlim=(start, start + width), ylim=(0, 1), xticks=[], yticks=[])
-
-
-def _draw_bands(ax, sound, start, width, cfg):
-    piece = sound[start * cfg.mel_rate : int((start + width) * cfg.mel_rate) + 1]
-    end = start + len(piece) / cfg.mel_rate
-    low, high = (0, 1) if cfg.is_toy else (float(sound.min()), float(sound.max()))
-    ax.imshow(
-        piece.T.numpy(), extent=(start, end, 0, piece.shape[1]), origin="lower", aspect="auto",
-        cmap="magma", vmin=low, vmax=high, interpolation="nearest",
-    )  # fmt: skip
-    if cfg.is_toy:
-        ax.set_yticks([b + 0.5 for b in toy_world.WALL_BANDS], toy_world.WALLS, fontsize=7)
-    ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
-    ax.tick_params(axis="x", labelsize=7)
-
-
-def _mark(ax, time, wall, marker):
-    low, high = ax.get_ylim()
-    y = high if marker == "v" else low
-    ax.plot(time, y, marker, color=WALL_COLOURS[wall], ms=7, clip_on=False, zorder=5, mec="white")
-    ax.axvline(time, color=WALL_COLOURS[wall], lw=0.8, alpha=0.7)
-
-
 def draw_strips(clips, per_second=3, cfg=config.TOY):
-    """Clips below each other, for comparison: {label: frames (P, 3, H, W) in [0, 1]}."""
+    """Draw the frames of clips below each other: {label: frames (P, 3, H, W) in [0, 1]}."""
     seconds = max(1 / per_second, max(len(f) - 1 for f in clips.values()) / cfg.fps)
+    size = 10, 0.35 + len(clips) * 10 / (seconds * per_second)
     figure, axes = plt.subplots(
-        len(clips), 1, figsize=(10, 0.35 + len(clips) * 10 / (seconds * per_second)), squeeze=False,
-        layout="constrained",
+        len(clips), 1, figsize=size, squeeze=False, layout="constrained"
     )  # fmt: skip
     for ax, (label, frames) in zip(axes[:, 0], clips.items()):
-        _draw_strip(ax, frames, 0, seconds, per_second, cfg)
+        draw_strip(ax, frames, 0, seconds, per_second, cfg)
         ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     axes[-1, 0].set_xticks(np.arange(int(seconds) + 1, step=max(1, int(seconds) // 12)))
     axes[-1, 0].set_xlabel("seconds", fontsize=8)
@@ -268,12 +178,12 @@ def draw_strips(clips, per_second=3, cfg=config.TOY):
 def draw_maps(
     maps, colour=VIDEO, xlabel="key", ylabel="query", extent=None, numbers=False, marks=()
 ):
-    """Tables of numbers side by side, zero white: {title: (rows, columns)}.
+    """Draw tables of numbers side by side, zero in white: {title: (rows, columns)}.
 
-    colour    one for all, or one for each
+    colour    one for all tables, or a list with one for each
     extent    (left, right, bottom, top) in the units of the labels; default: row and column
     numbers   write each number into its field
-    marks     places on both axes to be marked by lines
+    marks     positions to mark with a line on both axes
     """
     colours = [colour] * len(maps) if isinstance(colour, str) else colour
     figure, axes = plt.subplots(
@@ -291,9 +201,9 @@ def draw_maps(
             axis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         for (row, column), value in np.ndenumerate(values.numpy()) if numbers else ():
             ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=8)
-        for place in marks:
-            ax.axvline(place, color="black", lw=0.5, ls=":")
-            ax.axhline(place, color="black", lw=0.5, ls=":")
+        for position in marks:
+            ax.axvline(position, color="black", lw=0.5, ls=":")
+            ax.axhline(position, color="black", lw=0.5, ls=":")
     return figure
 
 
@@ -301,7 +211,7 @@ def draw_maps(
 
 
 def draw_lines(lines, xlabel, ylabel, title="", **limits):
-    """Curves of one picture: {label: values} or {label: (x, values)}.
+    """Draw curves into one picture: {label: values} or {label: (x, values)}.
 
     limits   further settings of the axes, e.g. ylim=(0, 1), yscale="log"
     """
@@ -318,9 +228,9 @@ def draw_lines(lines, xlabel, ylabel, title="", **limits):
 
 
 def draw_plane(panels, arrows=None, reach=4.0):
-    """Points of the plane: {title: {label: (n, 2)}}, one panel each.
+    """Draw points of the plane, one panel for each title: {title: {label: (n, 2)}}.
 
-    arrows   {title: (places (n, 2), directions (n, 2))}
+    arrows   {title: (positions (n, 2), directions (n, 2))}
     """
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3.5 * len(panels), 3.6), squeeze=False, layout="constrained"
@@ -329,19 +239,19 @@ def draw_plane(panels, arrows=None, reach=4.0):
         for (label, points), colour in zip(sets.items(), CURVES):
             ax.plot(*torch.as_tensor(points).T, ".", ms=3, alpha=0.5, color=colour, label=label)
         if arrows and title in arrows:
-            places, directions = (torch.as_tensor(a).T for a in arrows[title])
-            ax.quiver(*places, *directions, color="black", width=0.005, angles="xy")
+            positions, directions = (torch.as_tensor(a).T for a in arrows[title])
+            ax.quiver(*positions, *directions, color="black", width=0.005, angles="xy")
         ax.set(title=title, xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         ax.legend(fontsize=7, loc="lower left", markerscale=4)
     return figure
 
 
 def draw_calls(calls):
-    """Passes of a rollout in order: (block, sigma, has_gradient); sigma = 0 is a refresh."""
+    """Draw the passes of a rollout in order: (block, sigma, has_gradient); sigma 0 is a refresh."""
     figure, ax = plt.subplots(figsize=(9, 2.8), layout="constrained")
     for i, (block, sigma, has_gradient) in enumerate(calls):
         colour = CURVES[2 if has_gradient else 3 if sigma == 0 else 0]
-        ax.bar(i, sigma + 0.03, color=colour)
+        ax.bar(i, sigma + 0.03, color=colour)  # a refresh, too, is visible
         if i == 0 or calls[i - 1][0] != block:
             ax.axvline(i - 0.5, color="black", lw=0.8)
             ax.text(i - 0.4, 1.08, f"block {block}", fontsize=8)
@@ -354,13 +264,148 @@ def draw_calls(calls):
     return figure
 
 
-def main():
-    p = cli.parser(__doc__)
-    p.add_argument("--config", default="toy", help=f"one of {', '.join(config.CONFIGS)}")
-    p.add_argument("--blocks", type=int, default=4, help="of the clip")
-    p.add_argument("--window", type=int, help="blocks remembered; default all")
-    p.add_argument("--out", default="assets/masks.png", help="picture to write")
-    args = p.parse_args()
+# ---- trainings ----
+
+NOISE_RANGES = {  # of the teacher's video loss: label and line
+    "low": ("video, sigma < .4", ":"),
+    "mid": ("video, .4 - .7", "--"),
+    "high": ("video, > .7", "-."),
+}
+
+
+def draw_loss(log, title):
+    """Draw the losses of a training log, a list of {"step": .., name: ..}."""
+    figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
+    steps = [row["step"] for row in log]
+    for name in log[0]:
+        if name not in ("step", "norm", "loss"):
+            colour = {"video": VIDEO, "audio": AUDIO}.get(name, SINK)
+            label, line = NOISE_RANGES.get(name, (name, "-"))
+            ax.plot(steps, [row[name] for row in log], line, color=colour, lw=1.2, label=label)
+    ax.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+    ax.legend(fontsize=7)
+    ax.grid(alpha=0.3)
+    return figure
+
+
+def draw_losses(folder="results"):
+    """Write a picture of every training log in the folder."""
+    for path in sorted(Path(folder).glob("*_curve.json")):
+        name = path.stem.removesuffix("_curve")
+        save(draw_loss(json.loads(path.read_text()), name), path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
+
+
+# ---- evaluation and ablations ----
+
+DRIFT = {  # metric: label and limits of the axis
+    "f1": ("F1", (0, 1.02)),
+    "impacts_rate": ("impacts / truth", (0, 1.25)),
+    "onsets_rate": ("onsets / truth", (0, 1.25)),
+    "caption": ("caption shown", (0, 1.02)),
+    "whole": ("one whole ball", (0, 1.02)),
+    "kept": ("identity kept", (-0.1, 1.02)),
+}
+
+
+def draw_drift(by_time, step=1):
+    """Draw metrics along streams: {name: [metrics of the first `step` seconds, the next, ...]}.
+
+    name   "student", or "student, condition": each student has a line, each condition a colour
+    """
+    students, conditions = (
+        list(dict.fromkeys(x)) for x in zip(*(n.partition(", ")[::2] for n in by_time))
+    )
+    figure, axes = plt.subplots(2, 3, figsize=(12.5, 5), layout="constrained", sharex=True)
+    for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
+        for name, rows in by_time.items():
+            student, _, condition = name.partition(", ")
+            line, colour = students.index(student), conditions.index(condition)
+            colour = line if len(conditions) == 1 else colour
+            ax.plot(
+                (np.arange(len(rows)) + 0.5) * step, [row[metric] for row in rows],
+                ("--", "-", ":")[line % 3], color=CURVES[colour % len(CURVES)], label=name, lw=1.3,
+            )  # fmt: skip
+        ax.set(title=label, ylim=limits)
+        ax.grid(alpha=0.3)
+    for ax in axes[1]:
+        ax.set_xlabel("second of the stream")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def draw_joint(results):
+    """Draw how well video and audio match: {name: {metric: [value, low, high]}}."""
+    return _draw_rows(results, {"f1": "F1", "wall": "sound from the wall that was hit"})
+
+
+def draw_streams(results):
+    """Draw how streams end: {name: {metric: [value, low, high]}}."""
+    titles = {
+        "f1": "F1",
+        "onsets_rate": "onsets, share of the truth's",
+        "kept": "identity kept",
+        "spread": "spread of identities",
+    }
+    return _draw_rows(results, titles)
+
+
+def _draw_rows(results, titles):
+    """Draw a bar with its interval for each result, and a panel for each {metric: title}."""
+    size = 3 + 3.5 * len(titles), 1.2 + 0.24 * len(results)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, layout="constrained", sharey=True)
+    for ax, (metric, title) in zip(axes, titles.items()):
+        values = np.array([row[metric] for row in results.values()], dtype=float)
+        _bars(ax, values[:, 0], results, title, xerr=np.abs(values[:, 1:] - values[:, :1]).T)
+        ax.set_xlim(0, np.nanmax(values, initial=1.05))  # bars with their intervals
+    axes[0].invert_yaxis()
+    return figure
+
+
+def draw_sinks(results):
+    """Draw a sink ablation: {variant: {"max_norm": .., ...}}; no bar where training broke down."""
+    columns = ("max_norm", "a0_norm", "loss", "entropy", "share")
+    figure, axes = plt.subplots(1, 5, figsize=(13, 5), layout="constrained", sharey=True)
+    for ax, column in zip(axes, columns):
+        values = [row.get(column, np.nan) for row in results.values()]
+        _bars(ax, values, results, column.replace("_", " "))
+        if column.endswith("norm") and np.isfinite(values).any():
+            ax.set_xscale("log")
+    axes[0].invert_yaxis()
+    return figure
+
+
+def _bars(ax, values, names, title, xerr=None):
+    """Draw horizontal bars, one for each name."""
+    ax.barh(range(len(values)), values, color=SINK, xerr=xerr)
+    ax.set(title=title, yticks=range(len(values)), yticklabels=names)
+    ax.grid(alpha=0.3, axis="x")
+
+
+# ---- imports ----
+
+
+def draw_imports(order):
+    """Draw files from top to bottom, with an arc from each file up to every file it imports."""
+    figure, ax = plt.subplots(figsize=(6, 0.27 * len(order)), layout="constrained")
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 40)
+    for i, file in enumerate(order):
+        ax.text(-0.2, i, file, ha="right", va="center", fontsize=9)
+        for j in (order.index(other) for other in imports_of(file)):
+            ax.plot(
+                0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2,
+                color=CURVES[j % len(CURVES)], lw=0.8,
+            )  # fmt: skip
+    ax.set(xlim=(-5, 0.3 * len(order)), ylim=(len(order), -1))
+    ax.axis("off")
+    return figure
+
+
+# ---- command line ----
+
+
+def check(args):
+    """Return the config.  Raises ValueError for masks that cannot be drawn."""
     cfg = cli.find_config(args.config)
     if args.blocks < 1:
         raise ValueError(f"--blocks {args.blocks}: expected 1 or more")
@@ -368,9 +413,31 @@ def main():
         raise ValueError(f"--window {args.window}: expected 0 or more")
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
-    save(draw_masks(cfg, args.blocks, args.window), args.out)
-    print(f"wrote {args.out}")
+    return cfg
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("picture", choices=("masks", "losses", "imports"), help="which pictures to draw")
+    p.add_argument(
+        "--config", default="toy", help=f"masks: one of {', '.join(config.CONFIGS)}"
+    )  # fmt: skip
+    p.add_argument("--blocks", type=int, default=4, help="masks: blocks of the clip")
+    p.add_argument("--window", type=int, help="masks: past blocks that are visible; default all")
+    p.add_argument("--out", help="masks, imports: file to write; default assets/PICTURE.png")
+    args = p.parse_args()
+    if args.picture == "losses":
+        draw_losses()
+        return
+    if args.picture == "masks":
+        figure = draw_masks(check(args), args.blocks, args.window)
+    else:
+        figure = draw_imports(ORDER)
+    out = args.out or f"assets/{args.picture}.png"
+    save(figure, out)
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

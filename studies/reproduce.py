@@ -1,70 +1,79 @@
-"""What is shipped and quoted, made anew, command by command; other numbers name their own command.
+"""Make the released weights, the results and the pictures again, command by command.
 
     python -m studies.reproduce             hours: codec, teacher, three stages, tables, pictures
-    python -m studies.reproduce --controls  hours more: other seeds and the trainings of `studies/compare.py
-                                    controls`, and of `studies/ablations.py`, and their tables
-    python -m studies.reproduce --quick     minutes: three short stages from the shipped teacher, a table
-    python -m studies.reproduce --gpu       minutes: tests on a GPU, and the tables of benchmarks/README.md
-    python -m studies.reproduce --list      say it only
+    python -m studies.reproduce --controls  more hours: the students of `studies.compare controls`
+                                            and `memory`, the ablations, and their tables
+    python -m studies.reproduce --quick     minutes: three short stages from the released teacher
+    python -m studies.reproduce --gpu       minutes: GPU tests, tables of benchmarks/README.md
+    python -m studies.reproduce --list      prints the commands and runs none
 
-A training that was stopped goes on where it was, and one that is done is not done again, so this
-may be interrupted and started again at any time. The full run writes over weights/ and results/
-(the same numbers, on the same kind of machine); the others write their weights to runs/ (all but
-those of --config toy_released, which are shipped too), their tables and curves to results/.
+You may interrupt and start again at any time: an unfinished training continues, a finished one is
+not repeated. Only the full run writes over weights/, with the same numbers on the same kind of
+machine, and --controls over the released student of toy_released. All other weights go to runs/,
+tables and loss curves to results/.
 """
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from plumbing import cli
-from studies import compare as experiments
+from studies import compare
 
 ROOT = Path(__file__).parent.parent
 
-MINUTES = {"ode_regression.py": 30, "self_forcing.py": 20}  # of a training, on two CPU cores
+# (command, minutes on two CPU cores)
+FULL = [
+    ("-m toy.codec --fit", 1),
+    ("teacher.py --out weights/toy_teacher.safetensors", 99),
+    ("dmd.py --out weights/toy_dmd.safetensors", 15),
+    ("ode_regression.py --out weights/toy_ode_regression.safetensors", 30),
+    ("self_forcing.py --out weights/toy_self_forcing.safetensors", 20),
+    ("-m studies.evaluate", 4),
+    ("-m studies.compare drift", 7),
+    ("-m studies.compare joint", 4),
+    ("-m studies.compare gallery", 1),
+    ("-m studies.compare identity", 1),
+    ("-m studies.plots losses", 1),
+    ("generate.py --out assets/clip.mp4", 1),
+    ("-m studies.plots masks", 1),
+    ("-m studies.plots imports", 1),
+    ("-m benchmarks.bench_toy", 10),
+    ("notebooks/run.py", 3),
+]
 
 
 def trainings(students) -> list:
-    """Commands that the full run lacks, and minutes; only stage II is ever cut short."""
-    commands = dict.fromkeys(s.command for s in students.values() if s.command not in MINUTES)
-    return [(how, 7 if "--steps" in how else MINUTES[how.split()[0]]) for how in commands]
+    """Return the commands that train these students and are not in FULL, with their minutes."""
+    released = [command for command, _ in FULL]
+    commands = dict.fromkeys(s.command for s in students.values() if s.command not in released)
+    return [(command, minutes_of(command)) for command in commands]
 
 
-# command, and minutes
-FULL = [
-    ("toy/codec.py --fit", 1),
-    ("teacher.py", 99),
-    ("dmd.py", 15),
-    *MINUTES.items(),
-    ("studies/evaluate.py", 4),
-    ("studies/compare.py drift", 7),
-    ("studies/compare.py joint", 4),
-    ("studies/compare.py gallery", 1),
-    ("studies/compare.py identity", 1),
-    ("studies/plots.py losses", 1),
-    ("generate.py --out assets/clip.mp4", 1),
-    ("studies/plots.py", 1),
-    ("studies/plots.py imports", 1),
-    ("benchmarks/bench_toy.py", 10),
-    ("notebooks/run.py", 3),
-]
-MINUTE = shlex.join(name for name in experiments.CONTROLS if name.startswith("stage "))
+def minutes_of(command) -> int:
+    """Return the minutes of a training of stage II or III."""
+    if "--steps" in command:  # the short stage II
+        return 7
+    return 30 if command.startswith("ode_regression.py") else 20
+
+
+MINUTE = shlex.join(name for name in compare.CONTROLS if name.startswith("stage "))
 WINDOW_2 = "runs/controls/window_2.safetensors"
 CONTROLS = [
-    *trainings(experiments.CONTROLS),
-    ("studies/compare.py controls --clips 96 --seconds 20", 16),
+    *trainings(compare.CONTROLS),
+    ("-m studies.compare controls --clips 96 --seconds 20", 16),
     (
-        f"studies/compare.py controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute",
+        f"-m studies.compare controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute",
         16,
     ),
     (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
-    (f"studies/compare.py drift --student {WINDOW_2} --out results/drift_window_2", 4),
-    *trainings(experiments.MEMORY),
-    ("studies/compare.py memory --clips 96", 30),
-    ("studies/ablations.py sinks", 40),
-    ("studies/ablations.py switches", 30),
+    (f"-m studies.compare drift --student {WINDOW_2} --out results/drift_window_2", 4),
+    *trainings(compare.MEMORY),
+    ("-m studies.compare memory --clips 96", 30),
+    ("-m studies.ablations sinks", 40),
+    ("-m studies.ablations switches", 30),
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 5),
@@ -79,19 +88,19 @@ QUICK = [
         8,
     ),
     (
-        "studies/evaluate.py --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
+        "-m studies.evaluate --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
         "--student runs/quick/quick_ode_regression.safetensors "
         "runs/quick/quick_self_forcing.safetensors --out results/quick",
         2,
     ),
 ]
-# for one GPU of 80 GB; minutes are a guess until there has been one
-KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_graphs.py"  # none of them needs av
+# For one GPU of 80 GB. The minutes are a guess: not measured yet.
+KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_graphs.py"  # they run without av
 GPU = [
     (f"-m pytest -m 'gpu and not slow' {KERNEL_TESTS}", 2),
-    ("benchmarks/bench_attention.py", 1),
-    ("benchmarks/bench_generate.py", 9),
-    ("benchmarks/bench_decode.py", 2),
+    ("-m benchmarks.bench_attention", 1),
+    ("-m benchmarks.bench_generate", 9),
+    ("-m benchmarks.bench_decode", 2),
     (f"-m pytest -m 'gpu and slow' {KERNEL_TESTS}", 5),  # compute-sanitizer
 ]
 
@@ -99,9 +108,9 @@ GPU = [
 def main():
     p = cli.parser(__doc__)
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="short stages from the shipped teacher")
-    which.add_argument("--controls", action="store_true", help="trainings that are not shipped")
-    which.add_argument("--gpu", action="store_true", help="what only a GPU can tell")
+    which.add_argument("--quick", action="store_true", help="short stages from released teacher")
+    which.add_argument("--controls", action="store_true", help="trainings that are not released")
+    which.add_argument("--gpu", action="store_true", help="everything that needs a GPU")
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
     steps = QUICK if args.quick else CONTROLS if args.controls else GPU if args.gpu else FULL
@@ -112,17 +121,26 @@ def main():
         print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
         if not args.list and (status := run(command)):
             failed.append(f"python {command}: exit status {status}")
-            if not args.gpu:  # there, nothing needs what comes before it, and time is dear
+            if not args.gpu:  # on a GPU, no command needs another one, and time is expensive
                 break
+    if args.controls and not args.list:
+        copy_curves()
     print(f"about {total // 60} h {total % 60} min on {where}")
     if failed:
         raise ValueError(f"{'; '.join(failed)}; start again to go on from there")
 
 
 def run(command) -> int:
-    """Its exit status; what it says is shown as it comes."""
+    """Run a command, with its output shown at once; return its exit status."""
     return subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
 
 
+def copy_curves():
+    """Copy loss curves to results/: a training in runs/ writes its curve beside its weights."""
+    for curve in (ROOT / "runs" / "controls").glob("*_curve.json"):
+        shutil.copy(curve, ROOT / "results")
+
+
 if __name__ == "__main__":
-    cli.run(main)
+    with cli.one_line_errors():
+        main()

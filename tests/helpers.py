@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import config
-from film import decoders
+from full_size import decoders
 from masks import block_span, clip_span
 from model import OmniTransformer
 from plumbing import cli
@@ -53,7 +53,7 @@ def random_model(cfg, dtype=torch.float64, seed=0):
 
 def random_text(model, cfg, length=3, clips=1):
     """Random caption features as the layers read them."""
-    like = model.video.patchify.weight
+    like = model.video.proj_in.weight
     features = torch.randn(clips, length, cfg.caption_width, dtype=like.dtype)  # on the CPU: alike
     return model.project_text(features.to(like.device))
 
@@ -77,10 +77,12 @@ def block_rows(k, cfg):
 
 def run_here(script, arguments, monkeypatch, capsys):
     """Run a module's command line in this process: -> exit status, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    name = Path(script.__file__).relative_to(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(name), *map(str, arguments)])
     status = 0
     try:
-        cli.run(script.main)
+        with cli.one_line_errors():
+            script.main()
     except SystemExit as end:
         status = end.code
     return status, *capsys.readouterr()
@@ -103,9 +105,9 @@ def options_of(script) -> set[str]:
     )
 
 
-def tiny_decoder_kinds():
-    """`decoders.kinds` with the smallest networks of the same classes."""
-    (vae, _), (audio_vae, _), (vocoder, _) = decoders.kinds().values()
+def tiny_decoder_classes():
+    """`decoders.decoder_classes` with the smallest networks of the same classes."""
+    (vae, _), (audio_vae, _), (vocoder, _) = decoders.decoder_classes().values()
     video = dict(
         block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4, decoder_causal=False,
@@ -118,7 +120,7 @@ def tiny_decoder_kinds():
 def random_decoders():
     """Those networks with random weights and statistics."""
     torch.manual_seed(0)
-    nets = [kind(**options) for kind, options in tiny_decoder_kinds().values()]
+    nets = [kind(**options) for kind, options in tiny_decoder_classes().values()]
     for net in nets[:2]:
         net.latents_mean.normal_()
         net.latents_std.uniform_(0.5, 2)

@@ -1,4 +1,4 @@
-"""Ablations: what is measured is what it says, and the command lines run end to end."""
+"""Ablations measure what they say, and their command lines run from start to end."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def span_of(cfg):
 
 @pytest.mark.parametrize("S", [0, 4])
 def test_the_probe_sees_what_the_first_audio_latent_may_see(S):
-    """Weights over sinks and A0 that sum to 1; alone it has entropy 0; outputs do not change."""
+    """Weights over sinks and A0 sum to 1; without sinks entropy is 0; outputs do not change."""
     cfg = replace(TINY, num_sinks=S)
     net, masks = random_model(cfg, torch.float32), four_masks(cfg, BLOCKS)
     probe, plain = ablations.A0Probe(masks, S), kv_cache.MaskedView(masks)
@@ -45,7 +45,7 @@ def test_the_probe_sees_what_the_first_audio_latent_may_see(S):
 
 
 def test_other_attentions_are_other_attentions():
-    """Without q/k norm, with large logits, behind a closed gate: the velocities differ."""
+    """Without q/k norm, with large logits, with a closed gate: the velocities differ."""
     args = None
     for change in CHANGES:
         net = random_model(TINY, torch.float32)
@@ -59,22 +59,22 @@ def test_other_attentions_are_other_attentions():
 
 
 def test_the_gradient_of_block_0_is_that_of_block_0(monkeypatch):
-    """Noise in any other block would change the loss: all of them are clean."""
+    """All other blocks are clean: their noisy states do not change the loss."""
     net = model.build(TINY)
-    walks = [torch.stack([random_clip(TINY, BLOCKS, 8, torch.float32)[i] for _ in range(5)], 1)
-             for i in (0, 1)]  # fmt: skip
-    data = torch.ones(8, 3, dtype=torch.long), *walks
+    states = [torch.stack([random_clip(TINY, BLOCKS, 8, torch.float32)[i] for _ in range(5)], 1)
+              for i in (0, 1)]  # fmt: skip
+    data = torch.ones(8, 3, dtype=torch.long), *states
     view = kv_cache.MaskedView(four_masks(TINY, BLOCKS))
     loss = ablations.block_0_loss(net, data, view, 0)
-    walks[1][:, :4, 1:] += 1  # noisy audio states behind A0
+    states[1][:, :4, 1:] += 1  # noisy audio states after A0
     assert torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
-    walks[1][:, :4, 0] += 1
+    states[1][:, :4, 0] += 1
     assert not torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command line from untrained weights and walks of no meaning -> the result."""
+    """A function that runs the command line with untrained weights and random trajectories."""
     paths = [tmp_path / f"toy_{name}.safetensors" for name in ("dmd", "teacher")]
     for path in paths:
         weights = model.build(config.TOY_TEACHER).state_dict()
@@ -82,8 +82,8 @@ def run(tmp_path, monkeypatch, capsys):
 
     def draw(net, sigmas, seeds, *_):
         clips = [random_clip(config.TOY, BLOCKS, len(seeds), torch.float32) for _ in range(5)]
-        walks = (torch.stack(states, 1) for states in zip(*clips))
-        return torch.ones(len(seeds), 3, dtype=torch.long), *walks
+        states = (torch.stack(parts, 1) for parts in zip(*clips))
+        return torch.ones(len(seeds), 3, dtype=torch.long), *states
 
     monkeypatch.setattr(ablations.ode_regression, "draw_trajectories", draw)
 
@@ -93,7 +93,8 @@ def run(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", ["studies/ablations.py", *map(str, arguments + made + out)]
         )
-        cli.run(ablations.main)
+        with cli.one_line_errors():
+            ablations.main()
         assert (tmp_path / "x.png").exists()
         return json.loads((tmp_path / "x.json").read_text())["result"]
 
@@ -101,7 +102,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_sinks_from_the_command_line(run, tmp_path, monkeypatch):
-    """Two variants, a few steps: table, JSON and picture; with sinks there is a share."""
+    """Two variants, a few steps: table, JSON and picture; sinks get a share of attention."""
     monkeypatch.setattr(ablations, "BURN_IN", 1)
     monkeypatch.setattr(ablations, "PROBE_EVERY", 1)
     result = run("sinks", "--steps", 2, "--only", "S = 0", "S = 16")
@@ -112,7 +113,7 @@ def test_sinks_from_the_command_line(run, tmp_path, monkeypatch):
 
 def test_a_training_that_breaks_down_is_reported(run, tmp_path, monkeypatch):
     """Not finite is a result, not a crash."""
-    monkeypatch.setattr(ablations.training.Learner, "update", lambda self, loss, step: _raise(step))
+    monkeypatch.setattr(ablations.trainer.Learner, "update", lambda self, loss, step: _raise(step))
     run("sinks", "--steps", 12, "--only", "S = 0")
     assert "step 0: the loss is nan" in (tmp_path / "x.md").read_text()
 
@@ -122,19 +123,19 @@ def _raise(step):
 
 
 def test_switches_from_the_command_line(run, tmp_path, monkeypatch):
-    """Longer blocks, and the teacher's walks in a file of their own; two rows for each."""
+    """Two rows per variant; the teacher's trajectories have a file of their own."""
     monkeypatch.setattr(ablations.evaluate, "RESAMPLES", 3)
     monkeypatch.setattr(ablations, "STREAMED", 10)
     names = "1+6k, 1+50k, blocks of 2 s", "stage I left out"
     result = run("switches", "--steps", 1, "--clips", 2, "--only", *names)
     assert list(result) == [f"{n}, {t} s" for n in names for t in ("0-5", "5-10")]
-    assert {p.name for p in tmp_path.glob("*walks*")} == {
-        "dmd_walks.safetensors", "teacher_walks.safetensors"
+    assert {p.name for p in tmp_path.glob("*trajectories*")} == {
+        "dmd_trajectories.safetensors", "teacher_trajectories.safetensors"
     }  # fmt: skip
 
 
 def test_an_interrupted_run_goes_on_at_the_variant_where_it_was(run, tmp_path, monkeypatch):
-    """What was measured is kept, and only until the run is done; another command starts anew."""
+    """Finished rows are kept until the run is complete; another command starts anew."""
     measured = []
 
     def measure(name):
@@ -159,7 +160,7 @@ def draw_none(results):
 
 
 def test_an_unknown_variant_is_refused(run, capsys):
-    """One line that lists what there is."""
+    """The error lists the known variants."""
     with pytest.raises(SystemExit, match="2"):
         run("sinks", "--only", "S = 7")
     assert "--only 'S = 7': expected some of 'S = 0' 'S = 2'" in capsys.readouterr().err
@@ -176,15 +177,15 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
-    """Exit status 2, before any walk is drawn."""
-    monkeypatch.setattr(ablations, "start_and_walks", None)
-    monkeypatch.setattr(ablations.evaluate, "judge", None)
+    """Exit status 2, before any trajectory is drawn."""
+    monkeypatch.setattr(ablations, "start_and_trajectories", None)
+    monkeypatch.setattr(ablations.evaluate, "measure_all", None)
     status, out, err = run_here(ablations, (*arguments, "--run", tmp_path), monkeypatch, capsys)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
 
 
 def test_the_result_says_how_it_was_measured(run, tmp_path, monkeypatch):
-    """A line that repeats it, with what, where and when."""
+    """The command that repeats it, with device, versions and date."""
     fake = ablations.SINKS, 11, lambda args: lambda name: {name: {}}, str, draw_none
     monkeypatch.setitem(ablations.ABLATIONS, "sinks", fake)
     run("sinks", "--only", "S = 0")
@@ -195,7 +196,7 @@ def test_the_result_says_how_it_was_measured(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("switch", ablations.SWITCHES.values(), ids=list(ablations.SWITCHES))
 def test_a_clip_of_training_just_fits_into_the_window(switch):
-    """Nothing of it is forgotten, and one block further something is."""
+    """Nothing is evicted in a training clip; one block later, something is."""
     blocks = num_blocks(switch.seconds, switch.cfg)
     view = kv_cache.CachedView(switch.cfg, blocks + 1, switch.window)
     view.block = blocks - 1
@@ -205,20 +206,20 @@ def test_a_clip_of_training_just_fits_into_the_window(switch):
 
 
 @pytest.mark.parametrize("seconds, blocks", [(1, 5), (2, 2)])
-def test_walks_are_cut_to_whole_blocks(seconds, blocks):
-    """Five seconds, or four in blocks of two; the rest of a walk is not touched."""
+def test_trajectories_are_cut_to_complete_blocks(seconds, blocks):
+    """Five seconds, or four in blocks of two; the beginning does not change."""
     cfg = replace(config.TOY, block_seconds=seconds)
     switch = ablations.Switch(cfg, seconds=seconds * blocks)
-    walks = torch.ones(3, 3), torch.randn(3, 5, 256, 48), torch.randn(3, 5, 126, 20)
-    tokens, video, audio = ablations.first_seconds(walks, switch)
+    trajectories = torch.ones(3, 3), torch.randn(3, 5, 256, 48), torch.randn(3, 5, 126, 20)
+    tokens, video, audio = ablations.first_seconds(trajectories, switch)
     tokens_v, frames_a = 16 * (1 + 3 * seconds * blocks), 1 + 25 * seconds * blocks
-    assert torch.equal(video, walks[1][:, :, :tokens_v]) and video.shape[2] == tokens_v
-    assert torch.equal(audio, walks[2][:, :, :frames_a]) and audio.shape[2] == frames_a
+    assert torch.equal(video, trajectories[1][:, :, :tokens_v]) and video.shape[2] == tokens_v
+    assert torch.equal(audio, trajectories[2][:, :, :frames_a]) and audio.shape[2] == frames_a
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_that_of_autocast(dtype):
-    """A product and its gradients, to the last bit; and they differ from float32's."""
+    """Products and gradients are equal bit by bit, and differ from those in float32."""
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(16, 9), torch.randn(3, 7, 16)
 
@@ -235,7 +236,7 @@ def test_half_precision_is_that_of_autocast(dtype):
 
 
 def test_half_precision_reaches_attention():
-    """What float16 cannot hold is not finite, as on a GPU."""
+    """Values that float16 cannot represent become infinite, as on a GPU."""
     q = torch.full((1, 1, 2, 4), 1e5)
     with ablations.HalfPrecision(torch.float16):
         out = torch.nn.functional.scaled_dot_product_attention(q, q, q)

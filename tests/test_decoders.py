@@ -1,4 +1,4 @@
-"""Piecewise decoding equals decoding everything at once, as far as context and look-ahead reach."""
+"""Chunked decoding equals decoding all at once, if context and look-ahead are long enough."""
 
 import copy
 from dataclasses import replace
@@ -8,24 +8,25 @@ import torch
 from helpers import random_decoders
 
 import config
-from film import decoders
-from film.decoders import Decoder, Overlap, Piecewise
+from film.decoders import ChunkedDecoder
+from full_size import decoders
+from full_size.decoders import Decoder, Overlap
 from masks import block_span
-from self_forcing import Block
+from rollout import Block
 
 CFG = replace(config.FULL, height=64, width=64)
 N = 4  # blocks
 
 
-def pieces(piecewise, x, sizes):
-    """Everything that comes out when x comes in by these sizes."""
+def chunks(decoder, x, sizes):
+    """All outputs, if x is given in parts of these sizes."""
     parts = x.split(sizes, dim=2)
-    out = [*map(piecewise.add, parts), piecewise.finish()]
+    out = [*map(decoder.add, parts), decoder.finish()]
     return [y for y in out if y is not None]
 
 
 def upsampler(reach, stride, first):
-    """A filter that looks `reach` inputs to both sides, then repeats: the rule of lengths."""
+    """A filter over `reach` inputs on either side, then repetition: the rule of lengths."""
     kernel = torch.rand(1, 1, 2 * reach + 1, generator=torch.Generator().manual_seed(0)) + 0.1
 
     def decode(x):
@@ -37,45 +38,45 @@ def upsampler(reach, stride, first):
 
 @pytest.mark.parametrize("stride, first", [(8, 1), (4, 1), (240, 240)])
 @pytest.mark.parametrize("sizes", [[1, 3, 3, 3, 3], [4, 3, 3, 3], [1] * 13, [13]])
-def test_pieces_with_enough_overlap_equal_the_whole(stride, first, sizes):
-    """Context and look-ahead as far as the filter looks, and one more for the short first input:
-    bitwise the same, whatever comes in when."""
+def test_chunks_with_enough_overlap_equal_decoding_at_once(stride, first, sizes):
+    """Context and look-ahead of the filter's reach, plus one for the short first input: bitwise
+    the same, in whatever parts the inputs come."""
     decode, x = upsampler(2, stride, first), torch.randn(1, 1, 13)
-    out = pieces(Piecewise(decode, stride, first, context=3, look_ahead=2), x, sizes)
+    out = chunks(ChunkedDecoder(decode, stride, first, context=3, look_ahead=2), x, sizes)
     assert torch.equal(torch.cat(out, 2), decode(x))
 
 
 def test_less_look_ahead_costs_exactness_but_no_output():
-    """The error grows as fewer later inputs are waited for; the lengths stay right."""
+    """The error grows with fewer later inputs; the lengths stay right."""
     decode, x = upsampler(2, 8, 1), torch.randn(1, 1, 13)
     errors = []
     for look_ahead in (2, 1, 0):
-        out = pieces(Piecewise(decode, 8, 1, 3, look_ahead), x, [1, 3, 3, 3, 3])
+        out = chunks(ChunkedDecoder(decode, 8, 1, 3, look_ahead), x, [1, 3, 3, 3, 3])
         assert torch.cat(out, 2).shape == (1, 1, 97)
         errors.append((torch.cat(out, 2) - decode(x)).square().mean())
     assert errors[0] == 0 < errors[1] < errors[2]
 
 
 def test_look_ahead_makes_the_first_output_wait():
-    """With two inputs of look-ahead the first input is decoded when the third is there."""
-    piecewise = Piecewise(upsampler(1, 8, 1), 8, 1, context=1, look_ahead=2)
+    """With a look-ahead of two, the first input is decoded when the third has come."""
+    chunked = ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=1, look_ahead=2)
     x = torch.randn(1, 1, 4)
-    out = [*(piecewise.add(x[:, :, i : i + 1]) for i in range(4)), piecewise.finish()]
+    out = [*(chunked.add(x[:, :, i : i + 1]) for i in range(4)), chunked.finish()]
     assert [None if y is None else y.shape[2] for y in out] == [None, None, 1, 8, 16]
 
 
 def test_memory_is_constant():
-    """However long the stream, only context and look-ahead are kept."""
-    piecewise = Piecewise(upsampler(1, 8, 1), 8, 1, context=2, look_ahead=1)
+    """Only context and look-ahead are kept, however long the stream is."""
+    chunked = ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=2, look_ahead=1)
     for _ in range(50):
-        piecewise.add(torch.randn(1, 1, 3))
-    assert piecewise.kept.shape[2] == 3
+        chunked.add(torch.randn(1, 1, 3))
+    assert chunked.kept.shape[2] == 3
 
 
 def test_a_short_first_input_needs_context():
-    """Without context every piece would begin with the short first input."""
+    """Without context, every chunk would begin with the short first input."""
     with pytest.raises(ValueError, match="context=0"):
-        Piecewise(upsampler(1, 8, 1), 8, 1, context=0)
+        ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=0)
 
 
 # ---- the published networks, tiny and random ----
@@ -112,7 +113,7 @@ def test_blocks_come_out_as_frames_and_samples(networks):
 
 
 def test_enough_overlap_gives_the_whole_clip(networks):
-    """All networks, all of the past and future given: the same as decoding at once."""
+    """All past and future as context: the same as decoding at once, for all networks."""
     once = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))
     vae, audio_vae, vocoder = networks
     whole = list(blocks())
@@ -126,14 +127,14 @@ def test_enough_overlap_gives_the_whole_clip(networks):
 
 
 def test_sound_has_no_seams(networks):
-    """The default overlap of audio decoder and vocoder is as good as the whole clip."""
+    """With the default overlap, sound is nearly that of decoding at once."""
     whole = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))[1]
     error = (decoded(networks, Overlap())[1] - whole).abs().max()
     assert error < 1e-3 * whole.abs().max()
 
 
 def test_pictures_get_better_with_look_ahead(networks):
-    """Error at the block borders against the whole clip: less with every latent of look-ahead."""
+    """The difference to decoding at once falls with every latent of look-ahead."""
     whole = decoded(networks, Overlap((99, 99)))[0]
     errors = [
         float((decoded(networks, Overlap((4, look_ahead)))[0] - whole).abs().mean())
@@ -150,7 +151,7 @@ def test_a_folder_that_lacks_a_part_is_refused(tmp_path):
 
 
 def test_channels_last_changes_the_layout_only(networks):
-    """Weights and films are the same but for rounding; the kernels of the VAE lie otherwise."""
+    """Weights are equal, results up to rounding; the kernels of the VAE have another layout."""
     plain = decoded(networks, Overlap())
     faster = copy.deepcopy(networks)
     decoders.channels_last(faster)
@@ -166,14 +167,14 @@ def test_channels_last_changes_the_layout_only(networks):
 
 
 def settings():
-    """What cuDNN may do."""
+    """The settings of cuDNN."""
     b = torch.backends.cudnn
     return b.enabled, b.benchmark, b.deterministic, b.allow_tf32, b.conv.fp32_precision
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_sound_is_made_of_all_bits_of_float32(networks, monkeypatch, allowed):
-    """No TF32 while the vocoder runs, and afterwards all is as it was, after an error too."""
+def test_the_vocoder_runs_in_full_float32(networks, monkeypatch, allowed):
+    """No TF32 while the vocoder runs; afterwards, and after an error, all settings are back."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     *others, vocoder = copy.deepcopy(networks)
     before, seen = settings(), []
@@ -183,13 +184,13 @@ def test_sound_is_made_of_all_bits_of_float32(networks, monkeypatch, allowed):
     decoder.finish()
     assert seen and settings() == before
     assert all(s[:3] == before[:3] and s[3] is False and s[4] != "tf32" for s in seen)
-    with pytest.raises(ZeroDivisionError), decoders.whole_float32():
+    with pytest.raises(ZeroDivisionError), decoders.no_tf32():
         raise ZeroDivisionError
     assert settings() == before
 
 
 def test_the_vocoder_is_read_as_it_was_saved(networks, tmp_path):
-    """Its float32 weights arrive bit by bit, while the two others are read as bfloat16."""
+    """Its weights stay float32, bit by bit, while the other two are read as bfloat16."""
     for net, name in zip(networks, decoders.PARTS):
         net.save_pretrained(tmp_path / name)
     *others, vocoder = decoders.load(tmp_path, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The evaluator ranks what it should rank, and says how sure it is."""
+"""The evaluation ranks clips correctly, and tells how certain it is."""
 
 import json
 from functools import partial
@@ -8,21 +8,22 @@ from helpers import run_here
 
 import config
 import model
+from masks import num_blocks
 from plumbing import files
 from studies import evaluate
 from toy import world as toy_world
 
 SEEDS = range(toy_world.HELD_OUT, toy_world.HELD_OUT + 16)
-WHOLE = [(0, 5)]
+FIVE = [(0, 5)]  # seconds
 
 
 @pytest.fixture(scope="module")
 def truth():
-    return evaluate.judge(partial(evaluate.true_clips, 5), SEEDS, WHOLE, "truth")[0]
+    return evaluate.measure_all(partial(evaluate.true_clips, 5), SEEDS, FIVE, "truth")[0]
 
 
 def test_truth_is_perfect(truth):
-    """True clips have F1 1, the truth's event rate, their captions, and keep their identity."""
+    """Ground truth: F1 and event rates 1, captions right, identity kept."""
     m = evaluate.metrics(truth, truth, truth)
     assert m["f1"] == m["impacts_rate"] == m["onsets_rate"] == m["caption"] == 1
     assert m["frechet"] == pytest.approx(0, abs=1e-6)
@@ -30,8 +31,10 @@ def test_truth_is_perfect(truth):
 
 
 def test_shuffled_sounds_are_noticed(truth):
-    """With another clip's sound F1 falls to chance, and nothing else of the picture changes."""
-    shuffled = evaluate.judge(partial(evaluate.true_clips, 5), SEEDS, WHOLE, "", shuffle=True)[0]
+    """With the sound of another clip, F1 falls to chance; metrics of the frames stay."""
+    shuffled = evaluate.measure_all(partial(evaluate.true_clips, 5), SEEDS, FIVE, "", shuffle=True)[
+        0
+    ]
     m = evaluate.metrics(shuffled, truth, truth)
     assert m["f1"] < 0.3 and m["whole"] == 1 and m["colour"] == 1
 
@@ -43,20 +46,20 @@ def test_silence_is_noticed(truth):
         video, sound = evaluate.true_clips(5, clips, seed)
         return video, 0 * sound
 
-    m = evaluate.metrics(evaluate.judge(silent, SEEDS, WHOLE, "")[0], truth, truth)
+    m = evaluate.metrics(evaluate.measure_all(silent, SEEDS, FIVE, "")[0], truth, truth)
     assert m["f1"] == m["onsets_rate"] == 0
     assert m["capped_ms"] == 300
 
 
-def test_windows_split_the_events():
-    """Events of the seconds add up to those of the whole stream."""
-    windows = [(0, 4), *((t, t + 1) for t in range(4))]
-    whole, *seconds = evaluate.judge(partial(evaluate.true_clips, 4), SEEDS, windows, "")
+def test_intervals_split_the_events():
+    """The events of all seconds add up to the events of the stream."""
+    times = [(0, 4), *((t, t + 1) for t in range(4))]
+    whole, *seconds = evaluate.measure_all(partial(evaluate.true_clips, 4), SEEDS, times, "")
     assert sum(w.match[:, 1].sum() for w in seconds) == whole.match[:, 1].sum() > 0
 
 
-def test_intervals_hold_the_value(truth):
-    """The value lies within its own interval, and more clips make it narrower."""
+def test_confidence_intervals_contain_the_value(truth):
+    """More clips make the interval narrower."""
     few = truth._replace(**{n: getattr(truth, n)[:4] for n in truth._fields if n != "seconds"})
     wide, narrow = (evaluate.with_intervals(w, w, truth)["kept"] for w in (few, truth))
     assert narrow[1] <= narrow[0] <= narrow[2]
@@ -64,7 +67,7 @@ def test_intervals_hold_the_value(truth):
 
 
 def untrained(folder, cfg):
-    """The path of weights that know nothing yet."""
+    """Write untrained weights; return their path."""
     path = folder / f"{cfg.name}.safetensors"
     files.save_weights(path, model.build(cfg).state_dict(), cfg, {})
     return path
@@ -72,7 +75,7 @@ def untrained(folder, cfg):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command line with a teacher that knows nothing yet -> what it wrote to e.json."""
+    """A function that runs the command line with an untrained teacher and reads e.json."""
     monkeypatch.setattr(evaluate, "REFERENCE_CLIPS", 16)
     monkeypatch.setattr(evaluate, "RESAMPLES", 5)
     monkeypatch.setattr(evaluate.teacher, "schedule", lambda steps: [1.0, 0.5, 0.0])
@@ -80,8 +83,8 @@ def run(tmp_path, monkeypatch, capsys):
 
     def run(*arguments):
         small = "--clips", 2, "--seconds", 5, "--teacher", made, "--few-step", made
-        how = *small, "--out", tmp_path / "new" / "e", *arguments
-        status, out, _ = run_here(evaluate, how, monkeypatch, capsys)
+        words = *small, "--out", tmp_path / "new" / "e", *arguments
+        status, out, _ = run_here(evaluate, words, monkeypatch, capsys)
         assert status == 0 and (tmp_path / "new" / "e.md").read_text().strip() in out
         return json.loads((tmp_path / "new" / "e.json").read_text())
 
@@ -89,7 +92,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_command_line(run, tmp_path):
-    """studies/evaluate.py writes table, JSON and plot; even for students that know nothing yet."""
+    """Table, JSON and plot are written, for untrained students too."""
     rows = run("--student", untrained(tmp_path, config.TOY))["rows"]
     assert {"truth", "stage I, 4 steps", "stage I streamed, never trained to"} <= rows.keys()
     assert "toy, 0-5 s" in rows
@@ -97,9 +100,9 @@ def test_command_line(run, tmp_path):
 
 
 def test_without_students_there_are_the_other_rows(run, tmp_path, monkeypatch):
-    """An empty --student: a table, no plot of streams; the JSON says how it was measured."""
+    """An empty --student: a table without plot; the JSON tells how it was measured."""
     makers = {"stage I, 4 steps": partial(evaluate.true_clips, 5)}
-    monkeypatch.setattr(evaluate, "whole_clips", lambda codec, args: makers)
+    monkeypatch.setattr(evaluate, "five_second_rows", lambda codec, args: makers)
     result = run("--guidance", 1, 1, "--student")
     assert list(result["rows"]) == ["truth", "truth, sounds shuffled", "stage I, 4 steps"]
     assert result["by_second"] == {} and not (tmp_path / "new" / "e.png").exists()
@@ -113,19 +116,23 @@ def test_without_students_there_are_the_other_rows(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("cfg, least", [(config.TOY, 4), (config.TOY_RELEASED, 3)])
 def test_a_window_of_none_is_all(cfg, least, monkeypatch):
-    """None means all blocks, as everywhere; unless told otherwise, streams just hold a clip."""
+    """None means all blocks, as everywhere; by default, a stream sees as far as in training."""
     asked = []
 
-    def rollout(net, text_at, blocks, sigmas, generator, batch, window, pinned):
-        asked.append(window)
+    def no_rollout(*arguments, batch, view):
+        asked.append(view.window)
         raise StopIteration
 
-    monkeypatch.setattr(evaluate.self_forcing, "rollout", rollout)
+    monkeypatch.setattr(evaluate, "rollout", no_rollout)
     net, clips = model.build(cfg), toy_world.draw_clips([toy_world.HELD_OUT])
-    for changed in (dict(window=None), {}):
+    streams = (
+        evaluate.streams_of(net, None, 10, window=None),
+        evaluate.streams_of(net, None, 10),
+    )
+    for stream in streams:
         with pytest.raises(StopIteration):
-            evaluate.streams_of(net, None, 10, **changed)(clips, 0)
-    assert asked == [None, least]
+            stream(clips, 0)
+    assert asked == [num_blocks(10, cfg), least]
 
 
 STAGE_III = evaluate.STUDENTS[1]
@@ -145,7 +152,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input(arguments, message, monkeypatch, capsys):
-    """Bad input is one line on stderr and exit status 2, before any clip is made."""
-    monkeypatch.setattr(evaluate, "judge", None)
+    """One line on stderr and exit status 2, before any clip is made."""
+    monkeypatch.setattr(evaluate, "measure_all", None)
     status, out, err = run_here(evaluate, ["--clips", 2, *arguments], monkeypatch, capsys)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err

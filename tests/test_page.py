@@ -1,4 +1,4 @@
-"""The page holds the film, the events and the cache, and a browser can show it."""
+"""The page holds the video, its events and the cache, and a browser can show it."""
 
 import re
 import shutil
@@ -9,7 +9,7 @@ import torch
 from helpers import run_here
 
 import config
-from film import page
+from film import page, sheet
 from studies import plots
 from toy import world as toy_world
 
@@ -23,7 +23,7 @@ def toy_clip():
 
 @pytest.fixture
 def written(tmp_path):
-    """A page with a film that is none."""
+    """A page with a made-up video."""
     (tmp_path / "film.mp4").write_bytes(b"\x00film")
     data = page.contents(*toy_clip(), config.TOY, num_blocks=4, window=1)
     page.write(tmp_path / "page.html", tmp_path / "film.mp4", "red </script> & metal", data)
@@ -31,7 +31,7 @@ def written(tmp_path):
 
 
 def test_the_page_needs_nothing_but_itself(written):
-    """Film inside, no address of anything else, the prompt as text and not as markup."""
+    """The video is inside, there is no other address, the prompt is text and not markup."""
     text = written.read_text()
     assert "data:video/mp4;base64,AGZpbG0=" in text
     assert not re.findall(r"https?://|@\w+@", text)
@@ -39,7 +39,7 @@ def test_the_page_needs_nothing_but_itself(written):
 
 
 def test_what_is_drawn_is_what_happened():
-    """True clips: as many impacts as onsets, at the same times; blocks and cache of four blocks."""
+    """Ground truth: as many impacts as onsets, at the same times; four blocks and their cache."""
     data = page.contents(*toy_clip(), config.TOY, num_blocks=4, window=1)
     assert data["seconds"] == 3 and data["blocks"] == [[0, 0], [0, 1], [1, 2], [2, 3]]
     assert data["cache"] == [[0], [0, 1], [0, 1, 2], [0, 3, 2]]
@@ -52,32 +52,49 @@ def test_what_is_drawn_is_what_happened():
 
 @pytest.mark.parametrize("cfg", [config.TOY_RELEASED, config.TOY_TEACHER], ids=lambda cfg: cfg.name)
 def test_every_toy_has_events_and_walls(cfg):
-    """Marks and labels belong to the toy's world, whichever blocks its model has."""
+    """Marks and labels do not depend on the block layout."""
     data = [page.contents(*toy_clip(), c, num_blocks=4, window=1) for c in (cfg, config.TOY)]
     assert data[0]["seen"] == data[1]["seen"] != [] and data[0]["heard"] == data[1]["heard"] != []
-    figure = plots.draw_clip(*toy_clip(), cfg=cfg)
+    figure = sheet.draw_clip(*toy_clip(), cfg=cfg)
     walls = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert tuple(walls) == toy_world.WALLS and "onsets heard" in figure.get_suptitle()
-    plots.plt.close(figure)
+    sheet.plt.close(figure)
 
 
 def test_masks_of_an_impossible_window_are_refused(tmp_path, monkeypatch, capsys):
-    """One line, and nothing is drawn; a window of 0 hides every near past, which is possible."""
+    """One line, and nothing is drawn; a window of 0 is possible: the past is block 0 only."""
     out = tmp_path / "masks.png"
-    status, _, err = run_here(plots, ["--window", -3, "--out", out], monkeypatch, capsys)
+    arguments = "masks", "--window", -3, "--out", out
+    status, _, err = run_here(plots, arguments, monkeypatch, capsys)
     assert status == 2 and err == "studies/plots.py: --window -3: expected 0 or more\n"
     assert not out.exists()
 
 
+@pytest.mark.parametrize("picture", ["masks", "imports"])
+def test_pictures_from_the_command_line(picture, tmp_path, monkeypatch, capsys):
+    """Both write a PNG where they are told to."""
+    out = tmp_path / "picture.png"
+    status, printed, _ = run_here(plots, [picture, "--out", out], monkeypatch, capsys)
+    assert status == 0 and printed == f"wrote {out}\n"
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_training_log_becomes_a_picture(tmp_path):
+    """NAME_curve.json -> NAME_curve.png."""
+    (tmp_path / "x_curve.json").write_text('[{"step": 25, "loss": 2, "video": 1, "low": 0.5}]')
+    plots.draw_losses(tmp_path)
+    assert (tmp_path / "x_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_of_a_long_stream_the_first_part_is_shown():
-    """Frames of 3 seconds out of 100 blocks: four rows."""
+    """3 seconds of frames, 101 blocks: four rows."""
     data = page.contents(*toy_clip(), config.TOY, num_blocks=101, window=4)
     assert len(data["blocks"]) == len(data["cache"]) == 4
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_a_browser_draws_it(written):
-    """The script runs to its end: four rows of cells, an axis as wide as the page."""
+    """The script runs to its end: four rows of cells, an axis of the page's width."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=2000"]
     command = [CHROMIUM, *flags, "--dump-dom", written.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout

@@ -1,4 +1,4 @@
-"""The commands that make everything anew are commands that exist."""
+"""The commands of reproduce.py exist, and run in the right order."""
 
 import subprocess
 import sys
@@ -10,18 +10,26 @@ from plumbing import cli
 from studies import reproduce
 
 STEPS = reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK + reproduce.GPU
+STAGES = ("teacher", "dmd", "ode_regression", "self_forcing")
 COMMANDS = [command for command, _ in STEPS if not command.startswith("-m pytest")]
 
 
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["studies/reproduce.py", *args])
-    cli.run(reproduce.main)
+    with cli.one_line_errors():
+        reproduce.main()
 
 
-@pytest.mark.parametrize("script", sorted({command.split()[0] for command in COMMANDS}))
+def script_of(command):
+    """The file that a command runs: "-m toy.codec --fit" -> "toy/codec.py"."""
+    first, *others = command.split()
+    return others[0].replace(".", "/") + ".py" if first == "-m" else first
+
+
+@pytest.mark.parametrize("script", sorted({script_of(command) for command in COMMANDS}))
 def test_every_option_is_known(script):
-    """The script is there and takes every option that it is given."""
-    used = [word for c in COMMANDS if c.split()[0] == script for word in c.split()[1:]]
+    """The script exists and has every option that it is given."""
+    used = [word for c in COMMANDS if script_of(c) == script for word in c.split()[1:]]
     assert (reproduce.ROOT / script).exists()
     if not used:
         return  # nothing to ask, and scripts without options have no --help
@@ -29,7 +37,7 @@ def test_every_option_is_known(script):
 
 
 def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():
-    """At most 20 minutes; weights go to runs/quick, table and curves have names of their own."""
+    """At most 20 minutes; weights go to runs/quick, the table has a name of its own."""
     assert sum(minutes for _, minutes in reproduce.QUICK) <= 20
     for command, _ in reproduce.QUICK:
         words = command.split()
@@ -40,7 +48,7 @@ def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():
 
 
 def test_commands_run_in_order_until_one_fails(monkeypatch, capsys):
-    """What comes after a failure is not run; the message says how to go on."""
+    """The commands after a failure do not run; the error tells how to continue."""
     ran = []
 
     def fake(command, cwd):
@@ -55,7 +63,7 @@ def test_commands_run_in_order_until_one_fails(monkeypatch, capsys):
 
 
 def test_on_a_gpu_a_failure_stops_nothing(monkeypatch, capsys):
-    """What does not need the failed command is run all the same, and the failure is told."""
+    """The other commands run all the same, and the failure is reported at the end."""
     ran = []
 
     def fake(command, cwd):
@@ -70,7 +78,7 @@ def test_on_a_gpu_a_failure_stops_nothing(monkeypatch, capsys):
 
 
 def test_every_test_for_a_gpu_is_run_there():
-    """The files that have any are the files that are named."""
+    """Every test file with GPU tests is named."""
     files = (reproduce.ROOT / "tests").glob("test_*.py")
     marked = {f"tests/{file.name}" for file in files if "pytest.mark.gpu" in file.read_text()}
     assert marked - {"tests/test_reproduce.py"} == set(reproduce.KERNEL_TESTS.split())
@@ -89,3 +97,25 @@ def test_the_list_runs_nothing(monkeypatch, capsys):
     run(monkeypatch, "--list")
     out = capsys.readouterr().out
     assert all(f"python {command}" in out for command, _ in reproduce.FULL)
+
+
+def test_every_training_of_the_full_run_writes_released_weights():
+    """A stage writes to runs/ by default, so the full run names weights/."""
+    stages = [c for c, _ in reproduce.FULL if c.split()[0].removesuffix(".py") in STAGES]
+    assert len(stages) == len(STAGES)
+    for command in stages:
+        out = command.partition(" --out ")[2]
+        assert out.startswith("weights/") and (reproduce.ROOT / out).exists()
+
+
+def test_curves_of_controls_are_copied(monkeypatch, tmp_path):
+    """After --controls, the loss curves of runs/controls are in results/; --list copies none."""
+    (tmp_path / "runs" / "controls").mkdir(parents=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "runs" / "controls" / "own_exit_curve.json").write_text("[]")
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "run", lambda command: 0)
+    run(monkeypatch, "--controls", "--list")
+    assert not list((tmp_path / "results").iterdir())
+    run(monkeypatch, "--controls")
+    assert [p.name for p in (tmp_path / "results").iterdir()] == ["own_exit_curve.json"]

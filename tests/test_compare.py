@@ -1,4 +1,4 @@
-"""Experiments: what is measured is what it says, and the command lines run end to end."""
+"""Comparisons measure what they say, and their command lines run from start to end."""
 
 import json
 import sys
@@ -9,12 +9,11 @@ import torch
 from helpers import random_clip, random_model, run_here
 
 import config
-import dmd
 import kv_cache
 import model
 from masks import block_span, clip_span, num_blocks
 from plumbing import cli, files
-from studies import compare as experiments
+from studies import compare
 
 SMALL = dict(num_layers=1, num_heads=2, video_width=24, audio_width=16)
 TINY = replace(config.TOY, **SMALL)
@@ -27,7 +26,8 @@ def span_of(cfg):
 
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["studies/compare.py", *map(str, arguments)])
-    cli.run(experiments.main)
+    with cli.one_line_errors():
+        compare.main()
 
 
 @pytest.fixture
@@ -41,21 +41,21 @@ def weights(tmp_path):
 
 
 def test_drift_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
-    """Two kinds of stream of ten seconds: a row for every five seconds, and how it was measured."""
-    streams = {"window 2": dict(window=2), "nothing pinned": dict(pinned=False)}
-    monkeypatch.setattr(experiments, "STREAMS", streams)
+    """Three kinds of stream, ten seconds: a row per five seconds, and how it was measured."""
+    names = "window 2", "nothing pinned", "no refresh"
+    monkeypatch.setattr(compare, "STREAMS", {name: compare.STREAMS[name] for name in names})
     out = tmp_path / "drift"
     arguments = ["--clips", 2, "--seconds", 10, "--student", weights["toy"], "--out", out]
     run(monkeypatch, "drift", *arguments)
     written = json.loads((tmp_path / "drift.json").read_text())
     result, about = written["result"], written["about"]
     assert about["command"].endswith("-- drift") and {"device", "date", "threads"} <= about.keys()
-    assert [len(rows) for rows in result.values()] == [2, 2, 2]  # and without refresh
+    assert [len(rows) for rows in result.values()] == [2, 2, 2]
     assert "| toy, nothing pinned | 5-10 |" in (tmp_path / "drift.md").read_text()
 
 
 def test_without_refresh_a_clean_pass_writes_nothing():
-    """Keys stay those of the last noisy pass; other passes are as they were, and so is the net."""
+    """Keys stay those of the last noisy pass; other passes and the net itself do not change."""
     net = random_model(TINY, torch.float32)
     text, span = net.project_text(torch.eye(9)[None, :3]), block_span(0, TINY)
     x = model.draw_noise(1, span, TINY, torch.Generator().manual_seed(0))
@@ -64,20 +64,21 @@ def test_without_refresh_a_clean_pass_writes_nothing():
         view = kv_cache.CachedView(TINY, 2)
         with torch.no_grad():
             for sigma in sigmas:
-                dmd.at_sigma(net, x, sigma, text, span, view)
+                level = torch.full((1,), sigma)
+                model.predict_x0(net, *x, level, level, text, span, view)
         return view.layers[0]["video_self"].k[:, :16].clone()
 
-    bare = experiments.without_refresh(net)
+    bare = compare.WithoutRefresh(net)
     assert torch.equal(keys_after(bare, 0.5, 0.0), keys_after(net, 0.5))
     assert not torch.equal(keys_after(net, 0.5, 0.0), keys_after(net, 0.5))
 
 
 def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
-    """First and last five seconds of each; in the table, seeds are one row, their mean."""
-    monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
-    student = experiments.Student(weights["toy"], "x.py")
+    """First and last five seconds of each student; the table has one row for all seeds."""
+    monkeypatch.setattr(compare.evaluate, "RESAMPLES", 3)
+    student = compare.Student(weights["toy"], "x.py", window=4)
     made = dict.fromkeys(("II", "II, seed 1", "II, seed 2", "control"), student)
-    monkeypatch.setitem(experiments.COMPARED, "controls", made)
+    monkeypatch.setitem(compare.COMPARED, "controls", made)
     out = "--out", tmp_path / "controls"
     run(monkeypatch, "controls", "--clips", 2, "--seconds", 10, *out)
     result = json.loads((tmp_path / "controls.json").read_text())["result"]
@@ -87,11 +88,11 @@ def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
     rows = (tmp_path / "controls.md").read_text().splitlines()[2:]
     shown = [*pooled, "control, 0-5 s", "control, 5-10 s"]
     assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in shown]
-    assert experiments.over([1.0, 2.0, 6.0]) == [3.0, 1.0, 6.0]
+    assert compare.over([1.0, 2.0, 6.0]) == [3.0, 1.0, 6.0]
 
 
 def test_a_control_that_is_not_trained_says_how(tmp_path, monkeypatch, capsys):
-    """The line names the command, and nothing was made."""
+    """The error names the command."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "controls", "--only", "III from stage I")
@@ -100,13 +101,13 @@ def test_a_control_that_is_not_trained_says_how(tmp_path, monkeypatch, capsys):
 
 
 def test_an_unknown_student_is_refused(monkeypatch, capsys):
-    """The line says who is compared."""
+    """The error lists the known students."""
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "memory", "--only", "nobody")
     assert "--only nobody: expected some of 'stage II' 'stage II, 4+3k'" in capsys.readouterr().err
 
 
-STAGE_III = experiments.evaluate.STUDENTS[1]
+STAGE_III = compare.evaluate.STUDENTS[1]
 BAD = {
     "clips": (("drift", "--clips", 0), "--clips 0: expected"),
     "no seconds": (("drift", "--seconds", 0), "--seconds 0: expected"),
@@ -126,22 +127,37 @@ BAD = {
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(arguments, message, monkeypatch, capsys):
     """Exit status 2, before any clip is made."""
-    for makes in ("judge", "true_clips", "from_stream"):
-        monkeypatch.setattr(experiments.evaluate, makes, None)
-    status, out, err = run_here(experiments, arguments, monkeypatch, capsys)
+    for makes in ("measure_all", "true_clips", "from_stream"):
+        monkeypatch.setattr(compare.evaluate, makes, None)
+    status, out, err = run_here(compare, arguments, monkeypatch, capsys)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
 
 
-def test_a_student_says_its_window():
-    """A number, as many blocks as a clip of its own config has, unless its name says otherwise."""
-    for name, student in (experiments.CONTROLS | experiments.MEMORY).items():
-        whole = 3 if "4+3k" in name else 4
-        assert student.window == (1 if "window 1" in name else whole), name
+def test_the_table_of_students_is_consistent():
+    """The window is as in training unless the name tells it; a command makes its own file."""
+    for name, student in (compare.CONTROLS | compare.MEMORY).items():
+        trained = 3 if "4+3k" in name else 4
+        assert student.window == (1 if "window 1" in name else trained), name
+        assert student.command.endswith(f" --out {student.path}"), name
+        stage_iii = "III" in name
+        assert student.command.startswith("self_forcing" if stage_iii else "ode_reg"), name
+        seed = name.rpartition(", seed ")[2] if ", seed " in name else "0"
+        assert (f"--seed {seed} " in student.command) or seed == "0", name
+
+
+def test_a_student_is_trained_after_the_one_it_starts_at():
+    """Commands run in the order of the table, and start at files that exist by then."""
+    made = {"weights/toy_dmd.safetensors", *compare.evaluate.STUDENTS}
+    for name, student in (compare.CONTROLS | compare.MEMORY).items():
+        words = student.command.split()
+        if "--student" in words:
+            assert words[words.index("--student") + 1] in made, name
+        made.add(student.path)
 
 
 @pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
 def test_a_deaf_stream_hears_nothing(streams):
-    """Another clip in the other stream changes nothing for it, everything for one that hears."""
+    """The other stream's clip does not change it; without `deaf` it does."""
     net = random_model(TINY, torch.float32)
     text, sigma = net.project_text(torch.eye(9)[None, :3]), torch.full((1,), 0.5)
     video, audio = random_clip(TINY, BLOCKS, dtype=torch.float32)
@@ -149,7 +165,7 @@ def test_a_deaf_stream_hears_nothing(streams):
     def velocities(net, video, audio):
         return net(video, audio, sigma, sigma, text, span_of(TINY), kv_cache.MaskedView())
 
-    deafened = experiments.deaf(net, *streams)
+    deafened = compare.deaf(net, *streams)
     v = [velocities(deafened, video, x)[0] for x in (audio, audio + 1)]
     a = [velocities(deafened, x, audio)[1] for x in (video, video + 1)]
     assert torch.equal(*v) == ("video" in streams) and torch.equal(*a) == ("audio" in streams)
@@ -158,14 +174,14 @@ def test_a_deaf_stream_hears_nothing(streams):
 
 def test_two_clips_put_together_are_two(weights):
     """Pictures of one seed, sound of the next."""
-    got = experiments.put_together(lambda clips, seed: (f"v{seed}", f"a{seed}"), None, 5)
+    got = compare.put_together(lambda clips, seed: (f"v{seed}", f"a{seed}"), None, 5)
     assert got == ("v5", "a6")
 
 
 def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
-    """Ten rows with intervals; a picture of truth, teacher and a stream's last five seconds."""
-    monkeypatch.setattr(experiments.evaluate, "RESAMPLES", 3)
-    monkeypatch.setattr(experiments, "WALK", (1.0, 0.5, 0.0))
+    """Ten rows with intervals; a picture of ground truth, teacher and a stream."""
+    monkeypatch.setattr(compare.evaluate, "RESAMPLES", 3)
+    monkeypatch.setattr(compare, "TEACHER_SIGMAS", (1.0, 0.5, 0.0))
     made = "--real", weights["toy_teacher"], "--student", weights["toy"]
     run(monkeypatch, "joint", "--clips", 2, *made, "--out", tmp_path / "joint")
     result = json.loads((tmp_path / "joint.json").read_text())["result"]
@@ -175,10 +191,10 @@ def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch,
 
 
 def test_identity_streams_both_shipped_students(tmp_path, monkeypatch, capsys):
-    """Six strips, two of every caption, as long as asked for; another caption changes them."""
+    """Six strips of the given length, two per caption; another caption changes them."""
     drawn = []
-    monkeypatch.setattr(experiments.plots, "draw_strips", lambda clips, **how: drawn.append(clips))
-    monkeypatch.setattr(experiments.plots, "save", lambda figure, path: None)
+    monkeypatch.setattr(compare.plots, "draw_strips", lambda clips, **options: drawn.append(clips))
+    monkeypatch.setattr(compare.plots, "save", lambda figure, path: None)
     for clip in (0, 3):
         run(monkeypatch, "identity", "--seconds", 5, "--clip", clip, "--out", tmp_path / "identity")
     captions = [name.rsplit(", ", 1)[0] for name in drawn[0]]

@@ -1,0 +1,104 @@
+"""The contact sheet of a clip: frames above the bands of the sound, impacts and onsets marked.
+
+The palette of all pictures is here too: video blue, audio orange, sinks grey, one colour a wall.
+"""
+
+import matplotlib
+
+matplotlib.use("Agg")  # write files, open no windows; before pyplot is imported
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+import config
+from plumbing import files
+from toy import detectors
+from toy import world as toy_world
+
+VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
+WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # marks of impacts and onsets
+
+
+def save(figure, path, dpi=100):
+    """Write the figure as a PNG and close it."""
+    files.write_beside(path, lambda p: figure.savefig(p, dpi=dpi, format="png"))
+    plt.close(figure)
+
+
+def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_second=4):
+    """Draw a clip in rows of `row_seconds`, with `per_second` frames a second.
+
+    frames   (P, 3, H, W) in [0, 1], all frames from time 0 on
+    sound    (M, bands) levels
+    """
+    seconds = (len(frames) - 1) / cfg.fps
+    rows = max(1, int(np.ceil(seconds / row_seconds)))
+    width = min(row_seconds, max(1, seconds))
+    second, picture, bands = 1.8, 1.8 / per_second, 1.2  # inches
+    figure, axes = plt.subplots(
+        2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
+        gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
+    )  # fmt: skip
+    events = clip_events(frames, sound, cfg)
+    for r in range(rows):
+        pair = axes[2 * r : 2 * r + 2, 0]
+        draw_stretch(pair, frames, sound, events, r * row_seconds, width, per_second, cfg)
+    axes[-1, 0].set_xlabel("seconds")
+    marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
+    figure.suptitle(title + (marks if cfg.is_toy else ""))
+    return figure
+
+
+def clip_events(frames, sound, cfg):
+    """Return (times, walls) of the impacts that are seen, and of the onsets that are heard."""
+    if not cfg.is_toy:  # the detectors know the toy's ball only
+        return ((), ()), ((), ())
+    ball = detectors.see_ball(frames[None])
+    return detectors.find_impacts(ball, cfg)[0], detectors.find_onsets(sound[None], cfg)[0]
+
+
+def draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
+    """Draw `width` seconds of a clip into two axes: frames above, sound and events below."""
+    draw_strip(pair[0], frames, start, width, per_second, cfg)
+    _draw_bands(pair[1], sound, start, width, cfg)
+    for ax, (times, walls), marker in zip(pair, events, "v^"):
+        for time, wall in zip(times, walls):
+            if start <= time < start + width:
+                _mark(ax, float(time), int(wall), marker)
+
+
+def draw_strip(ax, frames, start, width, per_second, cfg):
+    """Draw the frames of `width` seconds side by side, `per_second` of each second."""
+    step = round(cfg.fps / per_second)
+    first = start * cfg.fps + step // 2  # each picture stands for the time around it
+    pictures = frames[first : int((start + width) * cfg.fps) + 1 : step]
+    if len(pictures):
+        image = torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()
+        end = start + len(pictures) / per_second
+        ax.imshow(image, extent=(start, end, 0, 1), aspect="auto", interpolation="nearest")
+    for border in np.arange(start, start + width, 1 / per_second):
+        ax.axvline(border, color="white", lw=0.5)
+    ax.set(xlim=(start, start + width), ylim=(0, 1), xticks=[], yticks=[])
+
+
+def _draw_bands(ax, sound, start, width, cfg):
+    levels = sound[start * cfg.mel_rate : int((start + width) * cfg.mel_rate) + 1]
+    end = start + len(levels) / cfg.mel_rate
+    # the toy's levels are in [0, 1]; at full size they are logarithms without fixed limits
+    low, high = (0, 1) if cfg.is_toy else (float(sound.min()), float(sound.max()))
+    ax.imshow(
+        levels.T.numpy(), extent=(start, end, 0, levels.shape[1]), origin="lower", aspect="auto",
+        cmap="magma", vmin=low, vmax=high, interpolation="nearest",
+    )  # fmt: skip
+    if cfg.is_toy:
+        ax.set_yticks([b + 0.5 for b in toy_world.WALL_BANDS], toy_world.WALLS, fontsize=7)
+    ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
+    ax.tick_params(axis="x", labelsize=7)
+
+
+def _mark(ax, time, wall, marker):
+    low, high = ax.get_ylim()
+    y = high if marker == "v" else low  # impacts at the upper edge, onsets at the lower
+    ax.plot(time, y, marker, color=WALL_COLOURS[wall], ms=7, clip_on=False, zorder=5, mec="white")
+    ax.axvline(time, color=WALL_COLOURS[wall], lw=0.8, alpha=0.7)

@@ -1,0 +1,154 @@
+"""Several processes at work on one training, started by torchrun; alone, everything here is trivial.
+
+Each of n processes works on an n-th of every batch:
+
+  * `shared_draws`: every process draws the random numbers of the *whole* batch from the same seed,
+    and keeps the rows of its own clips. So n processes see the same numbers as one process.
+  * Losses are means over equally many clips in every process, so the mean of all losses is the loss
+    of the batch. The same holds for gradients.
+
+full_size/sharding.py also shards the model. Without torchrun there is no process group.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def joined(kind):
+    """Context in which the processes of torchrun work together; without torchrun, do nothing.
+
+    kind   "cuda": one GPU per process, over NCCL; "cpu": over gloo
+
+    Raises ValueError if no GPU is usable, or if one is wanted without torchrun.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        if kind != "cpu":
+            raise ValueError(f"--device {kind}: start it by torchrun, even on a single GPU")
+        yield
+        return
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: no GPU is usable here; try --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+            if not is_first():  # one process prints; errors of all still appear on stderr
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def is_sharded() -> bool:
+    """True under torchrun, also with a single process."""
+    return dist.is_initialized()
+
+
+def count() -> int:
+    return dist.get_world_size() if is_sharded() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if is_sharded() else 0
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """Device on which this process computes."""
+    is_cuda = is_sharded() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+
+
+def share_of(batch) -> int:
+    """Number of clips of a batch for this process.  Raises ValueError if it is not a whole number."""
+    if batch % count():
+        raise ValueError(f"a batch of {batch} clips among {count()} processes: choose a multiple")
+    return batch // count()
+
+
+def rows(x):
+    """This process's part of a sequence or tensor with one row per clip of the batch.
+
+    >>> rows([1, 2, 3])                                                 # a single process
+    [1, 2, 3]
+    """
+    n = share_of(len(x))
+    return x[rank() * n : (rank() + 1) * n]
+
+
+# ---- communication ----
+
+
+def averaged(x):
+    """Mean of a tensor over the processes, without gradient."""
+    if count() == 1:
+        return x
+    mean = x.detach().to(torch.float32).clone()
+    dist.all_reduce(mean)
+    return mean / count()
+
+
+def gathered(x):
+    """Concatenate the tensors of all processes; inverse of `rows`."""
+    if count() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(count())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def whole(x):
+    """Gather a sharded tensor; return any other tensor unchanged."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def whole_on_first(tensors, dtype) -> dict:
+    """Gather all tensors on the CPU of the first process, which writes them; elsewhere {}."""
+    found = {}
+    for name, x in tensors.items():
+        x = whole(x)  # every process must take part, one tensor at a time
+        if is_first():
+            found[name] = x.to("cpu", dtype)
+    return found
+
+
+# ---- random numbers ----
+
+DRAWS = (torch.rand, torch.randn, torch.randint)
+
+
+class SharedDraws(TorchFunctionMode):
+    """Draw random numbers for the whole batch on the CPU; keep the rows of this process's clips.
+
+    The first axis of a draw is the batch. A draw without axes, such as the exit pass, belongs to
+    all clips, and every process makes it. Draws without a generator are left alone.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function not in DRAWS or "generator" not in kwargs:
+            return function(*args, **kwargs)
+        *high, size = args if function is torch.randint or len(args) == 1 else (args,)
+        size = (size,) if isinstance(size, int) else tuple(size)
+        if not size:
+            return function(*args, **kwargs)
+        drawn = function(*high, (size[0] * count(), *size[1:]), **kwargs)
+        return rows(drawn).to(self.device)
+
+
+def shared_draws():
+    """Context in which this process draws its own clips' share of the batch's random numbers."""
+    return SharedDraws(device()) if is_sharded() else contextlib.nullcontext()

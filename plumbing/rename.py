@@ -1,0 +1,57 @@
+"""Rename the tensors of weight files that an earlier version of this project wrote.
+
+    python -m plumbing.rename weights/toy_dmd.safetensors ...
+
+Earlier, each stream held its halves of the layers (`video.layers.7.mlp_in.weight`). Now each layer
+holds both halves (`layers.7.video.mlp_in.weight`), input and output projections have new names, and
+so has one field of the config. No number changes. A file with the new names stays as it is.
+"""
+
+import json
+import re
+
+from safetensors.torch import save_file
+
+from plumbing import cli, files
+
+RULES = [
+    (r"^(video|audio)\.layers\.(\d+)\.", r"layers.\2.\1."),
+    (r"^(video|audio)\.patchify\.", r"\1.proj_in."),
+    (r"^(video|audio)\.unpatchify\.", r"\1.proj_out."),
+]
+HEADS = {"bands": "contiguous", "turns": "round_robin"}  # values of rope_dealing, now rope_heads
+
+
+def new_name(name) -> str:
+    """Today's name of a tensor.
+
+    >>> new_name("audio.layers.3.mlp_in.bias"), new_name("video.unpatchify.weight")
+    ('layers.3.audio.mlp_in.bias', 'video.proj_out.weight')
+    """
+    for old, new in RULES:
+        name = re.sub(old, new, name)
+    return name
+
+
+def rename(path):
+    """Rewrite one file in place."""
+    tensors, metadata = files.read_tensors(path)
+    tensors = {new_name(name): x for name, x in tensors.items()}
+    cfg = json.loads(metadata["config"])
+    if "rope_dealing" in cfg:
+        cfg["rope_heads"] = HEADS[cfg.pop("rope_dealing")]
+    metadata = {**metadata, "config": json.dumps(cfg)}
+    files.write_beside(path, lambda p: save_file(tensors, p, metadata))
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("files", nargs="+", help="weight files, rewritten in place")
+    for path in p.parse_args().files:
+        rename(path)
+        print(f"renamed {path}")
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()

@@ -1,0 +1,46 @@
+"""The order of all files: a file imports only from files above it.
+
+It is also an order to read them in, except that a room stands where its first user needs it.
+tests/test_house.py checks the list, `python -m studies.plots imports` draws it.
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+ORDER = (
+    "config.py",
+    "masks.py",
+    "rope.py",
+    "sink_tokens.py",
+    "kernel/cache_append_attention.py",
+    "kv_cache.py",
+    "plumbing/files.py",
+    "model.py",
+    "rollout.py",
+)
+
+
+def imports_of(path, in_functions=True) -> set[str]:
+    """Return the project files that a file imports, e.g. {"config.py", "toy/world.py"}.
+
+    in_functions   False: leave out imports inside functions, which only a call executes
+    """
+    modules = set()
+    for node in _nodes(ast.parse((ROOT / path).read_text()), in_functions):
+        if isinstance(node, ast.Import):
+            modules.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            # `from toy import world` names a file, `from toy.world import render` a thing in one
+            modules.add(node.module)
+            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+    files = {module.replace(".", "/") + ".py" for module in modules}
+    return {file for file in files if (ROOT / file).is_file()}
+
+
+def _nodes(tree, in_functions):
+    for node in ast.iter_child_nodes(tree):
+        if in_functions or not isinstance(node, ast.FunctionDef):
+            yield node
+            yield from _nodes(node, in_functions)

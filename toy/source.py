@@ -1,0 +1,183 @@
+"""Where the toy's weights, prompts, clips and decoder come from: all are in this repository.
+
+`StreamSource` has what generate.py needs, `TrainingSource` what the stages need, `TrainingClips`
+what teacher.py needs. full_size/source.py has the same two sources for LTX-2.
+"""
+
+import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import config
+import model
+from film.decoders import ToyDecoder
+from plumbing import files
+from toy import codec as toy_codec
+from toy import world
+
+FOLDER = Path(__file__).parent.parent / "weights"
+# the released students
+WEIGHTS = {name: FOLDER / f"{name}_self_forcing.safetensors" for name in ("toy", "toy_released")}
+DROP_CAPTION, DROP_WORD = 0.10, 0.05  # probability that a caption, or a word, is hidden in training
+
+
+# ---- prompts ----
+
+
+def toy_features(prompt) -> tuple:
+    """Caption features (1, 3, 9) of a prompt, the same for both streams.
+
+    Raises ValueError for unknown words, listing the known ones.
+    """
+    return (world.caption_features(world.parse_prompt(prompt)),)
+
+
+def toy_captions(tokens) -> model.Captions:
+    """Captions of (B, 3) word tokens; token 0 means no word.
+
+    >>> captions = toy_captions(torch.tensor([[1, 5, 7], [2, 0, 8]]))
+    >>> len(captions), captions.with_nothing()[0].shape
+    (2, torch.Size([4, 3, 9]))
+    """
+    empty = torch.zeros_like(tokens)
+    return model.Captions(*((world.caption_features(words),) for words in (tokens, empty)))
+
+
+def drop_caption_words(tokens, generator):
+    """Hide whole captions, for guidance, and single words, for partial prompts: (B, 3) -> (B, 3)."""
+    B, words = tokens.shape
+    hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
+    hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
+    return tokens.masked_fill(hide.to(tokens.device), 0)
+
+
+class ToyPrompts:
+    """The captions of random clips; every seed is one clip."""
+
+    identity = "toy"  # tells these prompts from others
+
+    def numbers(self, seeds) -> torch.Tensor:
+        """(B, 3) word tokens of the clips of these seeds."""
+        return world.caption_tokens(world.draw_clips(seeds))
+
+    def captions(self, numbers) -> model.Captions:
+        """Captions of (B, 3) word tokens."""
+        return toy_captions(numbers)
+
+    def draw(self, n, generator):
+        """n random clips and their captions.  (Only `--history true` uses the clips themselves.)"""
+        seeds = torch.randint(world.HELD_OUT, (n,), generator=generator).tolist()
+        clips = world.draw_clips(seeds)
+        tokens = drop_caption_words(world.caption_tokens(clips), generator)
+        return clips, toy_captions(tokens)
+
+
+TOY_PROMPTS = ToyPrompts()
+
+
+# ---- clips ----
+
+
+def true_latents(clips):
+    """Latents (video, audio) of the real clips, of 5 seconds."""
+    return toy_codec.encode_clips(toy_codec.load(), clips, config.CLIP_SECONDS)
+
+
+class TrainingClips:
+    """Latents and captions of clips by seed, to train the teacher on."""
+
+    def __init__(self, codec=None):
+        self.codec = codec or toy_codec.load()
+        self.codec_id = files.fingerprint(self.codec.state_dict())
+
+    def __call__(self, seeds, generator):
+        clips = world.draw_clips(seeds)
+        latents = toy_codec.encode_clips(self.codec, clips, config.CLIP_SECONDS)
+        return latents, toy_captions(drop_caption_words(world.caption_tokens(clips), generator))
+
+
+# ---- weights ----
+
+
+def load_student(path, cfg, device="cpu", dtype=torch.float32):
+    """Load a student for this config.  Raises ValueError for a file that does not fit it."""
+    net = model.load(path)
+    files.check_config(path, net.cfg, cfg)
+    return net.to(device, dtype)
+
+
+def student_from(tensors, cfg, seed=0, path="teacher"):
+    """Create a student that starts at these weights; sinks that they lack are new.
+
+    path   file of the weights, for the error if they do not fit
+    """
+    net = model.build(cfg, seed)
+    sinks = {n: p for n, p in net.state_dict().items() if n.startswith("sinks.")}
+    files.load_into(net, {**sinks, **tensors}, path)
+    return net
+
+
+class StreamSource:
+    """A student, its prompts and its decoder, for one stream."""
+
+    text_seconds = 0.0  # words need no encoding
+    read = staticmethod(toy_features)  # words -> caption features
+
+    def __init__(self, request):
+        """request: `generate.Request`.  Raises ValueError for weights that do not fit."""
+        cfg, device, dtype = request.cfg, request.device, request.dtype
+        if request.weights == "random":
+            from full_size.weights import random_weights
+
+            self.net = random_weights(cfg, device, dtype)
+        else:
+            self.net = load_student(request.weights or WEIGHTS[cfg.name], cfg, device, dtype)
+        self.codec = toy_codec.load(cfg)
+
+    def decoder(self, watch):
+        """A decoder for one stream; watch: `Stopwatch.watch`."""
+        return ToyDecoder(self.codec, watch)
+
+
+class ToyWeights(NamedTuple):
+    """Weights that a training may start at."""
+
+    net: model.OmniTransformer
+    weights_id: str  # hash of the weights
+
+    @property
+    def cfg(self):
+        return self.net.cfg
+
+    def load(self, learns):
+        """A copy for this training, sharded under torchrun."""
+        net = copy.deepcopy(self.net).requires_grad_(learns)
+        if torch.distributed.is_initialized():
+            from full_size import sharding
+
+            sharding.shard(net, torch.float32)
+        return net
+
+
+class TrainingSource:
+    """Weights and prompts for a training of the toy."""
+
+    is_toy, prompts = True, TOY_PROMPTS
+    write, dtype = staticmethod(files.save_weights), torch.float16
+
+    def __init__(self, cfg=None):
+        self.cfg = cfg  # of the student; None: as in its weight file
+
+    def open(self, path, cfg=None, seed=0) -> ToyWeights:
+        """Read a weight file; with `cfg`, as the start of a student with this config.
+
+        Raises ValueError for a file that does not fit.
+        """
+        net = model.load(path)
+        if cfg:
+            if net.cfg.name != config.TOY_TEACHER.name:  # a student already has its block layout
+                files.check_config(path, net.cfg, cfg)
+            net = student_from(net.state_dict(), cfg, seed, path)
+        return ToyWeights(net, files.fingerprint(net.state_dict()))
