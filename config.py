@@ -125,7 +125,7 @@ class Config:
                 )
 
     def _check_blocks(self):
-        """Reject blocks of incomplete latents, and a block 0 whose streams end at different times."""
+        """Reject blocks of incomplete latents, and a block 0 whose streams do not end together."""
         for stream, rate in (("video", self.video_rate), ("audio", self.audio_rate)):
             latents = Fraction(self.block_seconds) * rate
             if latents < 1 or latents.denominator != 1:

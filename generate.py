@@ -58,7 +58,6 @@ from toy import source as toy_source
 STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # defaults
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
-SPEEDUPS = "qkv", "graph", "beside", "channels-last"  # see full_size/README.md
 SHEET_SECONDS, SHEET_PIXELS = 60, 64  # the contact sheet shows the first 60 s, frames reduced
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -163,7 +162,7 @@ class Request(NamedTuple):
     ltx2: str | None
     device: torch.device
     dtype: torch.dtype
-    speedups: tuple = ()  # some of SPEEDUPS
+    speedups: tuple = ()  # names, see full_size/faster.py
 
     @property
     def num_blocks(self):
@@ -220,8 +219,9 @@ def options():
     p.add_argument("--ltx2", help="at full size: folder of LTX-2 with text path and decoders")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     p.add_argument(
-        "--speed-up", nargs="+", metavar="NAME", help=f"all, or some of {', '.join(SPEEDUPS)}"
-    )
+        "--speed-up", nargs="+", metavar="NAME",
+        help="all, or some of qkv, graph, beside, channels-last; see full_size/README.md",
+    )  # fmt: skip
     p.add_argument(
         "--dtype", choices=list(DTYPES), metavar="TYPE",
         help=f"data type of the transformer: {', '.join(DTYPES)}; default: float32 (toy), bfloat16 "

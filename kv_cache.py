@@ -186,7 +186,7 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
     in one launch followed by SDPA.
     """
     if kernel.supports(q, k, v, heads):
-        if kernel.are_few(q, k):
+        if kernel.fits_fused(q, k):
             return kernel.fused(q, k, v, heads, cache)
         return attention(heads.split(kernel.append(q, k, v, heads, cache)), *cache.visible())
     keys, values = cache.append(heads.keys(k), heads.split(v))
@@ -256,7 +256,7 @@ class CachedView:
         if self.window < (least := full_window(self.num_blocks)):
             raise ValueError(
                 f"window={self.window}: activation checkpointing recomputes attention over all "
-                f"{self.num_blocks} blocks, so none may be evicted; expected {least} or more"
+                f"{self.num_blocks} blocks; expected a window of {least} or more, which evicts none"
             )
         return ReadOnlyView({site: copy.copy(c) for site, c in self.layers[layer].items()})
 

@@ -189,12 +189,16 @@ class Attention(nn.Module):
 
     def project(self, x, context):
         """Queries (B, Q, H*D), keys and values (B, K, H*D)."""
-        return self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_q(x), *self.project_context(context)
+
+    def project_context(self, context):
+        """Keys and values, two of (B, K, H*D)."""
+        return self.to_k(context), self.to_v(context)
 
     def project_captions(self, context):
         """Caption features (B, K, C') -> keys and values, two of (B, K, H, D)."""
-        heads = self.heads()
-        return heads.keys(self.to_k(context)), heads.split(self.to_v(context))
+        heads, (k, v) = self.heads(), self.project_context(context)
+        return heads.keys(k), heads.split(v)
 
     def attend_captions(self, x, keys, values, mask):
         """Attend to keys and values that were projected before: (B, Q, C) -> (B, Q, C)."""
@@ -231,7 +235,7 @@ class HalfLayer(nn.Module):
         return x + self.text_attn.attend_captions(norm(x, self.eps), *keys_values, mask)
 
     def cross_inputs(self, x, modulation):
-        """x (B, T, C) -> queries of this stream, and context for the other stream: (B, T, C) each."""
+        """Queries of this stream, and context for the other stream, both (B, T, C) from x."""
         y, made = norm(x, self.eps), []
         for row in (self.listen_row, 2 - self.listen_row):
             rows = self.cross_table[row : row + 2] + modulation.cross[:, :, row : row + 2]
@@ -422,7 +426,7 @@ def per_token(sigma, x):
 
 @functools.lru_cache(maxsize=16)  # the passes of a block share their tables
 def ropes_of(cfg, span: Span, device, dtype) -> dict[str, rope.Rope]:
-    """Rotation tables of the tokens of a span, sinks included, for self and cross-modal attention."""
+    """Rotation tables of a span's tokens, sinks included, for self and cross-modal attention."""
     with rope.angle_device(device):
         angles = _angles_of(cfg, span)
     return {name: rope.cos_sin(a, cfg, device, dtype) for name, a in angles.items()}

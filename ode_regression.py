@@ -69,7 +69,7 @@ def fine_sigmas(sigmas, steps_between) -> list[float]:
     return fine
 
 
-def draw_trajectories(net, sigmas, seeds, prompts, guidance=(1, 1), between=1):
+def draw_trajectories(net, sigmas, seeds, guidance, between, prompts):
     """A model's states at exactly the levels `sigmas`, for the captions of these seeds.
 
     between   Euler steps from one kept level to the next
@@ -89,7 +89,7 @@ def draw_trajectories(net, sigmas, seeds, prompts, guidance=(1, 1), between=1):
 
 
 def load_or_draw_trajectories(
-    path, net, count, prompts, guidance=(1, 1), between=1, batch=16, sigmas=None, weights_id=None
+    path, net, count, guidance, between, prompts, batch=16, sigmas=None, weights_id=None
 ) -> dict:
     """Read the trajectories of a file, or draw and write them: "tokens", "video", "audio".
 
@@ -114,7 +114,7 @@ def load_or_draw_trajectories(
     with tqdm(total=count, unit="clip", **shown) as bar:
         for first in range(FIRST_SEED, FIRST_SEED + count, batch):
             seeds = range(first, min(first + batch, FIRST_SEED + count))
-            parts.append(draw_trajectories(net, sigmas, seeds, prompts, guidance, between))
+            parts.append(draw_trajectories(net, sigmas, seeds, guidance, between, prompts))
             bar.update(len(seeds))
     tensors = dict(zip(("tokens", "video", "audio"), map(torch.cat, zip(*parts))))
     if processes.is_first():
@@ -262,7 +262,7 @@ def regress(args, command):
             memory.check_training([("student", student.cfg, recipe)], trial_loss, share)
         data = load_or_draw_trajectories(
             f"{args.run}/trajectories.safetensors", drawing.load(learns=False), args.clips,
-            source.prompts, args.guidance, args.between,
+            args.guidance, args.between, source.prompts,
             sigmas=student.cfg.sigmas, weights_id=drawing.weights_id,
         )  # fmt: skip
         print(f"trajectories ready after {time.perf_counter() - start:.0f} s")

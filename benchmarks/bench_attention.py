@@ -242,7 +242,7 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
         for key, call in calls.items():
             times[key].append(seconds(call, device, repeats))
     least = floor(shape, rate, torch.empty(0, dtype=dtype).element_size())
-    hook = "fused" if kernel.are_few(*arguments[:2]) else "append"
+    hook = "fused" if kernel.fits_fused(*arguments[:2]) else "append"
     result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook, "sdpa": backend}
     for (name, mode), values in times.items():
         entry = {

@@ -32,12 +32,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 import generate
-from film import decoders
-from film.decoders import Overlap
+from full_size import decoders
+from full_size.decoders import Overlap
 from full_size import parts
 from full_size import weights as ltx2
 from full_size.text import random_features
-from masks import block_seconds
+from masks import block_interval
 from plumbing import (
     cli,
     files,
@@ -109,7 +109,7 @@ def largest_step(pieces, whole, seams) -> float:
 
 def borders_of(blocks, cfg) -> list[float]:
     """Seconds at which one block ends and the next begins."""
-    return [block_seconds(block.index, cfg)[1] for block in blocks[:-1]]
+    return [block_interval(block.index, cfg)[1] for block in blocks[:-1]]
 
 
 # ---- the table ----
@@ -200,7 +200,7 @@ def clip(args):
     for name in ("weights", "ltx2", "prompt"):
         if value := getattr(args, name):
             command += [f"--{name}", value]
-    order = generate.parse(generate.options().parse_args(command))
+    order = generate.check_args(generate.options().parse_args(command))
     made = parts.parts_for(order)
     blocks = list(generate.stream(made.net, order.cues, order.seconds, read=made.read))
     return made.net.cfg, blocks, made.make_decoder

@@ -42,18 +42,19 @@ from statistics import median_high
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from full_size import faster
+
 ROOT = Path(__file__).resolve().parent.parent
 
 import config
 import dmd
 import generate
 import model
-from film import decoders
 from film.mp4 import Movie, av
 from full_size import (
+    decoders,
     memory,
     memory_plan,
-    parts,
 )
 from full_size import text as captions
 from full_size import weights as ltx2
@@ -235,12 +236,12 @@ def set_up(net, speedups, device):
     net.fork = contextlib.nullcontext
     for site in (m for m in net.modules() if isinstance(m, model.Attention)):
         site.joined = False
-    return parts.sped_up(net, speedups, device)
+    return faster.sped_up(net, speedups, device)
 
 
 def climb(rungs, net, nets, features, window, device, rounds, save):
     """Add the missing rungs: every speed-up on top of those that won so far."""
-    possible, blocks = parts.find_speedups(["all"], net.cfg, device), settled_after(window) + 4
+    possible, blocks = faster.find_speedups(["all"], net.cfg, device), settled_after(window) + 4
 
     def median_of(speedups):
         free_memory(device)  # of the recordings before

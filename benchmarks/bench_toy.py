@@ -26,16 +26,16 @@ from statistics import median_high
 
 import torch
 
+import rollout
+from toy import source as toy_source
+
 ROOT = Path(__file__).resolve().parent.parent
 
 import config
 import dmd
 import model
-import self_forcing
 import teacher
 from benchmarks import bench_generate
-from full_size import parts
-from full_size.text import toy_captions
 from kv_cache import CachedView, MaskedView
 from masks import block_span, clip_span, four_masks
 from plumbing import (
@@ -44,6 +44,7 @@ from plumbing import (
 )
 from studies import plots
 from toy import world as toy_world
+from toy.source import toy_captions
 
 LONGEST_PREFIX = 30  # blocks
 THREADS = 1  # more would make some parts faster and all of them less alike
@@ -118,7 +119,7 @@ def bench_prefix(net, text, window=WINDOW) -> dict:
         span = block_span(k, cfg)
         noise = model.draw_noise(1, span, cfg, generator)
         start = time.perf_counter()
-        x0 = dmd.denoise(net, noise, cfg.sigmas, text, span, view, generator)
+        x0 = rollout.denoise(net, noise, cfg.sigmas, text, span, view, generator)
         dmd.at_sigma(net, x0, 0.0, text, span, view)
         view.next_block()
         cached.append(time.perf_counter() - start)
@@ -167,7 +168,7 @@ def bench_cost(student, text, captions) -> dict:
         return lambda: teacher.sample(net["teacher"], captions, levels)
 
     def streamed():
-        return list(self_forcing.rollout(student, lambda k: text, 6, sigmas, g, window=WINDOW))
+        return list(rollout.rollout(student, lambda k: text, 6, sigmas, g, window=WINDOW))
 
     makers = {
         "teacher, 32 steps": (64, by_teacher(teacher.schedule(32))),
@@ -199,7 +200,7 @@ def main():
     args = p.parse_args()
     out = args.out or (None if args.only else ROOT / "results" / "bench_toy")
     torch.set_num_threads(THREADS)
-    net = parts.load_student(parts.WEIGHTS["toy"], config.TOY)
+    net = toy_source.load_student(toy_source.WEIGHTS["toy"], config.TOY)
     captions = toy_captions(toy_world.parse_prompt("red fast metal"))
     with torch.inference_mode():
         text = net.project_text(*captions.features)

@@ -1,18 +1,17 @@
-"""Coursework: modules with holes to fill in, hints, and what each hole is worth.
+"""Skeletons of modules, hints, points, progress, and handouts for a course.
 
-    python -m exercises masks                       write exercises/masks.py, masks.py with holes
-    python -m pytest --exercise masks              grade it, function by function
-    python -m exercises --hint masks.may_attend 2   a hint; there are three, each tells more
-    python -m exercises --list                      all exercises, and how far you are
+The solution of an exercise is the module itself. A skeleton is not stored, but made from it:
+signatures, docstrings and everything else stay, and the body of each function that is listed in
+`exercises/table.toml` becomes a hint and an error. Students write these bodies in
+`answers/NAME.py`, in the order of the table, from easy to hard. A function is graded with the help
+of the functions before it, never of those after it.
 
-The solution is the module itself, so a skeleton is never maintained, only made: signatures,
-docstrings and everything around stay, and the body of every function of `exercises/table.toml` becomes
-a hint and an error. Write the bodies in `exercises/NAME.py` in the order of the table, easy to
-hard: a function is graded with the help of those before it, never of those after it.
+Grading (exercises/grader.py) puts the answer in the place of the module, for the tests and for all
+other modules. A test in `tests/test_graded_NAME.py` names the function that it grades:
+`@pytest.mark.points(2, "may_attend")`. Its expected values never come from code that the student
+writes.
 
-Grading (conftest.py) puts your file in the place of the module, for the tests and for all other
-modules. A test says whom it grades, `@pytest.mark.points(2, "may_attend")`, and stands in
-`tests/test_graded_NAME.py`; its expectation never comes from code that you replace.
+`python -m exercises --help` lists the commands.
 """
 
 import ast
@@ -23,13 +22,16 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing import cli, files
+from plumbing import files
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = ROOT / "answers"
+# No ordinary tests, no notebooks, no page for instructors: they show solutions.
 HANDED_OUT = (
-    "*.py", "*.toml", "requirements*.txt", "README.md", "LICENSE", "NOTICE", ".gitignore",
-    "assets/*", "results/*", "weights/*", "tests/test_graded_*.py",
+    "*.py", "*.toml", "requirements*.txt", "README.md", "DIFFERENCES.md", "LICENSE", "NOTICE",
+    ".gitignore", "kernel/*", "toy/*", "full_size/*", "plumbing/*", "film/*", "studies/*",
+    "exercises/*.py", "exercises/*.toml", "assets/*", "results/*", "weights/*",
+    "tests/test_graded_*.py",
 )  # fmt: skip
 
 
@@ -45,8 +47,9 @@ class Task(NamedTuple):
 
 
 class Exercise(NamedTuple):
-    """The bodies to write in one module, easy to hard."""
+    """The bodies to write in one module, from easy to hard."""
 
+    module: str  # as it is imported: "masks", "film.decoders"
     idea: str
     minutes: int
     tasks: list[Task]
@@ -55,12 +58,17 @@ class Exercise(NamedTuple):
     def points(self) -> int:
         return sum(task.points for task in self.tasks)
 
+    @property
+    def file(self) -> Path:
+        return ROOT / f"{self.module.replace('.', '/')}.py"
+
 
 def read_table() -> dict[str, Exercise]:
-    """The exercises of exercises/table.toml by name, which is the module's."""
+    """Return the exercises of table.toml by name."""
     table = tomllib.loads((ROOT / "exercises" / "table.toml").read_text())
     return {
         name: Exercise(
+            row.get("module", name),
             row["idea"],
             row["minutes"],
             [
@@ -76,7 +84,7 @@ EXERCISES = read_table()
 
 
 def find(name) -> Exercise:
-    """The exercise of that name.  Raises ValueError, listing the known ones."""
+    """Return the exercise of that name.  Raises ValueError, listing the known names."""
     if name not in EXERCISES:
         raise ValueError(f"exercise {name!r}: unknown; expected one of {', '.join(EXERCISES)}")
     return EXERCISES[name]
@@ -86,7 +94,7 @@ def find(name) -> Exercise:
 
 
 def functions_in(source) -> dict[str, ast.FunctionDef]:
-    """Functions of a module by name, methods as Class.method.
+    """Return the functions of a module by name, methods as Class.method.
 
     >>> list(functions_in("def f(): pass\\nclass C:\\n    def g(self): pass"))
     ['f', 'C.g']
@@ -101,14 +109,14 @@ def functions_in(source) -> dict[str, ast.FunctionDef]:
 
 
 def body_lines(node) -> slice:
-    """Lines of a function behind its docstring, as indices from 0."""
+    """Return the lines of a function after its docstring, as indices from 0."""
     has_docstring = ast.get_docstring(node) is not None
     first = node.body[0].end_lineno if has_docstring else node.body[0].lineno - 1
     return slice(first, node.end_lineno)
 
 
 def stub(name, task, indent) -> list[str]:
-    """What stands in a skeleton instead of a body: the first hint, and an error."""
+    """Return the lines that replace a body in a skeleton: the first hint, and an error."""
     hint = textwrap.wrap(f"{plural(task.points, 'point')}. {task.hints[0]}", 98 - indent)
     lines = [*hint, f"More: python -m exercises --hint {name}.{task.function} 2"]
     error = f'raise NotImplementedError("{task.function} is not written yet")'
@@ -116,31 +124,30 @@ def stub(name, task, indent) -> list[str]:
 
 
 def skeleton(name, source, solved=0) -> str:
-    """The source of a module without the bodies of its exercise; the first `solved` are left in."""
+    """Remove the bodies of an exercise from the source of its module, except the first `solved`."""
     lines, nodes = source.splitlines(), functions_in(source)
     holes = [(nodes[task.function], task) for task in find(name).tasks[solved:]]
-    # from the last to the first, or the line numbers of later ones would be wrong
+    # From the last to the first: a new body shifts the line numbers of everything after it.
     for node, task in sorted(holes, key=lambda hole: -hole[0].lineno):
         lines[body_lines(node)] = stub(name, task, node.body[0].col_offset)
     return "\n".join(lines) + "\n"
 
 
 def start(name, force=False) -> Path:
-    """Write the skeleton of an exercise.
+    """Write the skeleton of an exercise, and return its path.
 
-    Raises ValueError if there is an answer already, unless `force`.
+    Raises ValueError if an answer exists already, unless `force`.
     """
-    find(name)
+    text = skeleton(name, find(name).file.read_text())
     answer = ANSWERS / f"{name}.py"
     if answer.exists() and not force:
-        raise ValueError(f"{shown(answer)} is there already; --force overwrites your work")
-    text = skeleton(name, (ROOT / f"{name}.py").read_text())
+        raise ValueError(f"{shown(answer)} exists already; --force overwrites your work")
     files.write_beside(answer, lambda path: path.write_text(text))
     return answer
 
 
 def check_answer(name, answer):
-    """Raises ValueError if an answer is not there, no Python, or lacks one of its functions."""
+    """Raises ValueError if an answer is missing, is not Python, or lacks one of its functions."""
     tasks = find(name).tasks
     if not answer.exists():
         raise ValueError(f"{shown(answer)}: no such file; start with python -m exercises {name}")
@@ -153,7 +160,7 @@ def check_answer(name, answer):
 
 
 def shown(path) -> str:
-    """A path as it is told: from the root of the project if it lies there."""
+    """Return a path for messages: relative to the project's root, if it lies there."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -161,7 +168,7 @@ def shown(path) -> str:
 
 
 def plural(n, noun) -> str:
-    """A number and what it counts.
+    """Return a number and its noun.
 
     >>> plural(1, "point"), plural(3, "point")
     ('1 point', '3 points')
@@ -169,23 +176,23 @@ def plural(n, noun) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def hint(what, depth=1) -> str:
-    """A hint for "NAME.function": 1 says where to look, 2 how to go about it, 3 nearly the code.
+def hint(place, depth=1) -> str:
+    """Return a hint for "NAME.function": 1 where to look, 2 how to do it, 3 almost the code.
 
-    Raises ValueError for an unknown exercise or function, listing the known ones, or depth.
+    Raises ValueError for an unknown exercise, function or depth, listing the known ones.
     """
-    name, _, function = what.partition(".")
+    name, _, function = place.partition(".")
     hints = {task.function: task.hints for task in find(name).tasks}
     if function not in hints:
-        raise ValueError(f"--hint {what}: expected {name}. and one of {', '.join(hints)}")
+        raise ValueError(f"--hint {place}: expected {name}. and one of {', '.join(hints)}")
     depths = [str(i + 1) for i in range(len(hints[function]))]
     if str(depth) not in depths:
-        raise ValueError(f"--hint {what} {depth}: expected a depth of {', '.join(depths)}")
+        raise ValueError(f"--hint {place} {depth}: expected a depth of {', '.join(depths)}")
     return hints[function][int(depth) - 1]
 
 
 def progress(name) -> str:
-    """How far an answer is: "not started", "not graded", or its points when last graded."""
+    """Return "not started", "not graded", or the points of the latest grading."""
     answer, score = ANSWERS / f"{name}.py", ANSWERS / f"{name}.score.json"
     if not answer.exists():
         return "not started"
@@ -197,26 +204,26 @@ def progress(name) -> str:
 
 
 def overview() -> str:
-    """The table of exercises, as `--list` prints it."""
+    """Return the table of exercises, as `--list` prints it."""
     lines = []
     for name, ex in EXERCISES.items():
-        what = f"{ex.points:3} points {ex.minutes:4} minutes"
-        lines.append(f"{name:15} {what}   {ex.idea} ({progress(name)})")
+        size = f"{ex.points:3} points {ex.minutes:4} minutes"
+        lines.append(f"{name:15} {size}   {ex.idea} ({progress(name)})")
         worth = ", ".join(f"{task.function} {task.points}" for task in ex.tasks)
         lines += textwrap.wrap(worth, 98, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-# ---- the table, the modules and the tests agree ----
+# ---- do the table, the modules and the tests agree? ----
 
 
 def graded_file(name) -> Path:
-    """The tests that give points in an exercise."""
+    """Return the test file that gives points in an exercise."""
     return ROOT / "tests" / f"test_graded_{name}.py"
 
 
 def graded_tests(name) -> dict[str, tuple[int, str]]:
-    """Tests of an exercise: name -> points and the function that is graded; (0, "") if unmarked."""
+    """Return the points and the graded function of each test; (0, "") for a test without them."""
     found = {}
     for test, node in functions_in(graded_file(name).read_text()).items():
         if test.startswith("test_"):
@@ -227,15 +234,15 @@ def graded_tests(name) -> dict[str, tuple[int, str]]:
 
 
 def problems() -> list[str]:
-    """What is wrong with the table, one line each; nothing is as it should be."""
+    """Return contradictions between the table, the modules and the tests, one line each."""
     return [f"{name}: {line}" for name in EXERCISES for line in _problems(name)]
 
 
 def _problems(name):
-    module = ROOT / f"{name}.py"
-    if missing := [shown(path) for path in (module, graded_file(name)) if not path.exists()]:
+    places = find(name).file, graded_file(name)
+    if missing := [shown(path) for path in places if not path.exists()]:
         return [f"there is no {' and no '.join(missing)}"]
-    nodes, tests = functions_in(module.read_text()), graded_tests(name)
+    nodes, tests = functions_in(places[0].read_text()), graded_tests(name)
     worth = {task.function: task.points for task in find(name).tasks}
     found = [
         f"{test} grades {function or 'nothing'}, which is not in the table"
@@ -257,62 +264,22 @@ def _problems(name):
 
 
 def hand_out(folder, first):
-    """Copy the project for students, without the bodies of exercise `first` and all that follow.
+    """Copy the project for students, without the bodies of exercise `first` and all later ones.
 
-    Exercises stand in the order of the imports: what comes before is needed, and may be read by
-    then. The ordinary tests and the instructor's page stay behind, for they tell the solutions.
+    The exercises follow the order of the imports. So the earlier ones are needed, and students may
+    read them by then.
 
-    Raises ValueError if there is something in the folder already.
+    Raises ValueError if the folder is not empty.
     """
     names, folder = list(EXERCISES), Path(folder)
-    blank = names[names.index(first) :]
+    blank = {find(name).file: name for name in names[names.index(first) :]}
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--handout {folder}: not empty")
-    for source in (path for pattern in HANDED_OUT for path in ROOT.glob(pattern)):
+    paths = [path for pattern in HANDED_OUT for path in ROOT.glob(pattern)]
+    for source in filter(Path.is_file, paths):
         target = folder / source.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if source.stem in blank and source.parent == ROOT:
-            target.write_text(skeleton(source.stem, source.read_text()))
+        if source in blank:
+            target.write_text(skeleton(blank[source], source.read_text()))
         else:
             shutil.copyfile(source, target)
-
-
-def main():
-    p = cli.parser(__doc__)
-    p.add_argument("name", nargs="?", help="exercise to start")
-    p.add_argument("--force", action="store_true", help="start over: overwrite your work")
-    p.add_argument("--list", action="store_true", help="all exercises and how far you are")
-    p.add_argument(
-        "--all", action="store_true", help="start every exercise that is not started yet"
-    )
-    p.add_argument("--hint", nargs="+", metavar="NAME.function", help="and a depth, 1 to 3")
-    p.add_argument(
-        "--handout", metavar="FOLDER", help="copy the project without NAME and the exercises after"
-    )
-    p.add_argument("--check", action="store_true", help="compare table, modules and tests")
-    args = p.parse_args()
-    if args.hint:
-        if len(args.hint) > 2:
-            raise ValueError(f"--hint {' '.join(args.hint)}: expected one depth")
-        print(hint(*args.hint))
-    elif args.check:
-        if found := problems():
-            raise ValueError("; ".join(found))
-        print(f"{plural(len(EXERCISES), 'exercise')}: table, modules and tests agree")
-    elif args.handout:
-        first = args.name or next(iter(EXERCISES))
-        find(first)
-        hand_out(args.handout, first)
-        print(f"wrote {args.handout}: {first} and all exercises after it are blank")
-    elif args.list or not (args.name or args.all):
-        print(overview())
-    else:
-        unstarted = [name for name in EXERCISES if not (ANSWERS / f"{name}.py").exists()]
-        for name in [args.name] if args.name else unstarted:
-            answer = shown(start(name, args.force))
-            print(f"wrote {answer}; grade it: python -m pytest --exercise {name}")
-
-
-if __name__ == "__main__":
-    with cli.one_line_errors():
-        main()

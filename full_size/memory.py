@@ -1,15 +1,33 @@
-"""How much memory?  Counted before anything is loaded.
+"""How much memory does a stream or a training need?  Computed before anything is loaded.
 
-What does not fit should be refused in the first second, with the arithmetic, and not by the
-allocator after ten minutes. Sizes that follow from constants are multiplied out. What activations
-take at their widest moment is not guessed either: the same code runs once on `meta` tensors, which
-have shapes but no contents, while `peak_bytes` counts what is alive.
+What cannot fit is refused in the first second, with the arithmetic, and not by the allocator after
+ten minutes. Bytes are counted in two ways:
 
-`full_size/memory.py` adds up what a stream needs, `full_size/memory.py` what a training does.
+  * Weights, caches and optimiser states follow from constants. They are multiplied out.
+  * Activations follow from the code. It runs once on `meta` tensors, which have shapes but no
+    contents, and `peak_bytes` counts the tensors that are alive at the same time.
+
+A stream needs the transformer, the KV caches of a full window, the keys and values of its prompts,
+one pass and the decoders. The text encoder is freed before they come.
+
+A training holds every network that learns in float32: weights, gradient, the two moments of AdamW,
+and sometimes an average. All of it is sharded, so more processes help:
+
+    generator   18.9e9 parameters x (4 + 4 + 8 + 4) bytes = 378 GB  |
+    critic      the same without average                    302 GB  |-- / processes
+    teacher     frozen, in bfloat16                          38 GB  |
+
+Gathered layers and activations are not sharded. Activations are counted with two and with three
+layers, because every further layer adds as much as the third.
+
+    python -m full_size.memory               streams with windows of 5, 15, 25 s; stage II on 8 GPUs
+    python -m benchmarks.training_memory     the three stages on 8, 16 and 32 GPUs
 """
 
+import functools
 import os
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -17,9 +35,19 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
+
+import config
+import model
+from full_size import decoders, sharding, text
+from kv_cache import CachedView
+from masks import SITES, block_span, full_window
+from plumbing import cli, processes
+from rollout import Block
 
 GB = 1e9
+LAYERS_AT_WORK = 2  # FSDP gathers the next layer while one runs
+MAX_PROCESSES = 1024  # the advice for a training that does not fit goes no further
 
 
 class Row(NamedTuple):
@@ -30,24 +58,44 @@ class Row(NamedTuple):
     how: str  # the arithmetic
 
 
-def weights_row(net, dtype) -> Row:
-    """Parameters times bytes each; `net` may be on the meta device."""
-    n, size = net.num_parameters(), dtype.itemsize
-    return Row("transformer", n * size, f"{n:,} parameters x {size} bytes")
+def total(rows) -> int:
+    return sum(row.num_bytes for row in rows)
 
 
-# ---- sizes of activations: run on tensors without contents ----
+def shown(rows, free) -> str:
+    """Format the arithmetic, one line per row.
+
+    >>> print(shown([Row("transformer", 37_750_000_000, "18.9e9 x 2 bytes")], 80_000_000_000))
+       37.75 GB  transformer: 18.9e9 x 2 bytes
+       37.75 GB  in all, of 80.00 GB free
+    """
+    lines = [f"{row.num_bytes / GB:8.2f} GB  {row.what}: {row.how}" for row in rows]
+    return "\n".join([*lines, f"{total(rows) / GB:8.2f} GB  in all, of {free / GB:.2f} GB free"])
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it that are still alive; views are no tensors."""
+def free_bytes(device) -> int:
+    """Free memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # MemAvailable includes the file cache, which the system can give up
+        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---- activations: counted on tensors without contents ----
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all living tensors that were made inside; views cost nothing."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
+        self.sizes, self.now, self.peak = {}, 0, 0  # sizes: of every storage, by its address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._meet((args, kwargs), are_new=False)
+        self._meet((args, kwargs), are_new=False)  # inputs that were made outside cost nothing
         out = function(*args, **(kwargs or {}))
         self._meet(out, are_new=True)
         return out
@@ -60,18 +108,16 @@ class _Living(TorchDispatchMode):
             self.sizes[storage._cdata] = storage.nbytes() if are_new else 0
             self.now += self.sizes[storage._cdata]
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._dead, storage._cdata)
+            weakref.finalize(storage, self._freed, storage._cdata)
 
-    def _dead(self, name):
-        self.now -= self.sizes.pop(name)
+    def _freed(self, address):
+        self.now -= self.sizes.pop(address)
 
 
-class _Fused(torch.autograd.Function):
-    """A fused attention: what it writes, and what it keeps for its backward pass.
+class _FusedAttention(torch.autograd.Function):
+    """The memory of a fused attention: its output, and what it saves for the backward pass."""
 
-    On a GPU no (Q, K) matrix of scores is ever written; on meta tensors it would be counted.
-    """
-
+    # On a GPU, SDPA never writes the (Q, K) scores. On meta tensors PyTorch would make them.
     @staticmethod
     def forward(ctx, q, k, v):
         out = torch.empty_like(q)
@@ -84,51 +130,276 @@ class _Fused(torch.autograd.Function):
 
 
 def _fused_attention(q, k, v, *_, **__):
-    return _Fused.apply(q, k, v)
+    return _FusedAttention.apply(q, k, v)
 
 
 def peak_bytes(function) -> int:
-    """The most memory alive at once of what `function` makes, when called on meta tensors.
+    """Call a function on meta tensors; return the most bytes of its tensors alive at one time.
 
     >>> peak_bytes(lambda: (torch.empty(10, device="meta") + 1).sum())       # 40 + 40, then 40 + 4
     80
     """
     with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
-        with _Living() as living:
+        with _LiveBytes() as living:
             function()
     return living.peak
 
 
-# ---- what there is ----
+# ---- a stream ----
 
 
-def free_bytes(device) -> int:
-    """Memory that can still be had there."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # free, and what the system would give up of its file cache
-        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def weights_row(net, dtype) -> Row:
+    """Parameters times bytes each; `net` may be on the meta device."""
+    n, size = net.num_parameters(), dtype.itemsize
+    return Row("transformer", n * size, f"{n:,} parameters x {size} bytes")
 
 
-def total(rows) -> int:
-    return sum(row.num_bytes for row in rows)
+def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
+    """The caches of `CachedView(cfg, blocks, window)` when the window is full."""
+    view = CachedView(replace(cfg, num_layers=1), blocks, window)  # all layers are alike
+    evicts, values = view.window < full_window(blocks), 0
+    for site, cache in view.layers[0].items():
+        width = cfg.video_width if site == "video_self" else cfg.audio_width
+        slots = cache.prefix_tokens + cache.ring_blocks * cache.block_tokens
+        values += 2 * slots * width  # keys and values
+        values += evicts * cache.prefix_tokens * width  # a copy of the pinned keys, before rotation
+    how = f"{cfg.num_layers} layers x (keys, values) of {len(SITES)} attentions"
+    size = batch * cfg.num_layers * values * dtype.itemsize
+    return Row("rolling caches", size, f"{how}, window {view.window} blocks")
 
 
-def shown(rows, free) -> str:
-    """The arithmetic, one line each.
+def text_row(cfg, prompts, dtype, batch=1) -> Row:
+    """Keys and values of every prompt, for each layer and stream."""
+    width = cfg.video_width + cfg.audio_width
+    values = 2 * prompts * batch * cfg.num_layers * text.TOKENS * width
+    how = f"{prompts} x {text.TOKENS} tokens x {cfg.num_layers} layers x 2 x {width} channels"
+    return Row("keys and values of prompts", values * dtype.itemsize, how)
 
-    >>> print(shown([Row("transformer", 37_750_000_000, "18.9e9 x 2 bytes")], 80_000_000_000))
-       37.75 GB  transformer: 18.9e9 x 2 bytes
-       37.75 GB  in all, of 80.00 GB free
+
+@torch.inference_mode()
+def pass_row(net, dtype, batch=1) -> Row:
+    """The activations of one pass, without weights and caches; `net` on the meta device."""
+    cfg, net = net.cfg, net.to(dtype)
+    features = torch.empty(batch, text.TOKENS, cfg.caption_width, device="meta", dtype=dtype)
+    prompt, view = net.project_text(features), CachedView(cfg, 3, window=1)
+
+    def one_pass(k):
+        _, video, audio = _meta_block(k, cfg, dtype, batch)
+        sigma = video.new_ones(batch)
+        model.predict_x0(net, video, audio, sigma, sigma, prompt, block_span(k, cfg), view)
+
+    one_pass(0)  # allocates the caches, which have a row of their own
+    view.next_block()
+    one_pass(1)  # makes the rotation tables, which `model.ropes_of` keeps
+    tokens = cfg.video_tokens_per_block + cfg.audio_frames_per_block
+    size = peak_bytes(lambda: one_pass(1))
+    return Row("one pass", size, f"{tokens} tokens at the widest moment")
+
+
+def _meta_block(k, cfg, dtype, batch=1) -> Block:
+    span, generator = block_span(k, cfg), torch.Generator()
+    return Block(k, *model.draw_noise(batch, span, cfg, generator, "meta", dtype))
+
+
+@torch.inference_mode()
+def decoder_rows(cfg, dtype) -> list[Row]:
+    """The decoders of LTX-2, and their activations while they decode a block with its context."""
+    nets = decoders.meta_decoders(dtype)
+    decoder = decoders.Decoder(*nets, cfg)
+    tensors = [t for net in nets for t in net.state_dict().values()]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    for k in range(3):  # from then on, every block has its full context
+        decoder.decode(_meta_block(k, cfg, dtype))
+    peak = peak_bytes(lambda: decoder.decode(_meta_block(3, cfg, dtype)))
+    context, _ = decoders.Overlap().video
+    how = f"{context} latents of context and {cfg.video_frames_per_block} new ones"
+    return [
+        Row("decoders", weights, "of video and audio, and the vocoder in float32"),
+        Row("decoding", peak, how),
+    ]
+
+
+def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1, batch=1) -> list[Row]:
+    """Everything that a stream needs except the decoders; speedups: names of faster.SPEEDUPS."""
+    net = model.build(cfg, device="meta")
+    two_layers = model.build(replace(cfg, num_layers=2), device="meta")
+    one_pass = pass_row(two_layers, dtype, batch)  # more layers need no more activations
+    is_recorded = "graph" in speedups
+    copies = prompts + is_recorded  # recorded passes read a copy of the prompt of their own
+    rows = [
+        weights_row(net, dtype),
+        cache_row(cfg, blocks, window, dtype, batch),
+        text_row(cfg, copies, dtype, batch),
+        one_pass,
+    ]
+    pool = Row("recorded passes", one_pass.num_bytes, "one memory pool, as large as one pass")
+    return [*rows, pool] if is_recorded else rows
+
+
+def film_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
+    """Everything that a film needs: its stream and the decoders of LTX-2."""
+    stream = stream_rows(cfg, blocks, window, dtype, speedups, prompts)
+    return stream + decoder_rows(cfg, dtype)
+
+
+def check_stream(request):
+    """Print the memory that a `generate.Request` needs.  Raises ValueError if it does not fit."""
+    cfg, blocks, dtype = request.cfg, request.num_blocks, request.dtype
+    prompts = len(request.cues)
+    rows = film_rows(cfg, blocks, request.window, dtype, request.speedups, prompts)
+    free = free_bytes(request.device)
+    print(shown(rows, free))
+    check_window(rows, free, cfg, blocks, dtype)
+    if request.ltx2:
+        check_text(request.ltx2, free)
+
+
+def check_window(rows, free, cfg, blocks, dtype, batch=1):
+    """Raises ValueError for a stream that does not fit, naming the longest window that does."""
+    if total(rows) <= free:
+        return
+    others = total([row for row in rows if row.what != "rolling caches"])
+    caches = {w: cache_row(cfg, blocks, w, dtype, batch).num_bytes for w in range(1, blocks)}
+    fitting = [window for window, size in caches.items() if others + size <= free]
+    advice = f"--window {max(fitting)} would fit" if fitting else "no window is short enough"
+    raise ValueError(
+        f"this stream needs {total(rows) / GB:.1f} GB and {free / GB:.1f} GB are free: {advice}"
+    )
+
+
+def check_text(folder, free):
+    """Print the size of the text encoder.  Raises ValueError if it does not fit."""
+    found = [p for part in text.TEXT_PARTS for p in Path(folder, part).glob("*.safetensors")]
+    size = sum(p.stat().st_size for p in found)
+    print(f"{size / GB:8.2f} GB  before all that: the text encoder, freed when it has read")
+    if size > free:
+        raise ValueError(f"{folder}: a text encoder of {size / GB:.1f} GB, {free / GB:.1f} GB free")
+
+
+# ---- a training ----
+
+
+def training_rows(nets, activations, num_processes) -> list[Row]:
+    """Everything that each process needs.
+
+    nets          (name, config, recipe) of each network; a frozen one has no recipe (None)
+    activations   bytes of one update, from `activation_bytes`
     """
-    lines = [f"{row.num_bytes / GB:8.2f} GB  {row.what}: {row.how}" for row in rows]
-    return "\n".join([*lines, f"{total(rows) / GB:8.2f} GB  in all, of {free / GB:.2f} GB free"])
+    rows = []
+    for name, cfg, recipe in nets:
+        n = num_parameters(cfg, cfg.num_layers)
+        for what, size in bytes_per_parameter(recipe).items():
+            how = f"{n:,} parameters x {size} bytes / {num_processes} processes"
+            rows.append(Row(f"{name}, {what}", -(-n * size // num_processes), how))
+    how = "one update on tensors without contents, layers computed twice"
+    return [*rows, layers_row(nets[-1][1]), Row("activations", activations, how)]
+
+
+def bytes_per_parameter(recipe) -> dict:
+    """Bytes that a process keeps for one parameter, by purpose."""
+    if recipe is None:
+        return {"frozen weights": 2}
+    sizes = {"weights": 4, "gradient": 4, "moments": 8}
+    return {**sizes, "average": 4} if recipe.ema else sizes
+
+
+def layers_row(cfg) -> Row:
+    """Layers that are gathered at the moment, in bfloat16, and the gradient of the last one."""
+    one, two = (num_parameters(cfg, layers) for layers in (1, 2))
+    layer, outside = two - one, 2 * one - two
+    # a gradient is made in bfloat16 and copied to float32 to be averaged: 2 + 4 bytes
+    size = layer * (2 * LAYERS_AT_WORK + 6) + outside * (2 + 6)
+    how = f"{layer:,} parameters x ({LAYERS_AT_WORK} x 2 + 6) bytes, {outside:,} around them x 8"
+    return Row("layers at work", size, how)
+
+
+@functools.cache
+def num_parameters(cfg, layers) -> int:
+    """Parameters of a model of this config with another number of layers."""
+    return model.build(replace(cfg, num_layers=layers), device="meta").num_parameters()
+
+
+def activation_bytes(nets, loss, batch) -> int:
+    """The most that is alive during an update of `batch` clips, except the networks themselves.
+
+    loss   function of all networks, `model.Captions` and a torch.Generator
+    """
+    two, three = (peak_of_update(nets, loss, batch, layers) for layers in (2, 3))
+    return two + (nets[0][1].num_layers - 2) * (three - two)
+
+
+def peak_of_update(nets, loss, batch, layers) -> int:
+    """Peak bytes of an update if every network had this number of layers."""
+    on_meta = [_meta_net(replace(cfg, num_layers=layers), recipe) for _, cfg, recipe in nets]
+    captions = _meta_captions(batch, nets[0][1])
+    with processes.SharedDraws("meta"):  # random numbers become meta tensors as well
+        return peak_bytes(lambda: loss(*on_meta, captions, torch.Generator()).backward())
+
+
+def _meta_net(cfg, recipe):
+    """A network without contents that treats inputs and gradients as FSDP does."""
+    net = model.build(cfg, device="meta").to(torch.bfloat16).requires_grad_(recipe is not None)
+    net.register_forward_pre_hook(lambda net, inputs: tree_map(_to_bfloat16, inputs))
+    if recipe is None:
+        return net
+    for p in net.parameters():  # FSDP shards a gradient as soon as it is complete
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return sharding.passes_apart(sharding.checkpoint_layers(net))
+
+
+def _to_bfloat16(x):
+    return x.bfloat16() if torch.is_tensor(x) and x.is_floating_point() else x
+
+
+def _meta_captions(batch, cfg) -> model.Captions:
+    shape = batch, text.TOKENS, cfg.caption_width
+    features = [torch.empty(shape, device="meta", dtype=torch.bfloat16) for _ in range(4)]
+    return model.Captions(tuple(features[:2]), tuple(features[2:]))
+
+
+def check_training(nets, loss, batch):
+    """Print the memory that each process of a training needs; arguments: see `activation_bytes`.
+
+    Raises ValueError if it does not fit, with the number of processes that would be enough.
+    """
+    num_processes, activations = processes.count(), activation_bytes(nets, loss, batch)
+    free = free_bytes(processes.device())
+    if processes.device().type == "cpu":  # all processes share one memory
+        free //= num_processes
+    rows = training_rows(nets, activations, num_processes)
+    print(f"every one of {num_processes} processes, {batch} clips each:")
+    print(shown(rows, free))
+    if total(rows) > free:
+        raise ValueError(training_refusal(nets, activations, num_processes, free))
+
+
+def training_refusal(nets, activations, num_processes, free) -> str:
+    """Say in one line how much is missing, and how many processes would be enough."""
+
+    def needed(n):
+        return total(training_rows(nets, activations, n))
+
+    more = range(num_processes + 1, MAX_PROCESSES + 1)
+    enough = next((n for n in more if needed(n) <= free), None)
+    advice = f"{enough} would do" if enough else "no number of them is enough"
+    return (
+        f"this training needs {needed(num_processes) / GB:.1f} GB in each of {num_processes} "
+        f"processes, and {free / GB:.1f} GB are free: {advice}"
+    )
+
+
+def main():
+    import ode_regression
+
+    for window in (5, 15, 25):
+        print(f"window {window} s, two minutes, bfloat16:")
+        print(shown(film_rows(config.FULL, 121, window, torch.bfloat16), 80 * GB), "\n")
+    nets = [("student", config.FULL, ode_regression.make_recipe(1, is_toy=False))]
+    activations = activation_bytes(nets, ode_regression.trial_loss, batch=1)
+    print("stage II on 8 GPUs, one clip of 5 s each:")
+    print(shown(training_rows(nets, activations, 8), 80 * GB))
 
 
 if __name__ == "__main__":
-    x = torch.empty(1000, 1000, device="meta")
-    chain = peak_bytes(lambda: (x @ x).relu().sum())
-    print(shown([Row("product and its rectified copy", chain, "2 x 4 MB, and a sum")], 16 * GB))
+    with cli.one_line_errors():
+        main()

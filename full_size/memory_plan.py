@@ -17,7 +17,7 @@ import torch
 import config
 import dmd
 import model
-from film import decoders
+from full_size import decoders
 from full_size import text as captions
 from full_size.memory import GB, Row, peak_bytes, shown, total, weights_row
 from kv_cache import CachedView
@@ -88,7 +88,7 @@ def _empty_block(k, cfg, batch, **like):
 @torch.inference_mode()
 def decoder_rows(cfg, dtype) -> list[Row]:
     """LTX-2's decoders and what they need while they decode a block with its context."""
-    nets = decoders.empty(dtype)
+    nets = decoders.meta_decoders(dtype)
     decoder = decoders.Decoder(*nets, cfg)
     tensors = [t for net in nets for t in net.state_dict().values()]
     weights = sum(t.numel() * t.element_size() for t in tensors)

@@ -1,25 +1,24 @@
-"""Prompts to caption features: the toy's words, and at full size Gemma 3, which then makes room.
+"""Prompts to caption features at full size: Gemma 3, which then makes room.
 
-The toy has eight words, each a unit vector. LTX-2 reads prompts through Gemma 3 12B: all 49 hidden
-states of every token, normalised together, projected to one vector, and passed through two small
-transformers ("connectors"), one for video and one for audio, that put learned registers where a
-prompt has no tokens. So a prompt has 1024 tokens whatever its length, and no text mask is needed.
+LTX-2 reads prompts through Gemma 3 12B. All 49 hidden states of every token are normalised together
+and projected to one vector. Two small transformers ("connectors"), one for video and one for audio,
+then put learned registers where a prompt has no tokens. A prompt therefore has 1024 tokens whatever
+its length, and needs no text mask.
 
-The encoder is two thirds the size of the transformer, and no block of the stream needs it again:
-every prompt of a stream is encoded before it starts, and the encoder is freed. A training reads
-thousands of prompts, so they are encoded once, to a folder with one file for each (15.7 MB):
+The encoder has two thirds of the transformer's size, and no block of the stream needs it again. All
+prompts of a stream are encoded before it starts, and the encoder is freed. A training reads
+thousands of prompts. They are encoded once, into a folder with one file per prompt (15.7 MB):
 
     python -m full_size.text prompts.txt --ltx2 LTX-2 --out features --device cuda
 
-prompts.txt has one prompt a line. Killed and started again, it goes on where it was.
+prompts.txt has one prompt per line. A killed run continues where it was.
 
-All of it is the published pipeline of Hugging Face diffusers; what is ours is the order.
+The text path is the published pipeline of Hugging Face diffusers; only the order is ours.
 """
 
 import gc
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,89 +27,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from full_size import weights as ltx2
+from full_size import weights
+from model import Captions
 from plumbing import cli, files
 from plumbing.stopwatch import Stopwatch
-from toy import world as toy_world
 
 REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
-TOKENS = 1024  # of the features of every prompt
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What the captions of a batch say, and what saying nothing is, which guidance steers from."""
-
-    features: tuple  # of (B, K, C_text): one for both streams, or video's and audio's
-    nothing: tuple  # the same of B empty captions
-
-    def __len__(self):
-        return len(self.features[0])
-
-    def with_nothing(self) -> tuple:
-        """Features of twice the batch: the captions, then as many that say nothing."""
-        return tuple(torch.cat(pair) for pair in zip(self.features, self.nothing))
-
-
-# ---- the toy's ----
-
-
-def toy_features(prompt) -> tuple:
-    """The toy's features (1, 3, 9), the same for both streams.
-
-    Raises ValueError for words that it does not know, listing those that it knows.
-    """
-    return (toy_world.caption_features(toy_world.parse_prompt(prompt)),)
-
-
-def toy_captions(tokens) -> Captions:
-    """(B, 3) words of the toy; a word 0 says nothing.
-
-    >>> captions = toy_captions(torch.tensor([[1, 5, 7], [2, 0, 8]]))
-    >>> len(captions), captions.with_nothing()[0].shape
-    (2, torch.Size([4, 3, 9]))
-    """
-    empty = torch.zeros_like(tokens)
-    return Captions(*((toy_world.caption_features(words),) for words in (tokens, empty)))
-
-
-class ToyPrompts:
-    """Words of the toy's clips, of which there are as many as there are seeds."""
-
-    mark = "toy"  # that tells these prompts from others
-
-    def numbers(self, seeds) -> torch.Tensor:
-        """(B, 3) words of the clips of these seeds."""
-        return toy_world.caption_tokens(toy_world.draw_clips(seeds))
-
-    def captions(self, numbers) -> Captions:
-        """What such words say."""
-        return toy_captions(numbers)
-
-
-TOY_PROMPTS = ToyPrompts()
-
-# ---- the full size's ----
+TOKENS = 1024  # per prompt, whatever its length
 
 
 class Features(NamedTuple):
-    """What the two streams read of one prompt."""
+    """Caption features of one prompt."""
 
     video: torch.Tensor  # (1, K, C_text)
     audio: torch.Tensor  # (1, K, C_text)
 
 
 def check(prompt):
-    """Any text will do.  Raises ValueError for none."""
+    """Raises ValueError for an empty prompt; any text will do."""
     if not prompt.strip():
         raise ValueError("the prompt says nothing; describe what is to be seen and heard")
 
 
 def check_folder(folder, parts=TEXT_PARTS):
-    """Look at the parts of LTX-2's folder (default: the text path) without reading weights.
+    """Check the parts of LTX-2's folder (default: the text path) without reading weights.
 
-    Raises ValueError for a part that is missing, and for weights that are missing or cut short.
+    Raises ValueError for a missing part, and for missing or incomplete weights.
     """
     places = [Path(folder, part) for part in parts]
     for place in places:
@@ -122,20 +65,23 @@ def check_folder(folder, parts=TEXT_PARTS):
         found = [*place.glob("*.safetensors.index.json"), *place.glob("*.safetensors")]
         if not found and place.name != "tokenizer":
             raise ValueError(f"{place}: no .safetensors file in it; download the folder again")
-        for file in {shard for path in found for shard in ltx2.shards(path)}:
-            ltx2.opened(file)
+        for file in {shard for path in found for shard in weights.shards(path)}:
+            weights.opened(file)
 
 
 def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
-    """Noise in place of what the text path makes: for measuring speed and memory."""
+    """Random features instead of those of the text path, to measure speed and memory."""
     shape = 1, TOKENS, cfg.caption_width
-    made = {p: [torch.randn(shape, device=device, dtype=dtype) for _ in "va"] for p in prompts}
-    return {prompt: Features(*pair) for prompt, pair in made.items()}
+
+    def draw():
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    return {prompt: Features(draw(), draw()) for prompt in prompts}
 
 
 @torch.inference_mode()
 def encode(pipeline, prompts, device) -> dict[str, Features]:
-    """Features of every different prompt, one at a time: padding is then nobody else's.
+    """Features of every different prompt; one at a time, so that padding does not depend on others.
 
     pipeline   diffusers' LTX2Pipeline with tokenizer, text_encoder and connectors
     """
@@ -151,7 +97,7 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
 
 
 def load_text_path(folder, dtype=torch.bfloat16):
-    """diffusers' LTX2Pipeline with the text path of a folder, and nothing else.
+    """LTX2Pipeline of diffusers with only the text path of a folder.
 
     Raises ValueError if a package is missing or the folder has no text path.
     """
@@ -167,9 +113,9 @@ def load_text_path(folder, dtype=torch.bfloat16):
 
 
 def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tuple[dict, float]:
-    """Load the text path, encode, and give its memory back; see `load_text_path`.
+    """Load the text path, encode, free its memory; errors as in `load_text_path`.
 
-    -> {prompt: Features}, and the seconds of encoding, without those of loading
+    -> {prompt: Features}, and the seconds of encoding without loading
     """
     pipeline = load_text_path(folder, dtype).to(device)
     watch = Stopwatch(torch.device(device))
@@ -186,7 +132,7 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tupl
 
 
 def read_lines(path) -> list[str]:
-    """The prompts of a text file, one a line.  Raises ValueError for an empty line, or for none."""
+    """Read a text file with one prompt per line.  Raises ValueError for an empty line or file."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except UnicodeDecodeError as error:
@@ -199,10 +145,10 @@ def read_lines(path) -> list[str]:
 
 
 def encode_to_folder(read, prompts, negative, folder):
-    """Write features of every prompt, and of the negative one, that are not there yet.
+    """Write the missing features of all prompts and of the negative prompt.
 
     read       function from a prompt to its Features
-    negative   the prompt that guidance steers away from; may be empty
+    negative   prompt that guidance moves away from; may be empty
 
     Raises ValueError for a folder of other prompts.
     """
@@ -217,22 +163,22 @@ def encode_to_folder(read, prompts, negative, folder):
 
 
 def _places(folder, contents):
-    """Every prompt and the file of its features, the negative one first."""
+    """All prompts with the files of their features, the negative prompt first."""
     yield contents["negative"], Path(folder, "negative.safetensors")
     for number, prompt in enumerate(contents["prompts"]):
         yield prompt, Path(folder, f"{number:06}.safetensors")
 
 
 class EncodedPrompts:
-    """A folder that `encode_to_folder` wrote: prompts by number, read when they are asked for."""
+    """A folder that `encode_to_folder` wrote: prompts by index, read when needed."""
 
     def __init__(self, folder, cfg):
-        """Raises ValueError for a folder that is not one, or in which features are missing."""
+        """Raises ValueError for another kind of folder, or missing features."""
         index = Path(folder, "prompts.json")
         if not index.is_file():
             raise ValueError(f"{folder}: no prompts.json; full_size/text.py makes such a folder")
         contents = index.read_bytes()
-        self.cfg, self.mark = cfg, hashlib.sha256(contents).hexdigest()[:12]
+        self.cfg, self.identity = cfg, hashlib.sha256(contents).hexdigest()[:12]
         try:
             places = list(_places(folder, json.loads(contents)))
         except (ValueError, TypeError, KeyError):
@@ -251,17 +197,17 @@ class EncodedPrompts:
         return len(self.places)
 
     def numbers(self, seeds) -> torch.Tensor:
-        """(B,) numbers of prompts for so many seeds, round and round."""
+        """(B,) indices of prompts for B seeds, round-robin."""
         return torch.tensor([seed % len(self) for seed in seeds])
 
     def captions(self, numbers) -> Captions:
-        """(B,) numbers of prompts -> what they say."""
+        """Captions of (B,) indices of prompts."""
         rows = [self._read(self.places[n][1]) for n in numbers.tolist()]
         empty = [self.negative] * len(rows)
         return Captions(*(tuple(map(torch.stack, zip(*x))) for x in (rows, empty)))
 
     def draw(self, n, generator):
-        """n prompts at random, as `dmd.draw_prompts` draws the toy's; no clips belong to them."""
+        """n random prompts, as the toy draws them; there are no clips with them."""
         return None, self.captions(torch.randint(len(self), (n,), generator=generator))
 
     def _read(self, path):
@@ -282,7 +228,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("prompts", help="text file, one prompt a line")
     p.add_argument("--ltx2", required=True, help="LTX-2's folder in diffusers' format")
-    p.add_argument("--negative", default="", help="what guidance steers away from")
+    p.add_argument("--negative", default="", help="what guidance moves away from")
     p.add_argument("--out", default="features", help="folder to write, or to go on with")
     p.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     args = p.parse_args()

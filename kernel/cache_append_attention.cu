@@ -1,85 +1,94 @@
 // Norm, rotate, append to the rolling cache, attend: kv_cache.cache_append_attention on a GPU.
 //
-// Symbols (kv_cache.py, FlashAttention): B clips, Q queries, T new keys, H heads, D width per head,
-// N slots of the cache; S scores, P softmax weights, m running maximum, l running sum, O output.
+// Symbols (kv_cache.py, FlashAttention): B clips, Q queries, T new keys, H heads, D width per head;
+// S scores, P softmax weights, m running maximum, l running sum, O output. A "thread block" is a
+// group of CUDA threads; a "block" of kv_cache.py, one second of video, does not occur here.
 //
-// In PyTorch this is a chain of about a dozen small kernels, each of which reads and writes whole
+// In PyTorch this is a chain of about a dozen small kernels. Each of them reads and writes whole
 // tensors, or waits to be launched. Three rungs lead from there to here:
 //
-//   1. One pass over memory (`append`). RMSNorm needs a sum over a whole row (H*D), then every
-//      channel is scaled and turned once. A block takes one row, a thread a few pairs of channels:
-//      each is read once, kept in registers during the sum, and written to its final place: the
-//      queries for SDPA, the keys and values into their slots. No copy of the cache is made.
-//   2. Online softmax (`fused`). Attention need not hold all scores. Walk along the keys in tiles
-//      and keep a running maximum m and sum l; when m grows, rescale what was gathered before:
+//   1. One pass over memory (`append`). RMSNorm needs a sum over a whole row (H*D). Then every
+//      channel is scaled and rotated once. A thread block handles one row, a thread a few channel
+//      pairs. Each value is read once, kept in registers during the sum, and written once, to its
+//      final place: queries to a buffer for SDPA, keys and values into their slots. The cache is
+//      never copied.
+//   2. Online softmax (`fused`). Attention does not need all scores at once. Walk along the keys in
+//      tiles and keep a running maximum m and sum l. When m grows, rescale the earlier results:
 //          S = q k^T / sqrt(D)    m' = max(m, max S)    P = exp(S - m')
 //          l = l exp(m - m') + sum P        O = O exp(m - m') + P v        result O / l
-//   3. Warps share the keys (`fused`). A second of audio has 25 queries: too few to fill a GPU. So
-//      a block takes 8 queries of one head, and its 8 warps take different tiles of keys; each has
-//      its own (m, l, O), and the same formula merges them at the end. Every key and value is read
-//      by one warp of a block and serves 8 queries.
+//   3. Keys split among warps (`fused`). A second of audio has 25 queries: too few to fill a GPU.
+//      So a thread block takes 8 queries of one head, and its 8 warps take different tiles of keys.
+//      Each warp has its own (m, l, O), and the same formula merges them at the end. Every key and
+//      value is read by one warp of a thread block and serves 8 queries.
 //
-// `append` is followed by PyTorch's SDPA over the slots in place: with 1152 video queries attention
-// is bound by matrix multiplication, where its kernels are near the limit. `fused` is for few
-// queries, where launches are all the cost: it does everything in one.
+// PyTorch's SDPA follows `append`; it reads the slots in place. With 1152 video queries, attention
+// is bound by matrix multiplication, and the kernels of SDPA use the tensor cores well. `fused` is
+// for few queries, where the launches are the whole cost: it does everything in one launch.
 //
-// V2A, 25 audio queries over 1152 new video keys, goes by `append` today. `fused` could do it: in
-// bfloat16 its block would hold 170 KB of the 227 KB of shared memory that an H100 has for it. But
-// each of the 128 blocks would norm all the new keys for itself, whole rows of them. Which way is
-// faster is not measured on a GPU yet.
+// Thread blocks of one launch run in any order. So none of them may read a slot that this launch
+// writes. Each thread block of `fused` recomputes the new keys from `k` and skips their slots.
 //
-// Blocks of one launch run in any order. So no block of `fused` reads a slot that this launch
-// writes: each makes the new keys from the raw input itself, and skips their slots.
+// Measured on one NVIDIA H100 (torch 2.11.0+cu130, bfloat16, one clip), in microseconds. Floors are
+// computed for 800 TFLOP/s and 3 TB/s (benchmarks/bench_attention.py):
 //
-// Floors on an H100, computed for 800 TFLOP/s and 3 TB/s (bfloat16, benchmarks/bench_attention.py):
-// `append` for 1152 x 4096 moves 57 MB, 19 us; attention of 1152 queries over 7296 keys (window 5
-// s) multiplies for 172 us; audio, 25 queries over 417 keys (15 s), moves 3.8 MB, 1.3 us. Not
-// measured on a GPU yet.
+//   `append` of a second of video, 1152 x 4096, moves 57 MB: 22, floor 19
+//   attention of 1152 queries over 7296 keys (window 5 s), by SDPA: 272, floor 172
+//                                              append + SDPA    fused
+//   audio self-attention, 25 queries, eager              129       79
+//       the same in a CUDA graph, window 5 s            11.3     19.9
+//                                window 15 s            14.5     30.3
+//   V2A, 25 queries, 1152 new keys, CUDA graph            77      735
+//   A2V, 1152 queries, CUDA graph                         21      349
 //
-// The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks all
-// arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the result.
-// Sources: Dao et al., FlashAttention (2022) and Flash-Decoding (2023); Milakov and Gimelshein,
-// Online normalizer calculation for softmax (2018); CUDA C++ Programming Guide.
+// So `fused` wins only where launches are the cost: few tokens, launched one by one. In a recorded
+// pass it loses everywhere, because it multiplies on the ordinary cores, not on the tensor cores.
+// V2A fits (170 of the 227 KB of shared memory that a thread block may have, in bfloat16), but each
+// of its 128 thread blocks norms all the new keys again, whole rows of them.
+//
+// The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks
+// all arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the
+// result. Sources: Dao et al., FlashAttention (2022) and Flash-Decoding (2023); Milakov and
+// Gimelshein, Online normalizer calculation for softmax (2018); CUDA C++ Programming Guide.
 
-#ifdef __CUDACC__  // tests compile this file with g++ and include tests/emulation.h instead
+#ifdef __CUDACC__  // else: tests compile this file with g++ and tests/emulation.h
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #endif
 
-struct Rows {  // (B, tokens, H*D): whole rows, which may lie apart
+struct StridedRows {  // (B, tokens, H*D); rows are contiguous, but may lie apart
     const void *x;
     long long clip, token;  // elements from one clip to the next, from one token to the next
 };
 
-struct Raw {  // queries or keys as they leave their projection
-    Rows rows;
+struct Projection {  // queries or keys, before norm and rotation
+    StridedRows rows;
     const void *weight;     // (H*D) of the norm
-    const void *cos, *sin;  // (turns, H*D/2)
+    const void *cos, *sin;  // (rope_rows, H*D/2)
     int tokens;
-    int turns;  // rows of the tables: one per token, 1 for all tokens alike, 0 for no rotation
+    int rope_rows;  // `tokens`, or 1: the same angles for all tokens, or 0: no rotation
 };
 
-struct Args {
-    Raw q, k;
-    Rows v;                   // values, T as keys
-    void *k_cache, *v_cache;  // (B, N, H*D)
-    void *out;                // (B, Q, H*D): queries that are ready (append), attention (fused)
-    int B, H, N;
-    int first, filled;  // slots [first, filled) may be read once the new keys are in
+struct Args {  // the same fields in the same order as Args in cache_append_attention.py
+    Projection q, k;
+    StridedRows v;            // values, T tokens like the keys
+    void *k_cache, *v_cache;  // (B, slots, H*D)
+    void *out;                // (B, Q, H*D): `append`: queries for SDPA; `fused`: attention
+    int B, H, slots;
+    int first, filled;  // slots [first, filled) are visible, including the new keys
     int start;          // the new keys belong in slots [start, start + T)
     int split;          // a pair is channels (i, i + D/2) of a head if 1, (2i, 2i + 1) if 0
     float eps;
 };
 
 template <typename scalar>
-__device__ inline const scalar *row_of(const Rows &rows, int b, int token) {
+__device__ inline const scalar *row_of(const StridedRows &rows, int b, int token) {
     return (const scalar *)rows.x + b * rows.clip + token * rows.token;
 }
 
 constexpr int WARP = 32;
-constexpr int WARPS = 8;  // warps of a block of `fused`; they share the keys
-constexpr int ROWS = 8;   // queries of a block of `fused`; they share what is read
+constexpr int WARPS = 8;    // per thread block of `fused`; the keys are split among them
+constexpr int QUERIES = 8;  // per thread block of `fused`; they reuse each loaded key and value
 
 // ---- numbers: stored as float, half or bfloat16, computed as float ----
 
@@ -100,7 +109,7 @@ __device__ inline float rounded(float x) {
 constexpr int at_most_16(int bytes) { return bytes < 16 ? bytes : 16; }
 
 template <typename scalar, int n>
-struct alignas(at_most_16(n * sizeof(scalar))) Vector {  // read and written as a whole
+struct alignas(at_most_16(n * sizeof(scalar))) Vector {  // one load or store
     scalar at[n];
 };
 
@@ -109,9 +118,9 @@ __device__ inline Vector<scalar, n> &vector_at(const scalar *p) {
     return *(Vector<scalar, n> *)p;
 }
 
-// ---- pairs of channels that turn together ----
+// ---- pairs of channels that are rotated together ----
 
-// V: pairs a thread handles at once, so that their two halves are loads of up to 16 bytes.
+// Pairs that a thread handles at once, V: both halves are then loads of up to 16 bytes.
 template <typename scalar, int D>
 __host__ __device__ constexpr int pairs_at_once() {
     int V = 16 / sizeof(scalar);
@@ -131,7 +140,7 @@ __device__ inline Pairs<V> load_pairs(const scalar *head, int u, bool split) {
     auto two = vector_at<scalar, V>(head + (split ? u * V + D / 2 : 2 * u * V + V));
     Pairs<V> x;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {  // interleaved: channels 2 j and 2 j + 1 of both loads in a row
+    for (int j = 0; j < V; ++j) {  // interleaved: channels 2j and 2j + 1 of `one`, then of `two`
         const int i = 2 * j % V;
         x.a[j] = to_float(split ? one.at[j] : 2 * j < V ? one.at[i] : two.at[i]);
         x.b[j] = to_float(split ? two.at[j] : 2 * j < V ? one.at[i + 1] : two.at[i + 1]);
@@ -152,21 +161,21 @@ __device__ inline void store_pairs(scalar *head, int u, bool split, const Pairs<
     vector_at<scalar, V>(head + (split ? u * V + D / 2 : 2 * u * V + V)) = two;
 }
 
-// x * inverse_rms * weight, turned by the token's angle; token counts within its clip.
+// x * inverse_rms * weight, rotated by the angles of the token (counted within its clip).
 template <typename scalar, int D, int V = pairs_at_once<scalar, D>()>
-__device__ inline Pairs<V> norm_and_rotate(Pairs<V> x, const Raw &raw, int token, int H, int h,
+__device__ inline Pairs<V> norm_and_rotate(Pairs<V> x, const Projection &p, int token, int H, int h,
                                            int u, float inverse_rms, bool split) {
-    Pairs<V> w = load_pairs<scalar, D>((const scalar *)raw.weight + h * D, u, split);
+    Pairs<V> w = load_pairs<scalar, D>((const scalar *)p.weight + h * D, u, split);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
         x.a[j] *= inverse_rms * w.a[j];
         x.b[j] *= inverse_rms * w.b[j];
     }
-    if (raw.turns == 0) return x;
-    const int row = raw.turns == 1 ? 0 : token;
-    const int at = (row * H + h) * (D / 2) + u * V;  // the tables are (turns, H, D/2)
-    auto cos = vector_at<scalar, V>((const scalar *)raw.cos + at);
-    auto sin = vector_at<scalar, V>((const scalar *)raw.sin + at);
+    if (p.rope_rows == 0) return x;
+    const int row = p.rope_rows == 1 ? 0 : token;
+    const int at = (row * H + h) * (D / 2) + u * V;  // the tables are (rope_rows, H, D/2)
+    auto cos = vector_at<scalar, V>((const scalar *)p.cos + at);
+    auto sin = vector_at<scalar, V>((const scalar *)p.sin + at);
     Pairs<V> y;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
@@ -189,7 +198,7 @@ __device__ inline float warp_max(float x) {
     return x;
 }
 
-// 1 / sqrt(mean x^2 + eps) of a whole row, by one warp.
+// 1 / sqrt(mean x^2 + eps) of a row, computed by one warp.
 template <typename scalar>
 __device__ inline float inverse_rms(const scalar *row, int width, float eps) {
     constexpr int n = 16 / sizeof(scalar);
@@ -204,27 +213,27 @@ __device__ inline float inverse_rms(const scalar *row, int width, float eps) {
 
 // ---- rung 1: one pass over memory ----
 
-// Grid (max(Q, T), B, 3): a block per row of q, k and v.  A thread has V pairs of channels.
+// Grid (max(Q, T), B, 3): one thread block per row of q, k and v. A thread has V channel pairs.
 template <typename scalar, int D>
 __global__ void append(const __grid_constant__ Args a) {
     constexpr int V = pairs_at_once<scalar, D>(), UNITS = D / 2 / V;  // units of V pairs in a head
     extern __shared__ float4 shared[];
     float *partial = (float *)shared;  // (warps) sums of squares
-    const int token = blockIdx.x, which = blockIdx.z;
+    const int token = blockIdx.x, which = blockIdx.z;  // 0: q, 1: k, 2: v
     const int h = threadIdx.x / UNITS, u = threadIdx.x % UNITS;
-    const bool split = a.split, busy = h < a.H;  // the last warp may have threads to spare
-    const Raw &raw = which == 0 ? a.q : a.k;
-    if (token >= raw.tokens) return;
-    const size_t width = a.H * D, row = (size_t)blockIdx.y * raw.tokens + token;
-    const size_t slot = (size_t)blockIdx.y * a.N + a.start + token;
+    const bool split = a.split, has_pairs = h < a.H;  // not every thread of the last warp has
+    const Projection &p = which == 0 ? a.q : a.k;
+    if (token >= p.tokens) return;  // Q and T may differ
+    const size_t width = a.H * D, row = (size_t)blockIdx.y * p.tokens + token;
+    const size_t slot = (size_t)blockIdx.y * a.slots + a.start + token;
 
-    const scalar *from = row_of<scalar>(which == 2 ? a.v : raw.rows, blockIdx.y, token) + h * D;
+    const scalar *from = row_of<scalar>(which == 2 ? a.v : p.rows, blockIdx.y, token) + h * D;
     scalar *to = which == 0   ? (scalar *)a.out + row * width
                  : which == 1 ? (scalar *)a.k_cache + slot * width
                               : (scalar *)a.v_cache + slot * width;
     Pairs<V> x = {};
-    if (busy) x = load_pairs<scalar, D>(from, u, split);
-    if (which != 2) {  // values are kept as they are
+    if (has_pairs) x = load_pairs<scalar, D>(from, u, split);
+    if (which != 2) {  // values are copied unchanged
         float sum = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) sum += x.a[j] * x.a[j] + x.b[j] * x.b[j];
@@ -234,81 +243,81 @@ __global__ void append(const __grid_constant__ Args a) {
         sum = 0;
         for (int w = 0; w < blockDim.x / WARP; ++w) sum += partial[w];
         const float scale = rsqrtf(sum / width + a.eps);
-        if (busy) x = norm_and_rotate<scalar, D>(x, raw, token, a.H, h, u, scale, split);
+        if (has_pairs) x = norm_and_rotate<scalar, D>(x, p, token, a.H, h, u, scale, split);
     }
-    if (busy) store_pairs<scalar, D>(to + h * D, u, split, x);
+    if (has_pairs) store_pairs<scalar, D>(to + h * D, u, split, x);
 }
 
-// ---- rungs 2 and 3: online softmax, keys shared among warps ----
+// ---- rungs 2 and 3: online softmax, keys split among warps ----
 
-// A block of `fused`: its part of the work, its shared memory, its steps.
+// One thread block of `fused`: its part of the work, its shared memory, its steps.
 template <typename scalar, int D>
-struct Block {
+struct FusedBlock {
     static constexpr int V = pairs_at_once<scalar, D>(), UNITS = D / 2 / V;
     static constexpr int C = (D + WARP - 1) / WARP;  // a lane has channels [lane C, lane C + C)
 
     const Args &a;
-    const int b = blockIdx.z, h = blockIdx.y, first_row = blockIdx.x * ROWS;
+    const int b = blockIdx.z, h = blockIdx.y, first_query = blockIdx.x * QUERIES;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const int Q = a.q.tokens, T = a.k.tokens, width = a.H * D;
     const int num_old = a.filled - a.first - T, num_keys = num_old + T;
     // In shared memory:
-    float *const q;            // (ROWS, D) in pairs, units of (2, V); scaled for exp2
-    float *const P;            // (WARPS, WARP, ROWS) softmax weights of each warp's tile
-    float *const O;            // (WARPS, ROWS, D) for the merge, as the next two
-    float *const m, *const l;  // (WARPS, ROWS)
+    float *const q;            // (QUERIES, D), stored as units of (2, V) pairs; scaled for exp2
+    float *const P;            // (WARPS, WARP, QUERIES) softmax weights of each warp's tile
+    float *const O;            // (WARPS, QUERIES, D): this line and the next, for the merge
+    float *const m, *const l;  // (WARPS, QUERIES)
     scalar *const new_k;       // (T, D)
 
-    __device__ Block(const Args &a, float4 *shared)
-        : a(a), q((float *)shared), P(q + ROWS * D), O(P + WARPS * WARP * ROWS),
-          m(O + WARPS * ROWS * D), l(m + WARPS * ROWS), new_k((scalar *)(l + WARPS * ROWS)) {}
+    __device__ FusedBlock(const Args &a, float4 *shared)
+        : a(a), q((float *)shared), P(q + QUERIES * D), O(P + WARPS * WARP * QUERIES),
+          m(O + WARPS * QUERIES * D), l(m + WARPS * QUERIES),
+          new_k((scalar *)(l + WARPS * QUERIES)) {}
 
     static size_t shared_bytes(int T) {
-        const size_t floats = ROWS * D + WARPS * WARP * ROWS + WARPS * ROWS * (D + 2);
+        const size_t floats = QUERIES * D + WARPS * WARP * QUERIES + WARPS * QUERIES * (D + 2);
         return floats * sizeof(float) + (size_t)T * D * sizeof(scalar);
     }
 
-    // This head's part of a row of x (B, tokens, H*D).
+    // This head of one row of x (B, tokens, H*D).
     __device__ scalar *head_of(const void *x, int tokens, int token) const {
         return (scalar *)x + ((size_t)b * tokens + token) * width + h * D;
     }
-    __device__ const scalar *head_of(const Rows &rows, int token) const {
+    __device__ const scalar *head_of(const StridedRows &rows, int token) const {
         return row_of<scalar>(rows, b, token) + h * D;
     }
 
-    // Key j: the old ones first, stepping over the slots of the new ones; then the new ones.
+    // Key j: first the old keys, without the slots of the new ones; then the new keys.
     __device__ int slot_of(int j) const {
         return a.first + j < a.start ? a.first + j : a.first + j + T;
     }
     __device__ const scalar *key(int j) const {
-        return j < num_old ? head_of(a.k_cache, a.N, slot_of(j)) : new_k + (j - num_old) * D;
+        return j < num_old ? head_of(a.k_cache, a.slots, slot_of(j)) : new_k + (j - num_old) * D;
     }
     __device__ const scalar *value(int j) const {
-        return j < num_old ? head_of(a.v_cache, a.N, slot_of(j)) : head_of(a.v, j - num_old);
+        return j < num_old ? head_of(a.v_cache, a.slots, slot_of(j)) : head_of(a.v, j - num_old);
     }
 
-    // One warp: this head of a token, normed (over all heads) and rotated; use(u, pairs) takes it.
+    // One warp: norm (over all heads) and rotate this head of a token; pass the result to `use`.
     template <typename Use>
-    __device__ void prepare(const Raw &raw, int token, Use use) const {
-        const scalar *head = head_of(raw.rows, token);
+    __device__ void prepare(const Projection &p, int token, Use use) const {
+        const scalar *head = head_of(p.rows, token);
         const float scale = inverse_rms(head - h * D, width, a.eps);
         for (int u = lane; u < UNITS; u += WARP) {
             Pairs<V> x = load_pairs<scalar, D>(head, u, a.split);
-            use(u, norm_and_rotate<scalar, D>(x, raw, token, a.H, h, u, scale, a.split));
+            use(u, norm_and_rotate<scalar, D>(x, p, token, a.H, h, u, scale, a.split));
         }
     }
 
-    // Rounded as PyTorch would store them. A row beyond Q takes part as zeros and is not written.
     __device__ void prepare_queries() const {
         const float scale = 1.44269504f / sqrtf(D);  // log2(e) / sqrt(D), for exp2
-        for (int r = warp; r < ROWS; r += WARPS) {
+        for (int r = warp; r < QUERIES; r += WARPS) {
             float *row = q + r * D;
-            if (first_row + r >= Q) {
+            if (first_query + r >= Q) {  // zeros take part; their result is not written
                 for (int i = lane; i < D; i += WARP) row[i] = 0;
                 continue;
             }
-            prepare(a.q, first_row + r, [&](int u, const Pairs<V> &x) {
-                for (int j = 0; j < V; ++j) {
+            prepare(a.q, first_query + r, [&](int u, const Pairs<V> &x) {
+                for (int j = 0; j < V; ++j) {  // rounded as PyTorch would store them
                     row[u * 2 * V + j] = rounded<scalar>(x.a[j]) * scale;
                     row[u * 2 * V + V + j] = rounded<scalar>(x.b[j]) * scale;
                 }
@@ -316,7 +325,7 @@ struct Block {
         }
     }
 
-    // Every block makes them for itself: it cannot wait for another block.
+    // Every thread block computes them itself: it cannot wait for another one.
     __device__ void prepare_new_keys() const {
         for (int t = warp; t < T; t += WARPS)
             prepare(a.k, t, [&](int u, const Pairs<V> &x) {
@@ -324,26 +333,26 @@ struct Block {
             });
     }
 
-    // The blocks of a head share the work. Nobody in this launch reads these slots.
+    // The work is divided among the thread blocks of a head. This launch never reads these slots.
     __device__ void append_new() const {
         constexpr int n = 16 / sizeof(scalar);
         const int threads = WARPS * WARP;
         for (int i = blockIdx.x * threads + threadIdx.x; i < T * D / n; i += gridDim.x * threads) {
             const int t = i * n / D, c = i * n % D;
-            scalar *k = head_of(a.k_cache, a.N, a.start + t) + c;
-            scalar *v = head_of(a.v_cache, a.N, a.start + t) + c;
+            scalar *k = head_of(a.k_cache, a.slots, a.start + t) + c;
+            scalar *v = head_of(a.v_cache, a.slots, a.start + t) + c;
             vector_at<scalar, n>(k) = vector_at<scalar, n>(new_k + i * n);
             vector_at<scalar, n>(v) = vector_at<scalar, n>(head_of(a.v, t) + c);
         }
     }
 
-    // S = q k^T for one key, the lane's own.
-    __device__ void scores(const scalar *k, float (&S)[ROWS]) const {
+    // S = q k^T for one key; every lane has its own key.
+    __device__ void scores(const scalar *k, float (&S)[QUERIES]) const {
 #pragma unroll
         for (int u = 0; u < UNITS; ++u) {
             const Pairs<V> x = load_pairs<scalar, D>(k, u, a.split);
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) {
+            for (int r = 0; r < QUERIES; ++r) {
                 auto qa = vector_at<float, V>(q + r * D + u * 2 * V);
                 auto qb = vector_at<float, V>(q + r * D + u * 2 * V + V);
 #pragma unroll
@@ -352,16 +361,16 @@ struct Block {
         }
     }
 
-    // What a warp has gathered so far; l as a sum per lane, O as C channels per lane.
+    // A warp's result so far: m for the warp, l as one sum per lane, O as C channels per lane.
     struct Running {
-        float m[ROWS], l[ROWS], O[ROWS][C];
+        float m[QUERIES], l[QUERIES], O[QUERIES][C];
     };
 
-    // New maximum, rescale, and P for one key: the lane's own.
-    __device__ Vector<float, ROWS> softmax(const float (&S)[ROWS], Running &run) const {
-        Vector<float, ROWS> p;
+    // New maximum; rescale; P for the key of this lane.
+    __device__ Vector<float, QUERIES> softmax(const float (&S)[QUERIES], Running &run) const {
+        Vector<float, QUERIES> p;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < QUERIES; ++r) {
             const float m_new = fmaxf(run.m[r], warp_max(S[r])), shrink = exp2f(run.m[r] - m_new);
             p.at[r] = exp2f(S[r] - m_new);
             run.l[r] = run.l[r] * shrink + p.at[r];
@@ -372,16 +381,16 @@ struct Block {
         return p;
     }
 
-    // O += P v for all keys of a tile; the lane's own channels.
-    __device__ void gather(int tile, Running &run) const {
-        if (lane * C >= D) return;  // fewer than 32 channels
+    // O += P v over all keys of a tile; every lane has its own channels.
+    __device__ void add_values(int tile, Running &run) const {
+        if (lane * C >= D) return;  // D < 32: this lane has no channels
         const int count = num_keys - tile < WARP ? num_keys - tile : WARP;
 #pragma unroll 4
         for (int j = 0; j < count; ++j) {
             auto v = vector_at<scalar, C>(value(tile + j) + lane * C);
-            auto p = vector_at<float, ROWS>(P + (warp * WARP + j) * ROWS);
+            auto p = vector_at<float, QUERIES>(P + (warp * WARP + j) * QUERIES);
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r)
+            for (int r = 0; r < QUERIES; ++r)
 #pragma unroll
                 for (int c = 0; c < C; ++c) run.O[r][c] += p.at[r] * to_float(v.at[c]);
         }
@@ -389,25 +398,25 @@ struct Block {
 
     __device__ void attend(Running &run) const {
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) run.m[r] = -INFINITY;
+        for (int r = 0; r < QUERIES; ++r) run.m[r] = -INFINITY;
         for (int tile = warp * WARP; tile < num_keys; tile += WARPS * WARP) {
             const bool valid = tile + lane < num_keys;
-            float S[ROWS] = {};
+            float S[QUERIES] = {};
             scores(key(valid ? tile + lane : tile), S);
 #pragma unroll
-            for (int r = 0; r < ROWS; ++r) S[r] = valid ? S[r] : -INFINITY;
-            vector_at<float, ROWS>(P + (warp * WARP + lane) * ROWS) = softmax(S, run);
-            __syncwarp();  // from lanes with a key each to lanes with channels each
-            gather(tile, run);
-            __syncwarp();  // P is about to be overwritten
+            for (int r = 0; r < QUERIES; ++r) S[r] = valid ? S[r] : -INFINITY;
+            vector_at<float, QUERIES>(P + (warp * WARP + lane) * QUERIES) = softmax(S, run);
+            __syncwarp();  // before: a lane per key; after: a lane per C channels
+            add_values(tile, run);
+            __syncwarp();  // the next tile overwrites P
         }
     }
 
-    __device__ void leave_for_merge(const Running &run) const {
+    __device__ void store_partial(const Running &run) const {
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
+        for (int r = 0; r < QUERIES; ++r) {
             const float sum = warp_sum(run.l[r]);
-            const int row = warp * ROWS + r;
+            const int row = warp * QUERIES + r;
             if (lane == 0) m[row] = run.m[r], l[row] = sum;
 #pragma unroll
             for (int c = 0; c < C; ++c)
@@ -415,35 +424,35 @@ struct Block {
         }
     }
 
-    // A warp that had no tile has m = -inf, and weighs nothing.
+    // A warp without any tile has m = -inf, so its weight is 0.
     __device__ void merge() const {
-        for (int i = threadIdx.x; i < ROWS * D; i += WARPS * WARP) {
+        for (int i = threadIdx.x; i < QUERIES * D; i += WARPS * WARP) {
             const int r = i / D, c = i % D;
-            if (first_row + r >= Q) return;
+            if (first_query + r >= Q) return;
             float top = -INFINITY, sum = 0, out = 0;
-            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, m[w * ROWS + r]);
+            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, m[w * QUERIES + r]);
             for (int w = 0; w < WARPS; ++w) {
-                const float weight = exp2f(m[w * ROWS + r] - top);
-                sum += weight * l[w * ROWS + r];
-                out += weight * O[(w * ROWS + r) * D + c];
+                const float weight = exp2f(m[w * QUERIES + r] - top);
+                sum += weight * l[w * QUERIES + r];
+                out += weight * O[(w * QUERIES + r) * D + c];
             }
-            store(head_of(a.out, Q, first_row + r)[c], out / sum);
+            store(head_of(a.out, Q, first_query + r)[c], out / sum);
         }
     }
 };
 
-// Grid (ceil(Q / ROWS), H, B): a block per 8 queries of one head.
+// Grid (ceil(Q / QUERIES), H, B): one thread block per 8 queries of one head.
 template <typename scalar, int D>
 __global__ void __launch_bounds__(WARPS *WARP, 1) fused(const __grid_constant__ Args a) {
     extern __shared__ float4 shared[];
-    const Block<scalar, D> block(a, shared);
+    const FusedBlock<scalar, D> block(a, shared);
     block.prepare_queries();
     block.prepare_new_keys();
     __syncthreads();
     block.append_new();
-    typename Block<scalar, D>::Running run = {};
+    typename FusedBlock<scalar, D>::Running run = {};
     block.attend(run);
-    block.leave_for_merge(run);
+    block.store_partial(run);
     __syncthreads();
     block.merge();
 }
@@ -451,10 +460,10 @@ __global__ void __launch_bounds__(WARPS *WARP, 1) fused(const __grid_constant__ 
 // ---- launch ----
 
 template <typename scalar, int D>
-cudaError_t launch(bool whole, const Args &a, cudaStream_t stream) {
+cudaError_t launch(bool is_fused, const Args &a, cudaStream_t stream) {
     cudaLaunchConfig_t config = {};
     config.stream = stream;
-    if (!whole) {
+    if (!is_fused) {
         const int threads = a.H * (D / 2 / pairs_at_once<scalar, D>());
         const int tokens = a.q.tokens > a.k.tokens ? a.q.tokens : a.k.tokens;
         config.blockDim = dim3((threads + WARP - 1) / WARP * WARP);
@@ -463,37 +472,37 @@ cudaError_t launch(bool whole, const Args &a, cudaStream_t stream) {
         return cudaLaunchKernelEx(&config, append<scalar, D>, a);
     }
     config.blockDim = dim3(WARPS * WARP);
-    config.gridDim = dim3((a.q.tokens + ROWS - 1) / ROWS, a.H, a.B);
-    config.dynamicSmemBytes = Block<scalar, D>::shared_bytes(a.k.tokens);
-    // More than 48 KB must be asked for; more than the GPU has is refused here.
+    config.gridDim = dim3((a.q.tokens + QUERIES - 1) / QUERIES, a.H, a.B);
+    config.dynamicSmemBytes = FusedBlock<scalar, D>::shared_bytes(a.k.tokens);
+    // A kernel must ask for more than 48 KB; more than the GPU has is refused here.
     cudaError_t error = cudaFuncSetAttribute(
         fused<scalar, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
     return error ? error : cudaLaunchKernelEx(&config, fused<scalar, D>, a);
 }
 
-#ifndef HEAD_SIZES  // of the toy's audio and video, and of the full size's
+#ifndef HEAD_SIZES  // D of audio and video: toy (24, 40), full size (64, 128)
 #define HEAD_SIZES(X) X(24) X(40) X(64) X(128)
 #endif
 
 template <typename scalar>
-cudaError_t launch_for(int D, bool whole, const Args &a, cudaStream_t stream) {
+cudaError_t launch_for(int D, bool is_fused, const Args &a, cudaStream_t stream) {
 #define CASE(size) \
-    if (D == size) return launch<scalar, size>(whole, a, stream);
+    if (D == size) return launch<scalar, size>(is_fused, a, stream);
     HEAD_SIZES(CASE)
 #undef CASE
     return cudaErrorInvalidValue;
 }
 
-// dtype 0 float, 1 half, 2 bfloat16; whole: attend too, in the same kernel.  -> a CUDA error code
-extern "C" int cache_append_attention(int dtype, int D, int whole, const Args *a, void *stream) {
-    cudaStream_t on = (cudaStream_t)stream;
-    if (dtype == 0) return launch_for<float>(D, whole, *a, on);
-    if (dtype == 1) return launch_for<__half>(D, whole, *a, on);
-    if (dtype == 2) return launch_for<__nv_bfloat16>(D, whole, *a, on);
+// dtype: 0 float, 1 half, 2 bfloat16. is_fused: `fused` instead of `append`. Returns a CUDA error.
+extern "C" int cache_append_attention(int dtype, int D, int is_fused, const Args *a, void *stream) {
+    auto on = (cudaStream_t)stream;
+    if (dtype == 0) return launch_for<float>(D, is_fused, *a, on);
+    if (dtype == 1) return launch_for<__half>(D, is_fused, *a, on);
+    if (dtype == 2) return launch_for<__nv_bfloat16>(D, is_fused, *a, on);
     return cudaErrorInvalidValue;
 }
 
-// The first call of all: an error here says, for instance, that the compiler is newer than the driver.
+// Call this first: it fails, for instance, if the driver is older than the compiler.
 extern "C" int cache_append_ready() { return cudaFree(nullptr); }
 
 extern "C" int cache_append_args_size() { return sizeof(Args); }

@@ -21,7 +21,7 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())
-        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+        print(f"{shown(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -40,20 +40,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(doc):
     """An ArgumentParser whose help is the module's docstring and shows every default."""
-    return _Parser(prog=program(sys.argv[0]), description=doc, formatter_class=_Help)
+    return _Parser(prog=shown(sys.argv[0]), description=doc, formatter_class=_Help)
 
 
-def program(path) -> str:
-    """How to start a file of the project, after the word "python".
+def shown(path) -> str:
+    """A file of the project, seen from its root; of any other path, the name.
 
-    >>> program(str(ROOT / "dmd.py")), program(str(ROOT / "toy" / "codec.py"))
-    ('dmd.py', '-m toy.codec')
+    >>> shown(ROOT / "dmd.py"), shown(ROOT / "toy" / "codec.py"), shown("/elsewhere/x.py")
+    ('dmd.py', 'toy/codec.py', 'x.py')
     """
-    file = Path(path).resolve()
-    if file.parent == ROOT or not file.is_relative_to(ROOT):
-        return file.name
-    names = file.relative_to(ROOT).with_suffix("").parts
-    return "-m " + ".".join(name for name in names if name != "__main__")
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def add_pair(parser, name, default, about):
@@ -75,7 +72,8 @@ def command(parser, args, leave_out=("run", "out")) -> str:
     >>> command(p, p.parse_args(["--steps", "5", "--out", "x"]))
     'python teacher.py --steps 5'
     """
-    words = ["python", *parser.prog.split()]
+    room, _, name = parser.prog.rpartition("/")
+    words = ["python", "-m", f"{room}.{Path(name).stem}"] if room else ["python", name]
     for name, value in vars(args).items():
         if name not in leave_out and value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from plumbing import files, processes
 
 SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
-ABOUT_OUT = "weights to write; the loss curve goes to results/ for weights/, otherwise beside them"
+ABOUT_OUT = "weights to write; curve in results/, or beside them outside the current folder"
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,11 @@ def state_of(folder) -> Path:
 def curve_of(out) -> Path:
     """Loss curve of a training that writes its weights to `out`.
 
-    >>> str(curve_of("weights/x.safetensors")), str(curve_of("runs/x.safetensors"))
-    ('results/x_curve.json', 'runs/x_curve.json')
+    >>> str(curve_of("weights/x.safetensors")), str(curve_of("../x.safetensors"))
+    ('results/x_curve.json', '../x_curve.json')
     """
-    folder, is_released = Path(out).parent, Path(out).parent.name == "weights"
-    return (folder.parent / "results" if is_released else folder) / f"{Path(out).stem}_curve.json"
+    is_here = Path(out).resolve().is_relative_to(Path.cwd())
+    return (Path("results") if is_here else Path(out).parent) / f"{Path(out).stem}_curve.json"
 
 
 def check_places(folder, out):

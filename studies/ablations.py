@@ -57,8 +57,8 @@ def start_and_trajectories(from_teacher, args):
     found = ode_regression.load_or_draw_trajectories(
         f"{args.run}/{evaluate.short_name(path)}_trajectories.safetensors",
         net,
-        args.walks,
-        TOY_PROMPTS,
+        count=args.walks,
+        prompts=TOY_PROMPTS,
         guidance=teacher.GUIDANCE if from_teacher else (1, 1),
         between=4 if from_teacher else 1,
     )
@@ -244,7 +244,7 @@ def train_variant(variant, start, data, held, args) -> dict:
     recipe = trainer.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = trainer.Learner(net, recipe)
     rows = dict(zip(("tokens", "video", "audio"), data))
-    losses = ode_regression.make_losses(net, rows, recipe, TOY_PROMPTS)
+    losses = ode_regression.make_losses(net, rows, recipe, prompts=TOY_PROMPTS)
     norms, a0_norms = [], []
     is_half = variant.precision != torch.float32
     precision = partial(HalfPrecision, variant.precision) if is_half else nullcontext
@@ -313,7 +313,7 @@ def train_switch(switch, args):
     learner = trainer.Learner(net, ode_regression.make_recipe(args.steps))
     rows = dict(zip(("tokens", "video", "audio"), first_seconds(trajectories, switch)))
     losses = ode_regression.make_losses(
-        net, rows, learner.recipe, TOY_PROMPTS, seconds=switch.seconds
+        net, rows, learner.recipe, prompts=TOY_PROMPTS, seconds=switch.seconds
     )
     trainer.Run({"student": learner}, "").train(trainer.descent(learner, losses))
     net.load_state_dict(learner.average.tensors)

@@ -391,7 +391,7 @@ def draw_imports(order):
     angle = np.linspace(-np.pi / 2, np.pi / 2, 40)
     for i, file in enumerate(order):
         ax.text(-0.2, i, file, ha="right", va="center", fontsize=9)
-        for j in (order.index(other) for other in imports_of(file)):
+        for j in (order.index(other) for other in imports_of(file) & set(order)):
             ax.plot(
                 0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2,
                 color=CURVES[j % len(CURVES)], lw=0.8,

@@ -95,7 +95,7 @@ QUICK = [
     ),
 ]
 # For one GPU of 80 GB. The minutes are a guess: not measured yet.
-KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_graphs.py"  # they run without av
+KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_faster.py"  # they run without av
 GPU = [
     (f"-m pytest -m 'gpu and not slow' {KERNEL_TESTS}", 2),
     ("-m benchmarks.bench_attention", 1),

@@ -77,8 +77,7 @@ def block_rows(k, cfg):
 
 def run_here(script, arguments, monkeypatch, capsys):
     """Run a module's command line in this process: -> exit status, stdout, stderr."""
-    name = Path(script.__file__).relative_to(ROOT)
-    monkeypatch.setattr(sys, "argv", [str(name), *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
     status = 0
     try:
         with cli.one_line_errors():
@@ -90,9 +89,9 @@ def run_here(script, arguments, monkeypatch, capsys):
 
 @functools.cache
 def help_of(script) -> str:
-    """What `python SCRIPT --help` prints, from a run in this process."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", [script, "--help"]), contextlib.redirect_stdout(out):
+    """What a file of the project prints for --help, from a run in this process."""
+    out, argv = io.StringIO(), [str(ROOT / script), "--help"]
+    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out):
         with contextlib.suppress(SystemExit):
             runpy.run_path(str(ROOT / script), run_name="__main__")
     return out.getvalue()

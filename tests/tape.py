@@ -125,21 +125,22 @@ class TwoStreams(TorchDispatchMode):
         self.freed[me].clear()
 
 
-class Fork:
-    """`OmniTransformer.fork` for TwoStreams."""
+class Side:
+    """`faster.SideStream` for TwoStreams."""
 
     def __init__(self, streams):
         self.streams = streams
 
-    def __call__(self):
+    def fork(self, step, *args):
         self.streams.start = self.streams.clock["main"]
-        return self
+        return step(*args)
 
-    def __enter__(self):
+    def beside(self, step, *args):
         self.streams.begin_side()
-
-    def __exit__(self, *error):
-        self.streams.end_side()
+        try:
+            return step(*args)
+        finally:
+            self.streams.end_side()
 
 
 class Operators(TorchDispatchMode):

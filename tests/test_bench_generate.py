@@ -13,8 +13,7 @@ from tape import Tape
 
 import config
 import model
-import self_forcing
-from plumbing import cli
+import rollout
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_generate  # noqa: E402
@@ -27,8 +26,8 @@ def test_the_textbook_gives_the_same_stream():
 
     def clip(view=None):
         g = torch.Generator().manual_seed(0)
-        return self_forcing.whole_clip(
-            self_forcing.rollout(net, lambda k: text, 4, (1.0, 0.5, 0.0), g, view=view)
+        return rollout.whole_clip(
+            rollout.rollout(net, lambda k: text, 4, (1.0, 0.5, 0.0), g, view=view)
         )
 
     for a, b in zip(clip(), clip(bench_generate.TextbookView())):
@@ -160,7 +159,7 @@ def test_a_block_is_timed_behind_its_past():
 def test_the_page_has_a_row_for_every_speed_up_and_a_place_for_every_table():
     """What generate.py offers is explained, and what is measured is filled in between its marks."""
     page = (bench_generate.ROOT / "benchmarks" / "README.md").read_text()
-    assert all(f"\n| `{name}` | " in page for name in bench_generate.parts.SPEEDUPS)
+    assert all(f"\n| `{name}` | " in page for name in bench_generate.faster.SPEEDUPS)
     assert all(page.count(f"<!-- {mark} -->") == 2 for mark in ("ladder", "windows", "decode"))
 
 
@@ -189,5 +188,5 @@ def test_what_cannot_be_measured_is_refused(args, message, monkeypatch, capsys):
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(sys, "argv", ["bench_generate.py", *args])
     with pytest.raises(SystemExit, match="2"):
-        cli.run(bench_generate.main)
+        with_errors(bench_generate.main)
     assert message in capsys.readouterr().err

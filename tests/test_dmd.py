@@ -11,15 +11,17 @@ import dmd
 import model
 import self_forcing
 import teacher
-from full_size.text import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks
-from plumbing import trainer as training
+from plumbing import trainer
+from toy import source as toy_source
 from toy import world as toy_world
+from toy.source import toy_captions
 
+DRAW = toy_source.TOY_PROMPTS.draw
 TINY = replace(config.TOY_TEACHER, num_layers=1, num_heads=2, video_width=24, audio_width=16)
 TINY_CAUSAL = replace(TINY, num_sinks=4)
-BLOCKS = num_blocks(teacher.SECONDS, TINY)
+BLOCKS = num_blocks(config.CLIP_SECONDS, TINY)
 CAPTIONS = toy_captions(torch.tensor([[1, 5, 7], [2, 6, 8]]))
 GOLDEN = dict(rel=1e-4)
 STAGE_I_LOSSES = [
@@ -64,7 +66,7 @@ def clips():
 def test_descent_moves_clips_from_the_fake_score_to_the_real_one():
     """With the two predictions held fast, a step against the direction does both."""
     x, real, fake = (torch.randn(1, 6, 3, generator=rng(s)) for s in range(3))
-    moved = x - 0.1 * dmd.towards_fake(x, real, fake)
+    moved = x - 0.1 * dmd.dmd_gradient(x, real, fake)
     step, apart = moved - x, real - fake
     assert (step * apart).sum() > 0
     cosine = torch.nn.functional.cosine_similarity(step.flatten(), apart.flatten(), dim=0)
@@ -75,10 +77,10 @@ def test_every_clip_pulls_equally_hard():
     """Ten times the distances, the same gradient; and a clip's own distance decides, not the
     batch's."""
     x, real, fake = (torch.randn(2, 6, 3, generator=rng(s)) for s in range(3))
-    g = dmd.towards_fake(x, real, fake)
-    torch.testing.assert_close(dmd.towards_fake(10 * x, 10 * real, 10 * fake), g)
-    torch.testing.assert_close(dmd.towards_fake(x[:1], real[:1], fake[:1]), g[:1])
-    assert dmd.towards_fake(x, x, x).abs().max() == 0  # no division by zero
+    g = dmd.dmd_gradient(x, real, fake)
+    torch.testing.assert_close(dmd.dmd_gradient(10 * x, 10 * real, 10 * fake), g)
+    torch.testing.assert_close(dmd.dmd_gradient(x[:1], real[:1], fake[:1]), g[:1])
+    assert dmd.dmd_gradient(x, x, x).abs().max() == 0  # no division by zero
 
 
 def test_matching_two_gaussians_finds_the_mean():
@@ -94,9 +96,9 @@ def test_matching_two_gaussians_finds_the_mean():
     mean, g = torch.tensor(-3.0, requires_grad=True), rng()
     for _ in range(400):
         x = mean + torch.randn(64, 1, 1, generator=g)
-        sigma = dmd.draw_sigmas(64, g)[:, None, None]
+        sigma = dmd.draw_score_sigmas(64, g)[:, None, None]
         noisy = model.add_noise(x.detach(), torch.randn(x.shape, generator=g), sigma[..., 0])
-        towards = dmd.towards_fake(x, x0(noisy, sigma, 2.0), x0(noisy, sigma, mean.detach()))
+        towards = dmd.dmd_gradient(x, x0(noisy, sigma, 2.0), x0(noisy, sigma, mean.detach()))
         (gradient,) = torch.autograd.grad(dmd.surrogate(x, towards.detach()), mean)
         mean = (mean - 0.05 * gradient).detach().requires_grad_()
     assert float(mean.detach()) == pytest.approx(2, abs=0.15)
@@ -104,7 +106,7 @@ def test_matching_two_gaussians_finds_the_mean():
 
 def test_noise_levels_cover_the_schedule_between_its_ends():
     """From shifted(.02) to shifted(.98), most of them high."""
-    sigma = dmd.draw_sigmas(20000, rng())
+    sigma = dmd.draw_score_sigmas(20000, rng())
     low, high = teacher.shifted(0.02, 8.0), teacher.shifted(0.98, 8.0)
     assert low <= sigma.min() < low + 0.01 and high - 0.01 < sigma.max() <= high
     assert float(sigma.median()) == pytest.approx(teacher.shifted(0.5, 8.0), abs=0.01)
@@ -116,7 +118,7 @@ def test_noise_levels_cover_the_schedule_between_its_ends():
 def test_both_scores_see_the_same_clip_at_one_noise_level_for_both_streams(scores, clips):
     """One sigma per clip, different between clips; real twice, with and without the caption."""
     real, fake = scores
-    dmd.matching_losses(clips, CAPTIONS, real, fake, (2.0, 3.0), rng())
+    dmd.dmd_losses(clips, CAPTIONS, real, fake, (2.0, 3.0), rng())
     (r,), (f,) = real.asked, fake.asked
     assert [len(x) for x in r] == [4] * 4 and [len(x) for x in f] == [2] * 4
     for a, b in zip(r, f):
@@ -128,7 +130,7 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
     """dL/dx = (f - r) / mean|x - r| / numel for each stream, with its own guidance."""
     real, fake = scores
     guidance = (2.0, 3.0)
-    losses = dmd.matching_losses(clips, CAPTIONS, real, fake, guidance, rng())
+    losses = dmd.dmd_losses(clips, CAPTIONS, real, fake, guidance, rng())
     gradients = torch.autograd.grad(sum(losses), clips)
     video, audio, sigma, _ = fake.asked[0]
     span = clip_span(BLOCKS, TINY)
@@ -142,7 +144,7 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
 
 def test_nothing_is_left_to_learn_when_the_scores_agree(scores, clips):
     """A critic that equals the teacher, without guidance: no gradient at all."""
-    losses = dmd.matching_losses(clips, CAPTIONS, scores[0], scores[0], (1, 1), rng())
+    losses = dmd.dmd_losses(clips, CAPTIONS, scores[0], scores[0], (1, 1), rng())
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(sum(losses), clips))
 
 
@@ -150,7 +152,7 @@ def test_matching_trains_neither_score(scores, clips):
     """Both only judge: no weight of theirs is in the graph."""
     for score in scores:
         score.net.requires_grad_(True)
-    sum(dmd.matching_losses(clips, CAPTIONS, *scores, (2.0, 2.0), rng())).backward()
+    sum(dmd.dmd_losses(clips, CAPTIONS, *scores, (2.0, 2.0), rng())).backward()
     assert all(p.grad is None for s in scores for p in s.net.parameters())
 
 
@@ -160,11 +162,11 @@ def test_the_critic_learns_by_flow_matching_on_what_was_made(scores, clips):
     data = [x.detach() for x in clips]
     loss = sum(dmd.critic_losses(fake, data, CAPTIONS, rng(5)))
     g = rng(5)
-    sigma = dmd.draw_sigmas(2, g)
+    sigma = dmd.draw_score_sigmas(2, g)
     expected = teacher.velocity_losses(fake, data, CAPTIONS, sigma, g)
     assert torch.equal(loss, sum(x.mean() for x in expected))
     loss.backward()
-    assert fake.get_parameter("video.unpatchify.weight").grad.abs().max() > 0
+    assert fake.get_parameter("video.proj_out.weight").grad.abs().max() > 0
 
 
 # ---- few steps ----
@@ -195,7 +197,8 @@ def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
 def learners(steps=3, cfg=TINY):
     """A tiny generator and critic, and the teacher they learn from."""
     real = model.build(TINY, 7).requires_grad_(False)
-    return dmd.learners_of(model.build(cfg, 7), model.build(TINY, 7), steps, 3, batch=2), real
+    recipes = dmd.make_recipes(steps, 3, batch=2)
+    return dmd.make_learners(model.build(cfg, 7), model.build(TINY, 7), recipes), real
 
 
 def everything(run):
@@ -217,7 +220,7 @@ def test_a_step_moves_the_generator_once_then_its_critic_five_times():
         return made[-1]
 
     before = {n: p.clone() for n, p in real.state_dict().items()}
-    dmd.updates_of(generator, critic, real, (2.0, 2.0), make)(0)
+    dmd.make_update(generator, critic, real, (2.0, 2.0), make, DRAW)(0)
     assert order == ["generator"] + ["critic"] * 5
     assert len({float(video.detach().sum()) for video, _ in made}) == 6
     assert [video.requires_grad for video, _ in made] == [True] + [False] * 5
@@ -229,8 +232,9 @@ def test_a_killed_distillation_goes_on_as_if_uninterrupted(tmp_path, capsys):
 
     def new_run(folder, die_at=None):
         found, real = learners()
-        run = training.Run(found, "python dmd.py", folder)
-        update = dmd.updates_of(*found.values(), real, (2.0, 2.0), dmd.backward_simulation)
+        run = trainer.Run(found, "python dmd.py", folder)
+        simulate = dmd.backward_simulation
+        update = dmd.make_update(*found.values(), real, (2.0, 2.0), simulate, DRAW)
 
         def or_die(step):
             if step == die_at:
@@ -254,7 +258,7 @@ def test_a_killed_distillation_goes_on_as_if_uninterrupted(tmp_path, capsys):
 
 def losses_recorded(make, cfg):
     found, real = learners(10, cfg)
-    update = dmd.updates_of(*found.values(), real, (2.0, 2.0), make)
+    update = dmd.make_update(*found.values(), real, (2.0, 2.0), make, DRAW)
     rows = [update(step) for step in range(10)]
     return [float((r["critic v"] + r["critic a"]).detach()) for r in rows]
 
@@ -269,7 +273,7 @@ def test_ten_golden_losses_of_stage_iii():
     """The same by rollouts with caches and sinks, which forget beyond two blocks."""
 
     def make(*args):
-        return self_forcing.rolled_out(*args, window=2)
+        return self_forcing.rollout_clip(*args, window=2)
 
     assert losses_recorded(make, TINY_CAUSAL) == pytest.approx(STAGE_III_LOSSES, **GOLDEN)
 
@@ -290,7 +294,7 @@ def test_blocks_that_stage_i_has_not_are_refused(name, tmp_path, monkeypatch, ca
 
 def test_prompts_are_those_of_the_training_world():
     """Captions of clips that are never used for evaluation, some with hidden words."""
-    clips, captions = dmd.draw_prompts(64, rng())
+    clips, captions = DRAW(64, rng())
     true, tokens = toy_world.caption_tokens(clips), captions.features[0].argmax(-1)
     assert ((tokens == true) | (tokens == 0)).all() and (tokens == 0).any()
     assert (tokens == true).float().mean() > 0.7

@@ -56,7 +56,7 @@ def test_other_prompts_have_another_mark(folder, tmp_path):
     for name, prompts in (("same", PROMPTS), ("fewer", PROMPTS[:2])):
         captions.encode_to_folder(reader([]), prompts, "", tmp_path / name)
     mark, same, fewer = (
-        captions.EncodedPrompts(path, CFG).mark
+        captions.EncodedPrompts(path, CFG).identity
         for path in (folder, tmp_path / "same", tmp_path / "fewer")
     )
     assert mark == same != fewer

@@ -157,7 +157,7 @@ def test_hints_grow(run):
     for name, exercises in EXERCISES.items():
         for task in exercises.tasks:
             assert len(set(task.hints)) == 3 and all(task.hints)
-    first, second = (run("--hint", "dmd.denoise", *depth)[1] for depth in ((), ("2",)))
+    first, second = (run("--hint", "rollout.denoise", *depth)[1] for depth in ((), ("2",)))
     assert (first.strip(), second.strip()) == tuple(EXERCISES["dmd"].tasks[3].hints[:2])
 
 
@@ -179,7 +179,7 @@ BAD = {
     "unknown function": (["--hint", "masks.x"], "expected masks. and one of block_of_frame"),
     "unknown hint": (["--hint", "m.x"], "exercise 'm': unknown"),
     "depth": (["--hint", "masks.may_attend", "4"], "expected a depth of 1, 2, 3"),
-    "two depths": (["--hint", "dmd.denoise", "2", "3"], "denoise 2 3: expected one depth"),
+    "two depths": (["--hint", "rollout.denoise", "2", "3"], "denoise 2 3: expected one depth"),
     "handout": (["--handout", exercise.ROOT], "not empty"),
     "flag": (["--solve"], "unrecognized arguments: --solve"),
 }
@@ -266,7 +266,7 @@ def test_a_handout_has_no_solutions_from_the_exercise_on_and_grades(run, tmp_pat
         is_whole = (folder / f"{name}.py").read_text() == source_of(name)
         assert is_whole == (names.index(name) < names.index("kv_cache"))
     told = "".join(path.read_text() for path in folder.glob("**/*.py"))
-    assert "torch.set_grad_enabled(" not in told  # of dmd.denoise
+    assert "torch.set_grad_enabled(" not in told  # of rollout.denoise
     assert not (folder / "INSTRUCTORS.md").exists() and not (folder / ".git").exists()
     (folder / "exercises").mkdir()
     (folder / "exercises" / "kv_cache.py").write_text(source_of("kv_cache"))

@@ -10,13 +10,12 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from helpers import random_decoders, random_model, run_here, save_text_path, tiny_decoder_kinds
+from helpers import random_decoders, random_model, run_here, save_text_path, tiny_decoder_classes
 from safetensors.torch import save_file
 
 import config
 import generate
-from film import decoders
-from full_size import memory, memory_plan
+from full_size import decoders, memory
 from full_size import text as captions
 from full_size import weights as ltx2
 
@@ -26,7 +25,7 @@ FULL = replace(config.FULL, caption_width=16, **SIZES)
 RELEASED = replace(config.RELEASED, caption_width=16, **SIZES)
 
 
-DECODER_ROWS = functools.cache(memory_plan.decoder_rows)  # the same in every run here
+DECODER_ROWS = functools.cache(memory.decoder_rows)  # the same in every run here
 FLOAT32 = ["--dtype", "float32"]  # for speed: processors emulate bfloat16; other tests have it
 
 
@@ -45,12 +44,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     """Run the command line here with the tiny sizes: -> exit status, stdout, stderr."""
-    kinds = tiny_decoder_kinds()
-    monkeypatch.setattr(memory_plan, "decoder_rows", DECODER_ROWS)
+    kinds = tiny_decoder_classes()
+    monkeypatch.setattr(memory, "decoder_rows", DECODER_ROWS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "full", FULL)
     monkeypatch.setitem(config.CONFIGS, "released", RELEASED)
-    monkeypatch.setattr(decoders, "kinds", lambda: kinds)
+    monkeypatch.setattr(decoders, "decoder_classes", lambda: kinds)
 
     encode_and_free = captions.encode_and_free
 
@@ -99,15 +98,14 @@ def test_random_weights_make_a_film_and_its_timings(run):
 
 
 def test_a_film_at_full_speed(run):
-    """All that needs no GPU: as many frames and samples; passes over two blocks are a stage."""
+    """All speed-ups that need no GPU: as many frames and samples."""
     args = "--config", "full", "--weights", "random", "--seconds", 1, "--report", "r"
     status, out, err = run(*args, "--speed-up", "all")
     assert status == 0, err
     assert properties("out.mp4")[0] == 25
     report = json.loads(Path("r").read_text())
-    assert report["speed_up"] == ["qkv", "merge", "channels-last"]
-    stages = report["stage_seconds"]
-    assert {"denoise", "both"} <= stages.keys() and "refresh" not in stages
+    assert report["speed_up"] == ["qkv", "channels-last"]
+    assert {"denoise", "refresh"} <= report["stage_seconds"].keys()
 
 
 def test_a_prompt_becomes_a_film(run, folder):
@@ -204,8 +202,8 @@ def test_half_a_file_is_noticed_before_prompts_are_read(run, folder, tmp_path, p
 def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):
     """The arithmetic, and a window that would fit."""
     cfg = FULL, torch.bfloat16
-    rows = memory_plan.stream_rows(FULL, 61, 9, torch.bfloat16) + memory_plan.decoder_rows(*cfg)
-    monkeypatch.setattr(memory, "free_bytes", lambda _: memory_plan.total(rows))
+    rows = memory.stream_rows(FULL, 61, 9, torch.bfloat16) + memory.decoder_rows(*cfg)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: memory.total(rows))
     args = ["--config", "full", "--weights", "random", "--seconds", 60]
     status, out, err = run(*args, "--window", 30)
     assert status == 2 and "--window 9 would fit" in err and "rolling caches" in out

@@ -26,9 +26,10 @@ import generate
 import model
 from film import decoders
 from film.mp4 import Movie
-from full_size import parts
+from full_size import faster
 from plumbing import cli, files
 from toy import codec as toy_codec
+from toy import source as toy_source
 from toy import world as toy_world
 
 ROOT = Path(generate.__file__).parent
@@ -58,7 +59,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     """Run the command line here, in an empty folder: -> exit status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "toy", SMALL)
-    monkeypatch.setitem(parts.WEIGHTS, "toy", weights / "good")
+    monkeypatch.setitem(toy_source.WEIGHTS, "toy", weights / "good")
 
     def main(*args):
         return run_here(generate, args, monkeypatch, capsys)
@@ -107,7 +108,7 @@ def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, 
 def test_the_film_shows_and_sounds_what_was_generated(run):
     """Pictures and sound of the file are the decoded blocks, up to what the codecs lose."""
     run("--seconds", 2, "--seed", 4, "--prompt", "blue slow wood")
-    net = parts.load_student(parts.WEIGHTS["toy"], SMALL)
+    net = toy_source.load_student(toy_source.WEIGHTS["toy"], SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = map(decoder.decode, generate.stream(net, "blue slow wood", 2, seed=4))
     frames, _, samples = zip(*pieces)
@@ -182,8 +183,8 @@ def test_a_long_stream_draws_its_first_minute_only(run, monkeypatch):
     """The contact sheet stops at SHEET_SECONDS (here 2), the film goes on."""
     monkeypatch.setattr(generate, "SHEET_SECONDS", 2)
     drawn = []
-    monkeypatch.setattr(generate.plots, "draw_clip", lambda *args: drawn.append(args))
-    monkeypatch.setattr(generate.plots, "save", lambda *args: None)
+    monkeypatch.setattr(generate.sheet, "draw_clip", lambda *args: drawn.append(args))
+    monkeypatch.setattr(generate.sheet, "save", lambda *args: None)
     run("--seconds", 4)
     assert len(drawn[0][0]) == 49 and len(drawn[0][1]) == 201
     assert len(play("out.mp4")[0]) == 97
@@ -208,7 +209,7 @@ def test_a_flash_and_a_click_are_in_time(tmp_path):
 
 def test_blocks_decode_to_their_own_seconds(weights):
     """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = [*map(decoder.decode, generate.stream(net, "red", 3)), decoder.finish()]
     sizes = [(len(p.frames), len(p.levels), *p.samples.shape) for p in pieces]
@@ -224,7 +225,7 @@ def blocks_of(net, *cues, seconds=4):
 
 def test_a_prompt_switch_changes_only_what_comes_after_it(weights):
     """At second 2: blocks 0 to 2 (which end at 2) are bitwise equal, 3 and 4 are not."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     plain = blocks_of(net, (0, "red fast metal"))
     switched = blocks_of(net, (0, "red fast metal"), (2, "blue slow wood"))
     same = [all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched)]
@@ -233,7 +234,7 @@ def test_a_prompt_switch_changes_only_what_comes_after_it(weights):
 
 def test_a_switch_inside_a_block_waits_for_the_next(weights):
     """At second 1.5: block 2, which begins at 1, is still the old prompt's; block 3 is not."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     plain = blocks_of(net, (0, "red fast metal"), seconds=3)
     switched = blocks_of(net, (0, "red fast metal"), (1.5, "blue slow wood"), seconds=3)
     same = [all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched)]
@@ -242,7 +243,7 @@ def test_a_switch_inside_a_block_waits_for_the_next(weights):
 
 def test_a_switch_to_the_same_words_is_none(weights):
     """Only the words matter, not that there is a cue, nor their order."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     plain, switched = (
         blocks_of(net, (0, "red fast")),
         blocks_of(net, (0, "red fast"), (2, "fast red")),
@@ -252,7 +253,7 @@ def test_a_switch_to_the_same_words_is_none(weights):
 
 def test_blocks_come_one_by_one(weights, monkeypatch):
     """The stream is a generator: an hour costs nothing until its blocks are asked for."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     passes = []
     net.register_forward_pre_hook(lambda *_: passes.append(1))
     stream = generate.stream(net, "red", 3600)
@@ -263,7 +264,7 @@ def test_blocks_come_one_by_one(weights, monkeypatch):
 
 def test_clips_side_by_side_differ_in_their_noise(weights):
     """batch=2 gives two different streams of the same prompt."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     block = next(generate.stream(net, "red", 1, batch=2))
     assert len(block.video) == 2 and not torch.equal(*block.video)
 
@@ -337,7 +338,7 @@ BAD = {
     "negative seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
     "long seed": (["--seed", "9" * 30], "expected 0 or more, and less than 2^63"),
     "seed": (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
-    "speed-up": (["--speed-up", "x"], "--speed-up x: unknown; expected all, qkv, merge, graph, "),
+    "speed-up": (["--speed-up", "x"], "--speed-up x: unknown; expected all, qkv, graph, "),
     "graph": (["--speed-up", "qkv", "graph"], "--speed-up graph needs a GPU; leave it out"),
     "channels": (["--speed-up", "channels-last"], "needs a full-size config"),
     "dtype": (["--dtype", "int8"], "invalid choice: 'int8'"),
@@ -359,7 +360,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_file(run, weights, tmp_path, a
 
 def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
     """Without the file of the default student, the message names it."""
-    monkeypatch.setitem(parts.WEIGHTS, "toy", tmp_path / "student.safetensors")
+    monkeypatch.setitem(toy_source.WEIGHTS, "toy", tmp_path / "student.safetensors")
     status, _, err = run()
     assert status == 2 and "student.safetensors: no such file" in err and err.count("\n") == 1
 
@@ -503,12 +504,12 @@ def test_generate_runs_from_any_folder(toy_weights, tmp_path):
 
 def test_a_faster_stream_is_the_same_but_for_rounding(weights):
     """What can be had on a CPU, all at once: latents of order 1 within 1e-4 in float32."""
-    net = parts.load_student(weights / "good", SMALL)
+    net = toy_source.load_student(weights / "good", SMALL)
     plain = list(generate.stream(net, "red", 3, window=1))
-    speedups = parts.find_speedups(["all"], config.TOY, torch.device("cpu"))
-    assert speedups == ("qkv", "merge")
-    net = parts.sped_up(net, speedups, torch.device("cpu"))
-    for one, other in zip(plain, generate.stream(net, "red", 3, window=1, merge=True), strict=True):
+    speedups = faster.find_speedups(["all"], config.TOY, torch.device("cpu"))
+    assert speedups == ("qkv",)
+    net = faster.sped_up(net, speedups, torch.device("cpu"))
+    for one, other in zip(plain, generate.stream(net, "red", 3, window=1), strict=True):
         for x, y in zip(one[1:], other[1:]):
             torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
@@ -531,7 +532,7 @@ def test_help_documents_every_option(run, monkeypatch):
 def test_a_student_is_loaded_as_it_was_saved(weights):
     """Every tensor is the file's; in another precision when asked for."""
     tensors, _, _ = files.read_weights(weights / "good")
-    net = parts.load_student(weights / "good", SMALL, dtype=torch.bfloat16)
+    net = toy_source.load_student(weights / "good", SMALL, dtype=torch.bfloat16)
     assert not net.training
     for name, t in net.state_dict().items():
         assert torch.equal(t, tensors[name].bfloat16())

@@ -16,11 +16,11 @@ from toy import codec as toy_codec
 CFG = replace(config.TOY, num_layers=1)
 
 
-@pytest.mark.points(1, "Piecewise._end")
+@pytest.mark.points(1, "ChunkedDecoder._end")
 def test_the_first_input_is_decoded_short():
     """LTX-2's video decoder: 1 frame, then 8 for every latent; its vocoder: 240 samples each."""
     for stride, first in ((8, 1), (240, 240)):
-        piecewise = decoders.Piecewise(None, stride, first, context=1)
+        piecewise = decoders.ChunkedDecoder(None, stride, first, context=1)
         for inputs in (-2, 0, 1, 2, 5):
             right = len([*range(first), *range(stride * (inputs - 1))]) if inputs > 0 else 0
             found = piecewise._end(inputs)
@@ -39,11 +39,11 @@ def blurred(x):
 
 def decoded(x, context, look_ahead):
     """Every answer of `add` for blocks of 1, 3, 3, 3 inputs, and the rest."""
-    piecewise = decoders.Piecewise(blurred, 8, 1, context, look_ahead)
+    piecewise = decoders.ChunkedDecoder(blurred, 8, 1, context, look_ahead)
     return piecewise, [*map(piecewise.add, x.split([1, 3, 3, 3], dim=2)), piecewise.finish()]
 
 
-@pytest.mark.points(1, "Piecewise._decode_until")
+@pytest.mark.points(1, "ChunkedDecoder._decode_until")
 def test_nothing_is_lost_or_said_twice():
     """Ten inputs are 73 outputs, with look-ahead or without; nothing waits longer than it must."""
     x = torch.randn(1, 1, 10)
@@ -55,7 +55,7 @@ def test_nothing_is_lost_or_said_twice():
         )
 
 
-@pytest.mark.points(2, "Piecewise._decode_until")
+@pytest.mark.points(2, "ChunkedDecoder._decode_until")
 def test_pieces_with_enough_overlap_are_the_whole():
     """As much context and look-ahead as the decoder looks: bitwise the same outputs."""
     x = torch.randn(1, 1, 10, generator=torch.Generator().manual_seed(0))
@@ -69,10 +69,10 @@ def test_pieces_with_enough_overlap_are_the_whole():
     )
 
 
-@pytest.mark.points(1, "Piecewise._decode_until")
+@pytest.mark.points(1, "ChunkedDecoder._decode_until")
 def test_an_endless_stream_keeps_a_few_inputs():
     """Context and what still waits, nothing older."""
-    piecewise = decoders.Piecewise(blurred, 8, 1, context=3, look_ahead=2)
+    piecewise = decoders.ChunkedDecoder(blurred, 8, 1, context=3, look_ahead=2)
     for _ in range(10):
         piecewise.add(torch.randn(1, 1, 3))
     found = piecewise.kept.shape[2]

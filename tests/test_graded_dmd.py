@@ -11,8 +11,9 @@ import torch
 
 import config
 import dmd
-from full_size.text import toy_captions
+import rollout
 from masks import block_span, clip_span
+from toy.source import toy_captions
 
 CFG = replace(config.TOY_TEACHER, height=8, width=8)  # one video token a frame
 SIGMAS = CFG.sigmas  # 1, .906, .727, .421, 0
@@ -78,20 +79,20 @@ def direction(x, real, fake):
     return torch.stack(rows)
 
 
-@pytest.mark.points(1, "towards_fake")
+@pytest.mark.points(1, "dmd_gradient")
 def test_descent_moves_a_clip_from_fake_to_real():
     """The direction is fake minus real; descent goes against it."""
     x, real, fake = torch.zeros(1, 2, 3), torch.full((1, 2, 3), 2.0), torch.full((1, 2, 3), -1.0)
-    found = dmd.towards_fake(x, real, fake)
+    found = dmd.dmd_gradient(x, real, fake)
     assert (found < 0).all(), "the sign is wrong: descent would move clips from real to fake"
 
 
-@pytest.mark.points(2, "towards_fake")
+@pytest.mark.points(2, "dmd_gradient")
 def test_every_clip_pulls_equally_hard():
     """Divided by the mean |x - real| of each clip by itself; never by zero."""
     x, real, fake = torch.randn(3, 2, 6, 3, generator=torch.Generator().manual_seed(0))
     real[1] *= 10
-    found = dmd.towards_fake(x, real, fake)
+    found = dmd.dmd_gradient(x, real, fake)
     others = {
         "it must not depend on the fake score: divide by mean |x - real|": (x, fake),
         "it is the distance of x and real, not of the two scores": (real, fake),
@@ -104,7 +105,7 @@ def test_every_clip_pulls_equally_hard():
         "the normaliser is the batch's: every clip is divided by its own distance"
     )
     assert torch.allclose(found, direction(x, real, fake), rtol=1e-4), "not (f - r) / mean|x - r|"
-    assert dmd.towards_fake(x, x, x).isfinite().all(), "divided by zero where x is real"
+    assert dmd.dmd_gradient(x, x, x).isfinite().all(), "divided by zero where x is real"
 
 
 def denoised(exit_step=None):
@@ -112,7 +113,7 @@ def denoised(exit_step=None):
     span = block_span(1, CFG)
     noise, net = random_clip(span, 0, 16), Net(random_clip(span, 1, 16))
     generator = torch.Generator().manual_seed(5)
-    x0 = dmd.denoise(net, noise, SIGMAS, None, span, None, generator, exit_step)
+    x0 = rollout.denoise(net, noise, SIGMAS, None, span, None, generator, exit_step)
     return net, x0, noise
 
 
@@ -175,10 +176,10 @@ def matched(guidance=(1, 1)):
     clips = [x.requires_grad_() for x in random_clip(span, 0)]
     real, fake = (Net([x.repeat(2, 1, 1) for x in random_clip(span, s)]) for s in (1, 2))
     g = torch.Generator().manual_seed(3)
-    return dmd.matching_losses(clips, CAPTIONS, real, fake, guidance, g), clips, real, fake
+    return dmd.dmd_losses(clips, CAPTIONS, real, fake, guidance, g), clips, real, fake
 
 
-@pytest.mark.points(1, "matching_losses")
+@pytest.mark.points(1, "dmd_losses")
 def test_both_scores_judge_the_same_noised_clip():
     """One sigma a clip for both streams, and for both scores; guidance is the real one's alone."""
     _, clips, real, fake = matched(guidance=(2.0, 3.0))
@@ -192,7 +193,7 @@ def test_both_scores_judge_the_same_noised_clip():
     assert not any(p.has_grad for p in (r, f)), "the scores only judge: no gradient through them"
 
 
-@pytest.mark.points(2, "matching_losses")
+@pytest.mark.points(2, "dmd_losses")
 def test_the_gradient_of_a_clip_is_the_direction_over_its_size():
     """dL/dx = (f - r) / mean|x - r| / numel, for each stream by itself."""
     losses, clips, real, fake = matched()
@@ -208,7 +209,7 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size():
 def one_update(monkeypatch):
     """One update of stand-ins: who stepped, on what loss; and for whom clips were made, and how."""
     events, made = [], []
-    for name, losses in (("matching_losses", (1.0, 2.0)), ("critic_losses", (3.0, 4.0))):
+    for name, losses in (("dmd_losses", (1.0, 2.0)), ("critic_losses", (3.0, 4.0))):
         pair = [torch.tensor(x) for x in losses]
         monkeypatch.setattr(dmd, name, lambda *args, pair=pair: pair)
 
@@ -227,11 +228,11 @@ def one_update(monkeypatch):
         return None, torch.rand(n, 3, generator=g)
 
     learners = learner("generator"), learner("critic")
-    dmd.updates_of(*learners, "real", (2, 2), make, draw)(0)
+    dmd.make_update(*learners, "real", (2, 2), make, draw)(0)
     return events, made
 
 
-@pytest.mark.points(1, "updates_of")
+@pytest.mark.points(1, "make_update")
 def test_the_generator_steps_once_and_its_critic_five_times(monkeypatch):
     """In this order, each by its own optimiser, on the sum of video and audio."""
     events, _ = one_update(monkeypatch)
@@ -241,7 +242,7 @@ def test_the_generator_steps_once_and_its_critic_five_times(monkeypatch):
     assert losses == [3.0] + 5 * [7.0], f"losses of the steps are {losses}: sum video and audio"
 
 
-@pytest.mark.points(2, "updates_of")
+@pytest.mark.points(2, "make_update")
 def test_the_critic_learns_from_clips_as_data(monkeypatch):
     """Clips of the generator, afresh for every step; only the generator's carry a gradient."""
     _, made = one_update(monkeypatch)

@@ -1,7 +1,7 @@
-"""Graded: what a rolling cache remembers, where, and at which positions.
+"""Graded: what a rolling cache keeps, in which slots, and at which positions.
 
-The truth is a plain Python list of blocks that forgets its oldest. Keys carry the number of their
-block, so that what a query attends to can be read off.
+The expected contents are those of a plain Python list of blocks that drops its oldest. Keys hold
+the number of their block, which shows what a query attends to.
 """
 
 from dataclasses import replace
@@ -21,8 +21,8 @@ CFG = replace(
 )  # fmt: skip
 
 
-def remembered(block):
-    """Blocks that may be read during this one: block 0, then the latest in the ring."""
+def visible(block):
+    """List the blocks that are visible during this one: block 0, then the latest in the ring."""
     ring = []
     for b in range(1, block + 1):
         ring = [*ring, b][-RING:]
@@ -34,13 +34,13 @@ def tokens_of(block):
 
 
 def keys_of(block, value=None, **options):
-    """Keys (1, T, 1, 1) that all hold the number of their block."""
+    """Make keys (1, T, 1, 1) that all hold the number of their block, or another value."""
     value = float(block if value is None else value)
     return torch.full((1, tokens_of(block), 1, 1), value, **options)
 
 
 def cache_at(block):
-    """A cache whose earlier blocks are finished."""
+    """Make a cache whose earlier blocks are finished."""
     cache = RollingCache(PREFIX, BLOCK, RING)
     for b in range(block):
         cache.append(keys_of(b), keys_of(b))
@@ -50,24 +50,24 @@ def cache_at(block):
 
 @pytest.mark.points(1, "RollingCache.num_filled")
 def test_the_cache_fills_up_and_then_stays_full():
-    """Tokens of all remembered blocks, the current one included."""
+    """The tokens of all visible blocks count, including the current block."""
     cache = RollingCache(PREFIX, BLOCK, RING)
     for cache.block in range(7):
-        right = sum(map(tokens_of, remembered(cache.block)))
+        right = sum(map(tokens_of, visible(cache.block)))
         assert cache.num_filled == right, (
-            f"during block {cache.block} the cache holds blocks {remembered(cache.block)}: "
+            f"during block {cache.block} the cache holds blocks {visible(cache.block)}: "
             f"{right} slots, not {cache.num_filled}"
         )
 
 
 @pytest.mark.points(2, "RollingCache.slots")
 def test_a_new_block_overwrites_the_oldest():
-    """Block 0 in front for ever; then the ring is filled in order, and overwritten in order."""
+    """Block 0 always stays at the front. The ring after it is filled, then overwritten, in order."""
     cache, places = RollingCache(PREFIX, BLOCK, RING), [None] * RING
     for cache.block in range(8):
         block, found = cache.block, (cache.slots.start, cache.slots.stop)
         if block == 0:
-            assert found == (0, PREFIX), f"block 0 is the prefix, slots 0..{PREFIX}, not {found}"
+            assert found == (0, PREFIX), f"block 0 has slots (0, {PREFIX}), not {found}"
             continue
         assert found[0] >= PREFIX, (
             f"block {block} is written to slots {found}, over the prefix: its sinks are evicted"
@@ -75,44 +75,44 @@ def test_a_new_block_overwrites_the_oldest():
         place = places.index(None) if None in places else places.index(min(places))
         right = PREFIX + place * BLOCK, PREFIX + (place + 1) * BLOCK
         assert found == right, (
-            f"behind the prefix the ring holds blocks {places}: block {block} belongs into slots "
-            f"{right}, not {found}"
+            f"the ring after the prefix holds blocks {places}: block {block} gets slots {right}, "
+            f"not {found}"
         )
         places[place] = block
 
 
 @pytest.mark.points(2, "RollingCache.append")
 def test_a_block_attends_to_the_prefix_the_latest_blocks_and_itself():
-    """The keys handed out are those of the plain list, block by block, past three evictions."""
+    """The returned keys are those of the plain list, block by block, until three are evicted."""
     for block in range(7):
         k, v = cache_at(block).append(keys_of(block), keys_of(block, block + 100))
-        found, right = k.flatten().int().tolist(), remembered(block)
-        during = f"during block {block} attention sees blocks {sorted(set(found))}"
+        found, right = k.flatten().int().tolist(), visible(block)
+        during = f"during block {block} queries attend to blocks {sorted(set(found))}"
         assert 0 in found, f"{during}: the pinned prefix and its sinks are evicted"
-        assert block in found, f"{during}: a block must see itself"
-        assert set(found) <= set(right), f"{during}: one of them should be forgotten by now"
+        assert block in found, f"{during}: a block must attend to itself"
+        assert set(found) <= set(right), f"{during}: one of them should be evicted by now"
         assert sorted(found) == [b for b in right for _ in range(tokens_of(b))], (
-            f"{during}, {len(found)} keys; it should see {right}, every token once"
+            f"{during}, {len(found)} keys; expected blocks {right}, with every token once"
         )
-        assert (v.flatten() >= 100).sum() == tokens_of(block), "values do not follow the keys"
+        assert (v.flatten() >= 100).sum() == tokens_of(block), "the values are not in the same slots"
 
 
 @pytest.mark.points(1, "RollingCache.append")
 def test_a_second_pass_over_a_block_overwrites_the_first():
-    """Passes may be repeated without harm: only the loop moves on."""
+    """A pass may be repeated: only the loop moves on."""
     cache = cache_at(2)
     before = cache.append(keys_of(2, 7), keys_of(2, 7))[0].shape[1]
     found = cache.append(keys_of(2, 9), keys_of(2, 9))[0].flatten().int().tolist()
-    assert cache.block == 2, "append moves on to the next block; that is the loop's business"
+    assert cache.block == 2, "append moves on to the next block, but only the loop may do that"
     assert len(found) == before and 7 not in found, (
-        f"after a second pass over block 2 the cache shows {found}: the keys of the first (7) must "
-        f"be overwritten by those of the second (9)"
+        f"after a second pass over block 2 the cache returns {found}: the keys of the second pass "
+        f"(9) must overwrite those of the first (7)"
     )
 
 
 @pytest.mark.points(1, "RollingCache.append")
 def test_the_gradient_reaches_the_current_block_and_no_earlier_one():
-    """History is data; and the next write does not spoil a backward pass."""
+    """The history is detached, and the next write does not break a backward pass."""
     cache, inputs = RollingCache(PREFIX, BLOCK, RING), []
     for block in range(3):
         inputs.append(keys_of(block, requires_grad=True))
@@ -125,21 +125,23 @@ def test_the_gradient_reaches_the_current_block_and_no_earlier_one():
     try:
         found = torch.autograd.grad(loss, inputs, allow_unused=True)
     except RuntimeError as error:
-        pytest.fail(f"writing the next block spoils the gradient of this one: {error}")
-    assert found[0] is None and found[1] is None, "a gradient reaches earlier blocks: history leaks"
+        pytest.fail(f"writing the next block breaks the gradient of this block: {error}")
+    assert found[0] is None and found[1] is None, (
+        "a gradient reaches earlier blocks: the history must be detached"
+    )
     assert found[2].eq(4).all(), "the gradient of the current block is wrong"
 
 
-def turned(x, angles):
-    """x (T, H, D) turned by angles (H, D / 2), channel i with i + D / 2."""
+def rotated(x, angles):
+    """Rotate x (T, H, D) by angles (H, D / 2), channel i with i + D / 2."""
     a, b = x.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 @pytest.mark.points(2, "RollingCache.move_prefix")
-def test_pinned_keys_are_turned_from_where_they_were_written():
-    """Moved by 0.3 and then by 0.7 they are 0.7 further, not 1.0; nothing else moves."""
+def test_pinned_keys_rotate_from_where_they_were_written():
+    """After moves by 0.3 and by 0.7 they are 0.7 further, not 1.0; nothing else moves."""
     torch.manual_seed(0)
     cache = RollingCache(PREFIX, BLOCK, RING)
     cache.k, cache.v = torch.randn(2, 1, PREFIX + RING * BLOCK, 2, 4)
@@ -148,15 +150,15 @@ def test_pinned_keys_are_turned_from_where_they_were_written():
         angles = torch.full((1, 4), angle)
         cache.move_prefix(rope.Rope(angles.cos(), angles.sin(), "split"))
 
-    def is_turned(by):
-        right = turned(first[0], torch.full((2, 2), by))
+    def is_rotated(by):
+        right = rotated(first[0], torch.full((2, 2), by))
         return torch.allclose(cache.k[0, :PREFIX], right, atol=1e-6)
 
-    assert not is_turned(1.0), "shifts add up: turn the original keys, not the ones already turned"
-    assert not is_turned(0.0), "the pinned keys do not move"
-    assert is_turned(0.7), "the pinned keys are not 0.7 rad from where they were written"
-    assert torch.equal(cache.k[:, PREFIX:], ring), "only the prefix moves"
-    assert torch.equal(cache.v, values), "values have no position"
+    assert not is_rotated(1.0), "the moves add up: rotate the original keys, not the rotated ones"
+    assert not is_rotated(0.0), "the pinned keys do not move"
+    assert is_rotated(0.7), "the pinned keys are not 0.7 rad from where they were written"
+    assert torch.equal(cache.k[:, PREFIX:], ring), "only the prefix may move"
+    assert torch.equal(cache.v, values), "values have no position, so they must not change"
 
 
 HEADS = Heads(
@@ -165,11 +167,10 @@ HEADS = Heads(
 )  # fmt: skip
 
 
-def prepared(x, weight, table=None):
-    """(T, 4) raw -> (T, 2, 2): RMSNorm over the full width, two heads, turned by one angle each."""
+def prepared(x, weight, table):
+    """(T, 4) projections -> (T, 2, 2): RMSNorm over the full width, two heads, one angle each."""
     x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    x = x.unflatten(-1, (2, 2))
-    return x if table is None else turned(x, torch.atan2(table.sin, table.cos).view(2, 1))
+    return rotated(x.unflatten(-1, (2, 2)), torch.atan2(table.sin, table.cos).view(2, 1))
 
 
 def dense(q, k, v):
@@ -183,33 +184,33 @@ def dense(q, k, v):
 
 
 @pytest.mark.points(2, "cache_append_attention")
-def test_a_block_attends_to_history_and_itself_in_one_call():
-    """Norm, rotate, append, attend: equal to loops over everything that was brought so far."""
+def test_a_block_attends_to_the_history_and_to_itself_in_one_call():
+    """Norm, rotate, append, attend: equal to loops over all keys and values so far."""
     torch.manual_seed(0)
-    cache, brought = RollingCache(PREFIX, BLOCK, RING), []
+    cache, given = RollingCache(PREFIX, BLOCK, RING), []
     for block in range(2):
         q, k, v = torch.randn(3, tokens_of(block), 4, dtype=torch.float64)
-        brought.append((k, v))
+        given.append((k, v))
         found = cache_append_attention(q[None, :2], k[None], v[None], HEADS, cache)[0]
         cache.next_block()
-    keys, values = (torch.cat(x) for x in zip(*brought))
+    keys, values = (torch.cat(x) for x in zip(*given))
     queries = prepared(q[:2], HEADS.q_weight, HEADS.q_rope)
     ready, values = prepared(keys, HEADS.k_weight, HEADS.k_rope), values.unflatten(-1, (2, 2))
     assert found.shape == (2, 4), f"2 queries of width 4 became {tuple(found.shape)}"
     assert not torch.allclose(found, dense(queries, ready[PREFIX:], values[PREFIX:])), (
-        "queries see their own block only: attend to all that append returns"
+        "queries attend to their own block only; use all keys that append returns"
     )
-    unready = keys.unflatten(-1, (2, 2))
-    assert not torch.allclose(found, dense(queries, unready, values)), (
-        "raw keys are attended to: norm and rotate them before they are remembered"
+    raw = keys.unflatten(-1, (2, 2))
+    assert not torch.allclose(found, dense(queries, raw, values)), (
+        "queries attend to raw keys; norm and rotate them before you append them"
     )
     assert torch.allclose(found, dense(queries, ready, values)), (
-        "not softmax(q k / sqrt(D)) v over history and block"
+        "this is not softmax(q k / sqrt(D)) v over the history and the block"
     )
 
 
-def filled_view(blocks, move=CachedView.next_block, **options):
-    """A view of random keys that has moved on so often; and layer 0's pinned keys before that."""
+def filled_view(blocks, **options):
+    """Make a view of random keys and finish some blocks; also return layer 0's first pinned keys."""
     torch.manual_seed(0)
     view = CachedView(CFG, 20, **options)
     for layer in view.layers:
@@ -219,14 +220,14 @@ def filled_view(blocks, move=CachedView.next_block, **options):
             cache.k, cache.v = torch.randn(2, 1, slots, 2, width // 2, dtype=torch.float64)
     first = {site: c.k[:, : c.prefix_tokens].clone() for site, c in view.layers[0].items()}
     for _ in range(blocks):
-        move(view)
+        view.next_block()
     return view, first
 
 
-@pytest.mark.points(1, "CachedView.move_on")
+@pytest.mark.points(1, "CachedView.next_block")
 def test_every_cache_moves_on_by_one_block():
-    """All sites of all layers, and the view itself."""
-    view, _ = filled_view(2, CachedView.move_on)
+    """All caches of all layers, and the view itself."""
+    view, _ = filled_view(2)
     assert view.block == 2, f"after two blocks the view is at block {view.block}"
     for i, layer in enumerate(view.layers):
         for site in SITES:
@@ -237,31 +238,31 @@ def test_every_cache_moves_on_by_one_block():
 
 @pytest.mark.points(2, "CachedView.next_block")
 def test_pinned_keys_follow_the_window():
-    """With n blocks forgotten, prefix and sinks are n seconds later than they were written."""
-    view, first = filled_view(6, window=2)  # at block 6: 4 and 5 are remembered, 1 to 3 forgotten
+    """With n blocks evicted, prefix and sinks are n seconds later than they were written."""
+    view, first = filled_view(6, window=2)  # at block 6: 4 and 5 are kept, 1 to 3 are evicted
     for site in SITES:
         cache = view.layers[0][site]
         found = cache.k[:, : cache.prefix_tokens]
         for seconds in (*range(3), *range(4, 8), 3):  # the right one last
-            by = rope.tables(rope.shift_angles(site, seconds, CFG), CFG, dtype=torch.float64)
+            by = rope.cos_sin(rope.shift_angles(site, seconds, CFG), CFG, dtype=torch.float64)
             if torch.allclose(found, rope.rotate(first[site], by)):
                 break
         else:
             seconds = None
         assert seconds == 3, (
-            f"{site}: blocks 1 to 3 are forgotten, so the pinned keys must stand 3 s later than "
-            f"written; they stand {'elsewhere' if seconds is None else f'{seconds} s later'}"
+            f"{site}: blocks 1 to 3 are evicted, so the pinned keys must stand 3 s later than they "
+            f"were written; they stand {'elsewhere' if seconds is None else f'{seconds} s later'}"
         )
 
 
-@pytest.mark.points(1, "CachedView.move_on")
-def test_unpinned_the_prefix_is_forgotten_with_its_window():
-    """The control: block 0 is hidden from the first block that does not remember it."""
+@pytest.mark.points(1, "CachedView.next_block")
+def test_without_the_pin_the_prefix_leaves_the_window():
+    """Block 0 is hidden from the first block that is more than `window` blocks later."""
     for blocks, hidden in ((2, False), (3, True)):
-        view, _ = filled_view(blocks, CachedView.move_on, window=2, pinned=False)
+        view, _ = filled_view(blocks, window=2, pinned=False)
         for site, cache in view.layers[1].items():
-            assert (cache.first == cache.prefix_tokens) == hidden, (
-                f"{site}: with a window of 2 and no pin, block {blocks} "
-                f"{'must not' if hidden else 'may still'} read block 0; reading starts at slot "
-                f"{cache.first}"
+            assert (cache.first_visible == cache.prefix_tokens) == hidden, (
+                f"{site}: not pinned and with a window of 2, block {blocks} "
+                f"{'must not' if hidden else 'may still'} attend to block 0; the first visible "
+                f"slot is {cache.first_visible}"
             )

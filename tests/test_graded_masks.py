@@ -1,7 +1,6 @@
-"""Graded: blocks of frames and tokens, the rule of attention, the four masks.
+"""Graded: the blocks of frames and tokens, the attention rule, the four masks.
 
-What is right is counted here by hand, token by token, for the layout 1+3k / 1+25k and, where it
-says 4, for 4+3k / 26+25k.
+Expected values are counted by hand, token by token, for the layouts 1+3k / 1+25k and 4+3k / 26+25k.
 """
 
 from dataclasses import replace
@@ -12,13 +11,13 @@ import torch
 import config
 import masks
 
-CFG = replace(config.TOY, height=16, width=16, num_sinks=2)  # 4 tokens a video frame
-MERGED = replace(CFG, prefix_video_frames=4, prefix_audio_frames=26)
+CFG = replace(config.TOY, height=16, width=16, num_sinks=2)  # 4 tokens per video frame
+RELEASED = replace(CFG, prefix_video_frames=4, prefix_audio_frames=26)
 BLOCKS = 4
 
 
 def block_of(frame, prefix, step):
-    """Counted: the prefix is block 0, then every `step` frames are one block more."""
+    """Count the block of a frame: the prefix is block 0, then every `step` frames are one block."""
     block = 0
     while frame >= prefix + block * step:
         block += 1
@@ -26,7 +25,7 @@ def block_of(frame, prefix, step):
 
 
 def tokens(cfg, sinks=True):
-    """Every token of a clip in order, as (name, block), for both streams."""
+    """List every token of a clip in order, as (name, block), for both streams."""
     video, audio = [], [(f"sink {s}", 0) for s in range(cfg.num_sinks if sinks else 0)]
     for frame in range(cfg.prefix_video_frames + (BLOCKS - 1) * 3):
         block = block_of(frame, cfg.prefix_video_frames, 3)
@@ -38,82 +37,75 @@ def tokens(cfg, sinks=True):
 
 
 def first_difference(found, expected):
-    """The first token whose block is wrong, in words; None if all are right."""
+    """Describe the first token whose block is wrong; None if all are right."""
     assert len(found) == len(expected), f"{len(found)} tokens, expected {len(expected)}"
     for i, (block, (name, right)) in enumerate(zip(found.tolist(), expected)):
         if block != right:
-            return f"token {i} ({name}) is said to be in block {block}"
+            return f"token {i} ({name}) got block {block}"
 
 
-def explain(seen, query, key):
-    """Why this query may, or may not, see this key."""
+def explain(attends, query, key):
+    """Say why this query may, or may not, attend to this key."""
     (q_name, q), (k_name, k) = query, key
-    sees = f"query ({q_name}) {'sees' if seen else 'does not see'} key ({k_name})"
-    if seen:
-        return f"{sees}: " + ("a leak from the future" if k > q else "it left the window")
+    pair = f"query ({q_name}) {'attends' if attends else 'does not attend'} to key ({k_name})"
+    if attends:
+        return f"{pair}: " + ("a leak from the future" if k > q else "the key has left the window")
     if k == q:
-        return f"{sees}: inside a block everything sees everything"
+        return f"{pair}: inside a block, every token attends to every other one"
     if k == 0:
-        return f"{sees}: block 0, with prefix and sinks, is seen by all, for ever"
-    return f"{sees}: the past is visible as far as the window reaches"
+        return f"{pair}: every query attends to block 0, which holds prefix and sinks"
+    return f"{pair}: the past is visible as far as the window reaches"
 
 
 def first_wrong_pair(mask, queries, keys, window=None):
-    """The first (query, key) on which a mask is wrong, in words; None if it is right."""
+    """Describe the first (query, key) on which a mask is wrong; None if it is right."""
     shape = len(queries), len(keys)
     assert mask.shape == shape, f"mask is {tuple(mask.shape)}, (queries, keys) are {shape}"
-    for i, (query, row) in enumerate(zip(queries, mask.tolist())):
-        for key, seen in zip(keys, row):
+    for query, row in zip(queries, mask.tolist()):
+        for key, attends in zip(keys, row):
             q, k = query[1], key[1]
             right = k <= q and (k == 0 or window is None or q - k <= window)
-            if seen != right:
-                return explain(seen, query, key)
-
-
-def blocks_alone(n):
-    """One token a block."""
-    return [(f"block {b}", b) for b in range(n)]
+            if attends != right:
+                return explain(attends, query, key)
 
 
 @pytest.mark.points(1, "block_of_frame")
-def test_blocks_begin_behind_the_prefix_and_every_step():
-    """Frame by frame for both streams behind a prefix of one frame, given as numbers."""
+def test_a_block_begins_after_the_prefix_and_at_every_step():
+    """Number by number, for both streams with a prefix of one frame."""
     for prefix, step in ((1, 3), (1, 25)):
         for frame in range(prefix + 3 * step):
-            found, right = (
-                int(masks.block_of_frame(frame, prefix, step)),
-                block_of(frame, prefix, step),
-            )
+            found = int(masks.block_of_frame(frame, prefix, step))
+            right = block_of(frame, prefix, step)
             assert found == right, (
-                f"with a prefix of {prefix} and {step} frames a block, frame {frame} is in block "
+                f"with a prefix of {prefix} and {step} frames per block, frame {frame} is in block "
                 f"{right}, not {found}"
             )
 
 
 @pytest.mark.points(1, "block_of_frame")
-def test_blocks_of_a_tensor_of_frames():
-    """A tensor of indices gives a tensor of whole numbers, with 0 all over a longer prefix."""
+def test_a_tensor_of_frames_gives_a_tensor_of_blocks():
+    """Whole numbers, and 0 everywhere in a longer prefix."""
     found = masks.block_of_frame(torch.arange(12), 4, 3)
-    assert not found.is_floating_point(), "blocks are counted in whole numbers, use //"
+    assert not found.is_floating_point(), "block indices are whole numbers: use //"
     assert found.tolist() == [0] * 4 + [1] * 3 + [2] * 3 + [3] * 2, (
-        f"frames 0..11 with a prefix of 4 are in blocks {found.tolist()}"
+        f"frames 0 to 11 with a prefix of 4 got blocks {found.tolist()}"
     )
 
 
 @pytest.mark.points(1, "video_token_blocks")
-def test_all_tokens_of_a_video_frame_are_in_its_block():
-    """Tokens are frame-major, so blocks never go back."""
-    for cfg in (CFG, MERGED):
+def test_every_token_of_a_video_frame_has_its_block():
+    """Tokens are ordered by frame, so blocks never decrease."""
+    for cfg in (CFG, RELEASED):
         found = masks.video_token_blocks(BLOCKS, cfg)
-        assert found.diff().min() >= 0, "blocks go back: tokens are frame-major, not frame by frame"
+        assert found.diff().min() >= 0, "blocks decrease, but all tokens of frame 0 come first"
         wrong = first_difference(found, tokens(cfg)["video"])
         assert not wrong, wrong
 
 
 @pytest.mark.points(1, "audio_token_blocks")
-def test_sinks_stand_in_front_of_the_audio_in_block_0():
+def test_sinks_precede_the_audio_and_belong_to_block_0():
     """S + F_a tokens, or F_a without sinks."""
-    for cfg in (CFG, MERGED):
+    for cfg in (CFG, RELEASED):
         for sinks in (True, False):
             found = masks.audio_token_blocks(BLOCKS, cfg, sinks)
             wrong = first_difference(found, tokens(cfg, sinks)["audio"])
@@ -121,8 +113,8 @@ def test_sinks_stand_in_front_of_the_audio_in_block_0():
 
 
 @pytest.mark.points(2, "may_attend")
-def test_time_flows_one_way_across_blocks_and_both_ways_inside():
-    """Without a window: the key's block is not later than the query's."""
+def test_attention_goes_backwards_between_blocks_and_both_ways_inside():
+    """Without a window, the key's block is not later than the query's block."""
     names = [(f"token {i}, block {i // 3}", i // 3) for i in range(9)]
     blocks = torch.arange(9) // 3
     wrong = first_wrong_pair(masks.may_attend(blocks, blocks), names, names)
@@ -130,44 +122,45 @@ def test_time_flows_one_way_across_blocks_and_both_ways_inside():
 
 
 @pytest.mark.points(1, "may_attend")
-def test_a_window_forgets_all_but_the_pinned_block_0():
-    """So many blocks before its own, and block 0 for ever."""
-    blocks, names = torch.arange(7), blocks_alone(7)
+def test_a_window_hides_everything_older_except_block_0():
+    """A query attends to `window` blocks before its own, and to block 0."""
+    blocks, names = torch.arange(7), [(f"block {b}", b) for b in range(7)]
     for window in (1, 2):
         wrong = first_wrong_pair(masks.may_attend(blocks, blocks, window), names, names, window)
         assert not wrong, f"window {window}: {wrong}"
 
 
 @pytest.mark.points(1, "may_attend")
-def test_without_a_pin_block_0_is_forgotten_like_any_other():
-    """Its key leaves the window of block 3 when that remembers two."""
+def test_without_the_pin_block_0_leaves_the_window_too():
+    """With a window of two blocks, block 3 no longer attends to block 0."""
     blocks = torch.arange(5)
-    seen = masks.may_attend(blocks, blocks, 2, pinned=False)[:, 0].tolist()
-    assert seen == [True] * 3 + [False] * 2, (
-        f"unpinned, block 0 is seen by blocks 0 to 4: {seen}; it should leave the window of 2"
+    found = masks.may_attend(blocks, blocks, 2, pinned=False)[:, 0].tolist()
+    assert found == [True] * 3 + [False] * 2, (
+        f"not pinned and with a window of 2, block 0 should be hidden from blocks 3 and 4; blocks "
+        f"0 to 4 attend to it: {found}"
     )
 
 
 @pytest.mark.points(1, "four_masks")
-def test_each_site_has_its_own_queries_and_keys():
-    """a2v is video asking audio: video rows, audio columns; v2a the other way round."""
+def test_each_attention_has_its_own_queries_and_keys():
+    """a2v has video queries (rows) and audio keys (columns); v2a the other way round."""
     every, four = tokens(CFG), masks.four_masks(CFG, BLOCKS)
     sites = {"video_self": "video video", "audio_self": "audio audio"}
     sites |= {"a2v": "video audio", "v2a": "audio video"}
-    assert set(four) == set(sites), f"sites are {sorted(four)}"
+    assert set(four) == set(sites), f"the masks are {sorted(four)}"
     for site, streams in sites.items():
         queries, keys = (every[stream] for stream in streams.split())
         shape = tuple(four[site].shape)
         assert shape != (len(keys), len(queries)) or len(keys) == len(queries), (
-            f"{site} is (keys, queries): who listens asks, and a query is a row"
+            f"{site} is (keys, queries): every query should be a row"
         )
         wrong = first_wrong_pair(four[site], queries, keys)
         assert not wrong, f"{site}: {wrong}"
 
 
 @pytest.mark.points(1, "four_masks")
-def test_window_and_sinks_reach_all_four_masks():
-    """Both options are handed on."""
+def test_window_and_sinks_reach_the_masks():
+    """Both options are passed on."""
     every, four = tokens(CFG, sinks=False), masks.four_masks(CFG, BLOCKS, window=1, sinks=False)
     for site, streams in {"audio_self": "audio audio", "a2v": "video audio"}.items():
         queries, keys = (every[stream] for stream in streams.split())

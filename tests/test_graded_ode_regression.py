@@ -10,7 +10,7 @@ import torch
 
 import config
 import ode_regression as ode
-from full_size.text import toy_captions
+from toy.source import toy_captions
 
 CFG = replace(config.TOY, height=16, width=16)  # 4 tokens a video frame
 SIGMAS, BLOCKS, CLEAN = CFG.sigmas, 3, 4  # index of the clean level
@@ -54,12 +54,12 @@ def walks(seed=0):
     return {name: torch.randn(2, 5, *shape[name], generator=g) for name in FRAMES}
 
 
-@pytest.mark.points(2, "states_at")
+@pytest.mark.points(2, "gather_states")
 def test_every_frame_is_in_the_state_of_its_own_level():
     """Frame by frame, whatever the shape of a frame."""
     states = torch.arange(2 * 5 * 3 * 4.0).view(2, 5, 3, 2, 2)  # (B, L, F, tokens, C)
     levels = torch.tensor([[0, 4, 2], [1, 1, 3]])
-    found = ode.states_at(states, levels)
+    found = ode.gather_states(states, levels)
     assert found.shape == (2, 3, 2, 2), f"(B, F, ...) is (2, 3, 2, 2), not {tuple(found.shape)}"
     for b in range(2):
         for f in range(3):

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import config
+import rollout
 import self_forcing
-from full_size.text import toy_captions
 from masks import block_span, clip_span
+from toy.source import toy_captions
 
 CFG = replace(config.TOY, num_layers=1, height=16, width=16)  # 4 tokens a video frame
 SIGMAS, BLOCKS = CFG.sigmas, 3
@@ -60,7 +61,7 @@ class Net(nn.Module):
 
 def rollout(net, blocks=BLOCKS, **options):
     generator = torch.Generator().manual_seed(1)
-    return self_forcing.rollout(net, lambda k: f"text {k}", blocks, SIGMAS, generator, **options)
+    return rollout.rollout(net, lambda k: f"text {k}", blocks, SIGMAS, generator, **options)
 
 
 def levels(net, block):
@@ -74,8 +75,8 @@ ROUNDED = [round(s, 3) for s in SIGMAS]
 def test_blocks_are_joined_in_order_for_each_stream():
     """Along tokens, not clips."""
     net = Net()
-    blocks = [self_forcing.Block(k, *net.share(k)) for k in range(BLOCKS)]
-    for name, found, right in zip(("video", "audio"), self_forcing.whole_clip(blocks), net.clip):
+    blocks = [rollout.Block(k, *net.share(k)) for k in range(BLOCKS)]
+    for name, found, right in zip(("video", "audio"), rollout.whole_clip(blocks), net.clip):
         assert found.shape == right.shape, (
             f"{name} is {tuple(found.shape)}, not {tuple(right.shape)}"
         )
@@ -87,7 +88,7 @@ def test_a_block_is_cut_out_where_it_belongs():
     """Frames of a span are tokens times tokens_per_frame for video, tokens for audio."""
     net = Net()
     for k in range(BLOCKS):
-        found = self_forcing.block_of(net.clip, k, CFG)
+        found = rollout.block_of(net.clip, k, CFG)
         for name, x, right, per in zip(("video", "audio"), found, net.share(k), (4, 1)):
             assert x.shape == right.shape, (
                 f"{name} of block {k} is {tuple(x.shape)}, not {tuple(right.shape)}: a frame is "
@@ -188,10 +189,10 @@ def test_all_blocks_end_at_the_same_exit_pass():
 def rolled(seed, **options):
     net = Net(blocks=6)
     generator = torch.Generator().manual_seed(seed)
-    return net, self_forcing.rolled_out(net, None, CAPTIONS, generator, **options)
+    return net, self_forcing.rollout_clip(net, None, CAPTIONS, generator, **options)
 
 
-@pytest.mark.points(1, "rolled_out")
+@pytest.mark.points(1, "rollout_clip")
 def test_a_rollout_ends_at_one_random_pass():
     """Drawn once, for all blocks and clips; another seed, another pass."""
     seen = set()
@@ -204,7 +205,7 @@ def test_a_rollout_ends_at_one_random_pass():
     assert max(seen) <= 4 and seen >= {1, 4}, f"numbers of passes drawn: {sorted(seen)}"
 
 
-@pytest.mark.points(1, "rolled_out")
+@pytest.mark.points(1, "rollout_clip")
 def test_clips_are_whole_and_as_many_as_captions():
     """Five seconds of both streams with a gradient, one prompt for all blocks, the given window."""
     net, (video, audio) = rolled(0, window=20)

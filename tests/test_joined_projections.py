@@ -5,7 +5,7 @@ import torch
 from helpers import PAPER, block_rows, random_clip, random_model, random_text, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model
+from full_size import faster
 from kv_cache import CachedView, MaskedView
 from masks import block_span
 from plumbing import files
@@ -16,7 +16,7 @@ CFG = tiny(PAPER, num_sinks=2)
 def two_models():
     """The same random model twice; the second one joined."""
     plain, joined = random_model(CFG), random_model(CFG)
-    model.join_projections(joined)
+    faster.join_projections(joined)
     return plain, joined
 
 

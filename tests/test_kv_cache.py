@@ -61,7 +61,7 @@ class ForgetfulView:
         """Keys one second later in time for every block that is forgotten by then."""
         num_evicted = max(0, block - 1 - self.window)
         angles = rope.shift_angles(site, num_evicted * self.cfg.block_seconds, self.cfg)
-        return rope.rotate(keys, rope.tables(angles, self.cfg, dtype=keys.dtype))
+        return rope.rotate(keys, rope.cos_sin(angles, self.cfg, dtype=keys.dtype))
 
 
 def noisy_after(k, clip, noise, sigmas, cfg):
@@ -382,7 +382,7 @@ def test_moving_the_prefix_does_not_accumulate_error(site):
     one = torch.ones(first[0, site].shape[-1], dtype=torch.float64)
     keys = Heads(SMALL.num_heads, 1e-6, one, one).keys(first[0, site].double())
     angles = rope.shift_angles(site, 598, SMALL)
-    fresh = rope.rotate(keys, rope.tables(angles, SMALL, dtype=torch.float64))
+    fresh = rope.rotate(keys, rope.cos_sin(angles, SMALL, dtype=torch.float64))
     cache = view.layers[0][site]
     pinned = cache.k[:, : cache.prefix_tokens].double()
     torch.testing.assert_close(pinned, fresh, atol=2e-6, rtol=0)

@@ -100,7 +100,7 @@ def test_blocks_of_both_streams_end_at_the_same_instant(cfg):
     """The last video and the last audio latent of a block end equally long after the first."""
     for k in range(7):
         span = masks.block_span(k, cfg)
-        end = masks.block_seconds(k, cfg)[1]
+        end = masks.block_interval(k, cfg)[1]
         assert (span.video.stop - 1) / 3 == (span.audio.stop - 1) / 25 == end
 
 
@@ -126,7 +126,7 @@ def test_too_short_for_a_merged_prefix_is_refused():
 def test_text_picture_draws_a_hash_where_attention_is_allowed():
     """The picture of two blocks of one token is a lower triangle."""
     blocks = torch.arange(2)
-    assert masks.text_picture(masks.may_attend(blocks, blocks)) == "#.\n##"
+    assert masks.mask_to_text(masks.may_attend(blocks, blocks)) == "#.\n##"
 
 
 def test_window_matters():

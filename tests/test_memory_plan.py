@@ -8,6 +8,7 @@ from helpers import LAYOUTS, ROOT, layout_name, random_model, random_text, tiny
 
 import config
 import model
+import rollout
 import self_forcing
 from full_size import memory, memory_plan
 from full_size import text as captions
@@ -28,7 +29,7 @@ def streamed_view(net, blocks, window, monkeypatch):
     monkeypatch.setattr(self_forcing, "CachedView", noted)
     text, g = random_text(net, net.cfg), torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        list(self_forcing.rollout(net, lambda k: text, blocks, (1.0, 0.0), g, window=window))
+        list(rollout.rollout(net, lambda k: text, blocks, (1.0, 0.0), g, window=window))
     return views[0]
 
 

@@ -224,7 +224,7 @@ def test_a_fresh_model_predicts_nothing_and_follows_its_seed(clip):
         assert v.abs().max() == 0
     states = [m.state_dict() for m in (one, same, other)]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    key = "audio.layers.1.cross_attn.to_q.weight"
+    key = "layers.1.audio.cross_attn.to_q.weight"
     assert not torch.equal(states[0][key], states[2][key])
 
 
@@ -416,7 +416,7 @@ def test_velocities_equal_those_of_diffusers(flags, diffusers_ltx2):
     Noise levels differ per token and per stream, captions per stream, one caption is masked.
     """
     ltx2_axes = dict(
-        rope_theta=10000.0, rope_max_seconds=20.0, rope_max_pixels=2048.0, rope_dealing="bands"
+        rope_theta=10000.0, rope_max_seconds=20.0, rope_max_pixels=2048.0, rope_heads="contiguous"
     )
     strides = dict(pixel_stride=32, height=64, width=96)
     cfg = tiny(replace(PAPER, num_sinks=0, **FLAG_SETS[flags], **ltx2_axes), **strides)

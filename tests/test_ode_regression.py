@@ -1,5 +1,6 @@
 """ODE regression: levels by block, states at those levels, and what is supervised."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,17 +11,17 @@ from test_teacher import PerfectNet
 import config
 import model
 import ode_regression as ode
-from full_size.text import toy_captions
 from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
-from plumbing import files
-from plumbing import stages as training_parts
-from plumbing import trainer as training
+from plumbing import files, trainer
+from toy import source as toy_source
+from toy.source import TOY_PROMPTS, TrainingSource, toy_captions
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 6
 CLEAN = len(SIGMAS) - 1
 SPAN = clip_span(BLOCKS, CFG)
+load_or_draw = partial(ode.load_or_draw_trajectories, prompts=TOY_PROMPTS)
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_the_causal_mask_is_on(walk):
     net.x0 = [x[[0, 0]] for x in ends(walk)]
     data = {n: x[[0, 0]] for n, x in zip(("video", "audio"), walk[1:])}
     data["tokens"] = torch.tensor([[1, 5, 7]] * 2)
-    ode.losses_of(net, data, training.Recipe(steps=1, batch=2))(0)
+    ode.make_losses(net, data, trainer.Recipe(steps=1, batch=2), TOY_PROMPTS)(0)
     expected = four_masks(CFG, BLOCKS)
     assert net.calls[0][-1].masks.keys() == expected.keys()
     assert all(torch.equal(m, expected[n]) for n, m in net.calls[0][-1].masks.items())
@@ -162,7 +163,7 @@ def test_windows_are_drawn_batch_by_batch(walk):
     net = Student([x[:2] for x in ends(walk)], CFG)
     data = {"tokens": torch.tensor([[1, 5, 7]] * 2), "video": walk[1][:2], "audio": walk[2][:2]}
     windows = 0, 2, None
-    losses = ode.losses_of(net, data, training.Recipe(steps=1, batch=2), windows=windows)
+    losses = ode.make_losses(net, data, trainer.Recipe(steps=1, batch=2), TOY_PROMPTS, windows=windows)
     masks = [four_masks(CFG, BLOCKS, window)["a2v"] for window in windows]
     drawn = []
     for step in range(24):
@@ -176,8 +177,8 @@ def test_each_stream_has_its_weight_in_the_loss(walk):
     """1 and 0.16, as in the first release: the sum, and the two losses as they are."""
     net = Student([x[:2] + 2 for x in ends(walk)], CFG)
     data = {"tokens": torch.tensor([[1, 5, 7]] * 2), "video": walk[1][:2], "audio": walk[2][:2]}
-    recipe = training.Recipe(steps=1, batch=2)
-    values = ode.losses_of(net, data, recipe, weights=(1, 0.16))(0)
+    recipe = trainer.Recipe(steps=1, batch=2)
+    values = ode.make_losses(net, data, recipe, TOY_PROMPTS, weights=(1, 0.16))(0)
     assert float(values["loss"]) == pytest.approx(values["video"] + 0.16 * values["audio"])
     assert values["video"] > 1 and values["audio"] > 1
 
@@ -187,7 +188,7 @@ def test_the_loss_teaches_both_exits_and_the_sinks(walk):
     net = random_model(CFG, dtype=torch.float32).requires_grad_(True)
     noisy = torch.zeros(3, BLOCKS, dtype=torch.long)
     sum(losses(net, walk, noisy, four_masks(CFG, BLOCKS))).backward()
-    for name in ("sinks.tokens", "video.unpatchify.weight", "audio.unpatchify.weight"):
+    for name in ("sinks.tokens", "video.proj_out.weight", "audio.proj_out.weight"):
         assert net.get_parameter(name).grad.abs().max() > 0
 
 
@@ -206,7 +207,9 @@ def test_trajectories_keep_exactly_the_states_at_the_students_levels():
     """First noise, last the teacher's answer, and between them the states at .91, .73 and .42."""
     x0 = random_clip(CFG, BLOCKS, clips=2, dtype=torch.float32)
     seeds = range(ode.FIRST_SEED, ode.FIRST_SEED + 2)
-    tokens, video, audio = ode.draw_trajectories(PerfectNet(x0, CFG), SIGMAS, seeds)
+    tokens, video, audio = ode.draw_trajectories(
+        PerfectNet(x0, CFG), SIGMAS, seeds, (1, 1), 1, TOY_PROMPTS
+    )
     noise = model.draw_noise(2, SPAN, CFG, torch.Generator().manual_seed(ode.FIRST_SEED))
     assert tokens.shape == (2, 3) and video.shape[1] == audio.shape[1] == 5
     for states, x, n in zip((video, audio), x0, noise):
@@ -232,10 +235,10 @@ def fake_teacher(monkeypatch):
 def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher, capsys):
     """Batches make up the count, each clip once; the second time the file is enough."""
     path = tmp_path / "trajectories.safetensors"
-    first = ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4, batch=8)
+    first = load_or_draw(path, fake_teacher, 20, (1.5, 1.5), 4, batch=8)
     assert [len(seeds) for seeds in fake_teacher.asked] == [8, 8, 4]
     assert first["tokens"].shape == (20, 3) and len(first["video"][:, 0, 0, 0].unique()) == 20
-    again = ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
+    again = load_or_draw(path, fake_teacher, 20, (1.5, 1.5), 4)
     assert len(fake_teacher.asked) == 3
     assert all(torch.equal(first[n], again[n]) for n in ("tokens", "video", "audio"))
 
@@ -244,29 +247,29 @@ def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher, capsy
 def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, capsys):
     """Another number, guidance or step does not silently use the old file."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
+    load_or_draw(path, fake_teacher, 20, (1.5, 1.5), 4)
     with pytest.raises(ValueError, match="trajectories.safetensors: made with .* remove it"):
-        ode.load_trajectories(path, fake_teacher, *kind)
+        load_or_draw(path, fake_teacher, *kind)
 
 
 @pytest.mark.parametrize(
-    "other", [dict(sigmas=(1.0, 0.5, 0.0)), dict(prompts=SimpleNamespace(mark="others"))]
+    "other", [dict(sigmas=(1.0, 0.5, 0.0)), dict(prompts=SimpleNamespace(identity="others"))]
 )
 def test_trajectories_of_other_levels_or_prompts_are_refused(tmp_path, fake_teacher, other, capsys):
     """What a walk's places and captions stand for is part of what it is."""
     path, how = tmp_path / "trajectories.safetensors", (20, (1.5, 1.5), 4)
-    ode.load_trajectories(path, fake_teacher, *how)
+    load_or_draw(path, fake_teacher, *how)
     with pytest.raises(ValueError, match="made with"):
-        ode.load_trajectories(path, fake_teacher, *how, **other)
+        load_or_draw(path, fake_teacher, *how, **other)
 
 
 def test_trajectories_of_another_teacher_are_refused(tmp_path, fake_teacher, capsys):
     """After the teacher was trained on, its old trajectories are not used silently."""
     path = tmp_path / "trajectories.safetensors"
-    ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
+    load_or_draw(path, fake_teacher, 20, (1.5, 1.5), 4)
     fake_teacher.state_dict()["w"] += 1
     with pytest.raises(ValueError, match="made with"):
-        ode.load_trajectories(path, fake_teacher, 20, (1.5, 1.5), 4)
+        load_or_draw(path, fake_teacher, 20, (1.5, 1.5), 4)
 
 
 @pytest.mark.parametrize("option", ["--between", "--clips"])
@@ -285,7 +288,7 @@ def test_walks_without_steps_or_clips_are_refused(option, value, tmp_path, monke
 def test_a_student_starts_as_the_teacher_with_sinks_of_its_own():
     """Every weight is the teacher's; only the sinks are new, and they are not zero."""
     parent = model.build(tiny(PAPER, num_sinks=0), seed=1)
-    net = training_parts.student_from(parent.state_dict(), CFG)
+    net = toy_source.student_from(parent.state_dict(), CFG)
     ours = net.state_dict()
     assert ours.keys() - parent.state_dict().keys() == {"sinks.tokens"}
     assert all(torch.equal(ours[n], t) for n, t in parent.state_dict().items())
@@ -297,7 +300,7 @@ def test_a_teacher_that_does_not_fit_is_refused_by_tensor():
     weights = model.build(tiny(PAPER, num_sinks=0)).state_dict()
     del weights["video.table"]
     with pytest.raises(ValueError, match="tensor video.table is missing"):
-        training_parts.student_from(weights, CFG)
+        toy_source.student_from(weights, CFG)
 
 
 def test_weights_that_do_not_fit_are_refused_by_file(tmp_path):
@@ -306,7 +309,7 @@ def test_weights_that_do_not_fit_are_refused_by_file(tmp_path):
     flat = tiny(config.TOY_TEACHER)
     files.save_weights(path, model.build(flat).state_dict(), flat, {})
     with pytest.raises(ValueError, match=f"^{path}: tensor .* is missing"):
-        training_parts.toy_parts(config.TOY).find(path, config.TOY)
+        TrainingSource(config.TOY).open(path, config.TOY)
 
 
 def test_the_teachers_config_is_no_students(tmp_path, monkeypatch, capsys):

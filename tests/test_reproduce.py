@@ -74,7 +74,7 @@ def test_on_a_gpu_a_failure_stops_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--gpu")
     assert len(ran) == len(reproduce.GPU)
-    assert "tests/test_graphs.py: exit status 1; start" in capsys.readouterr().err
+    assert "tests/test_faster.py: exit status 1; start" in capsys.readouterr().err
 
 
 def test_every_test_for_a_gpu_is_run_there():

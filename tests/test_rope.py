@@ -16,8 +16,8 @@ LAYOUTS = ["split", "interleaved"]
 
 def scores(q, k, angles_q, angles_k, cfg):
     """Dot products per head of a rotated query with a rotated key, in float64."""
-    q = rope.rotate(q, rope.tables(angles_q, cfg, dtype=torch.float64))
-    k = rope.rotate(k, rope.tables(angles_k, cfg, dtype=torch.float64))
+    q = rope.rotate(q, rope.cos_sin(angles_q, cfg, dtype=torch.float64))
+    k = rope.rotate(k, rope.cos_sin(angles_k, cfg, dtype=torch.float64))
     return (q * k).sum(-1)
 
 
@@ -59,7 +59,7 @@ def test_an_hour_long_stream_is_as_exact_as_its_first_second(layout):
 def test_a_table_an_hour_on_holds_the_exact_cosines():
     """float32 tables are the rounded cosines of exact rational times, an hour into the stream."""
     cfg, frame = config.FULL, 25 * 3600
-    table = rope.tables(rope.time_angles(rope.audio_times(range(frame, frame + 1), cfg), cfg), cfg)
+    table = rope.cos_sin(rope.time_angles(rope.audio_times(range(frame, frame + 1), cfg), cfg), cfg)
     seconds = Fraction(4 * frame - 1, 100)  # middle of mel frames 4 i - 3 .. 4 i + 1
     turn = float(2 * seconds / Fraction(cfg.rope_max_seconds) - 1)
     exact = [math.cos(g * turn) for g in rope.frequencies(cfg.audio_width, 1, cfg).tolist()]
@@ -118,10 +118,10 @@ def test_layouts_differ_by_a_permutation_of_channels():
     x = random_heads(split.audio_width, split)
     half = x.shape[-1] // 2
     order = torch.arange(2 * half).view(2, half).T.flatten()  # 0, half, 1, half + 1, ...
-    a = rope.rotate(x, rope.tables(angles, split, dtype=torch.float64))
-    b = rope.rotate(x[..., order], rope.tables(angles, inter, dtype=torch.float64))
+    a = rope.rotate(x, rope.cos_sin(angles, split, dtype=torch.float64))
+    b = rope.rotate(x[..., order], rope.cos_sin(angles, inter, dtype=torch.float64))
     assert torch.equal(a[..., order], b)
-    assert not torch.allclose(a, rope.rotate(x, rope.tables(angles, inter, dtype=torch.float64)))
+    assert not torch.allclose(a, rope.rotate(x, rope.cos_sin(angles, inter, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,16 +139,16 @@ def test_shifting_a_rotated_key_equals_rotating_it_at_the_later_time(site, layou
     x = torch.randn(shape, dtype=torch.float64)
     f64 = dict(dtype=torch.float64)
     moved = rope.rotate(
-        rope.rotate(x, rope.tables(now, cfg, **f64)),
-        rope.tables(rope.shift_angles(site, 7.0, cfg), cfg, **f64),
+        rope.rotate(x, rope.cos_sin(now, cfg, **f64)),
+        rope.cos_sin(rope.shift_angles(site, 7.0, cfg), cfg, **f64),
     )
-    assert torch.allclose(moved, rope.rotate(x, rope.tables(later, cfg, **f64)), atol=1e-10)
+    assert torch.allclose(moved, rope.rotate(x, rope.cos_sin(later, cfg, **f64)), atol=1e-10)
 
 
 def test_rotation_keeps_lengths():
     """Rotations change no norm, so attention logits stay in range at any position."""
     cfg = config.TOY
     x = torch.randn(1, 48, cfg.num_heads, cfg.video_width // cfg.num_heads, dtype=torch.float64)
-    y = rope.rotate(x, rope.tables(rope.video_angles(range(900, 903), cfg), cfg, dtype=x.dtype))
+    y = rope.rotate(x, rope.cos_sin(rope.video_angles(range(900, 903), cfg), cfg, dtype=x.dtype))
     assert torch.allclose(x.norm(dim=-1), y.norm(dim=-1))
     assert not torch.allclose(x, y)

@@ -10,13 +10,13 @@ from test_kv_cache import ForgetfulView
 import config
 import dmd
 import model
+import rollout
 import self_forcing
-from full_size.text import toy_captions
 from kv_cache import CachedView
 from masks import SITES, block_span, clip_span
-from plumbing import stages as training_parts
 from toy import codec as toy_codec
 from toy import world as toy_world
+from toy.source import TrainingSource, toy_captions, true_latents
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 4
@@ -43,12 +43,14 @@ class Watched:
     def text(self, batch=1):
         return self.net.project_text(self.features.expand(batch, -1, -1))
 
-    def rollout(self, blocks=BLOCKS, seed=3, batch=1, **options):
+    def rollout(self, blocks=BLOCKS, seed=3, batch=1, window=None, exit_step=None, history=None):
         """An iterator over blocks; what the passes before did is forgotten."""
         self.passes.clear()
+        view = CachedView(CFG, blocks, window)
+        exit_steps = None if exit_step is None else [exit_step] * blocks
         text, generator = self.text(batch), torch.Generator().manual_seed(seed)
-        return self_forcing.rollout(
-            self.net, lambda k: text, blocks, SIGMAS, generator, batch, **options
+        return rollout.rollout(
+            self.net, lambda k: text, blocks, SIGMAS, generator, batch, view, exit_steps, history
         )
 
     def levels(self):
@@ -67,6 +69,12 @@ def watched():
 
 def all_equal(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def one_pass(net, x, sigma, text, span, view):
+    """Clean estimates of x = (video, audio) by one pass at one noise level."""
+    level = x[0].new_full((len(x[0]),), sigma)
+    return model.predict_x0(net, *x, level, level, text, span, view)
 
 
 def differ(one, other):
@@ -138,7 +146,7 @@ def test_between_passes_fresh_noise_takes_the_estimate_to_the_next_level(watched
 )
 def test_fewer_steps_use_levels_the_student_knows(steps, expected):
     """Evenly taken from the trained list, always from pure noise and down to 0."""
-    levels = dmd.few_step_sigmas(config.TOY, steps)
+    levels = rollout.few_step_sigmas(config.TOY, steps)
     assert levels == (*(config.TOY.sigmas[i] for i in expected), 0.0)
 
 
@@ -146,7 +154,7 @@ def test_fewer_steps_use_levels_the_student_knows(steps, expected):
 def test_other_numbers_of_steps_are_refused(steps):
     """The message says how many levels the student knows."""
     with pytest.raises(ValueError, match=f"{steps} steps: the student knows 4 noise levels"):
-        dmd.few_step_sigmas(config.TOY, steps)
+        rollout.few_step_sigmas(config.TOY, steps)
 
 
 # ---- the cache ----
@@ -154,12 +162,12 @@ def test_other_numbers_of_steps_are_refused(steps):
 
 def test_history_is_remembered_as_a_clean_pass_leaves_it(watched):
     """Keys and values of finished blocks equal those of clean passes only, bit by bit."""
-    rollout = watched.rollout(BLOCKS)
-    blocks = [next(rollout) for _ in range(BLOCKS)]
+    rolled = watched.rollout(BLOCKS)
+    blocks = [next(rolled) for _ in range(BLOCKS)]
     view, clean = watched.passes[-1]["view"], CachedView(CFG, BLOCKS)
     text = watched.text()
     for block in blocks[:-1]:
-        dmd.at_sigma(watched.net, block[1:], 0.0, text, block_span(block.index, CFG), clean)
+        rollout.refresh(watched.net, block[1:], text, block_span(block.index, CFG), clean)
         clean.next_block()
     for ours, theirs in zip(view.layers, clean.layers):
         for site in SITES:
@@ -176,7 +184,7 @@ def test_a_rollout_equals_rerunning_the_whole_prefix_with_masks(watched, window)
     rolled = list(watched.rollout(blocks, window=window))
     streamed, text = list(watched.passes), watched.text()
     for k in range(blocks):
-        past = self_forcing.whole_clip(rolled[:k]) if k else ([], [])
+        past = rollout.whole_clip(rolled[:k]) if k else ([], [])
         masks = ForgetfulView(CFG, k + 1, window)
         rows, span = block_rows(k, CFG), clip_span(k + 1, CFG)
         for p in streamed[5 * k : 5 * k + 4]:
@@ -196,9 +204,9 @@ def test_a_block_depends_on_its_past(watched):
     noise = watched.passes[5]["x"]
     view = CachedView(CFG, 2)
     other = [x + 1 for x in first[1:]]
-    dmd.at_sigma(watched.net, other, 0.0, text, block_span(0, CFG), view)
+    rollout.refresh(watched.net, other, text, block_span(0, CFG), view)
     view.next_block()
-    x0 = dmd.at_sigma(watched.net, noise, 1.0, text, block_span(1, CFG), view)
+    x0 = one_pass(watched.net, noise, 1.0, text, block_span(1, CFG), view)
     assert differ(x0, watched.x0(5))
 
 
@@ -239,7 +247,7 @@ def test_streams_of_a_batch_do_not_mix(watched, monkeypatch):
 def test_whole_clips_are_blocks_in_order(watched):
     """Each block of tokens stands at its own rows of the clip, for both streams."""
     blocks = list(watched.rollout())
-    video, audio = self_forcing.whole_clip(blocks)
+    video, audio = rollout.whole_clip(blocks)
     for k, block in enumerate(blocks):
         rows_v, rows_a = block_rows(k, CFG)
         assert torch.equal(video[:, rows_v], block.video)
@@ -250,12 +258,11 @@ def test_the_prompt_is_asked_for_once_a_block(watched):
     """text_at gets the index of the block, when its time has come."""
     asked, text = [], watched.text()
     generator = torch.Generator().manual_seed(0)
-    rollout = self_forcing.rollout(
-        watched.net, lambda k: asked.append(k) or text, 3, SIGMAS, generator
-    )
-    next(rollout)
+    text_at = lambda k: asked.append(k) or text  # noqa: E731
+    rolled = rollout.rollout(watched.net, text_at, 3, SIGMAS, generator)
+    next(rolled)
     assert asked == [0]
-    assert len(list(rollout)) == 2 and asked == [0, 1, 2]
+    assert len(list(rolled)) == 2 and asked == [0, 1, 2]
 
 
 # ---- training on a rollout ----
@@ -266,10 +273,10 @@ def test_an_exit_step_answers_with_the_estimate_of_that_pass(watched, exit_step)
     """Leaving block 0 after pass i gives x0 of pass i of the full way; then comes the refresh."""
     list(watched.rollout(1))
     expected = watched.x0(exit_step)
-    rollout = watched.rollout(2, exit_step=exit_step)
-    for x, y in zip(next(rollout)[1:], expected):
+    rolled = watched.rollout(2, exit_step=exit_step)
+    for x, y in zip(next(rolled)[1:], expected):
         torch.testing.assert_close(x, y, **EXACT)
-    list(rollout)
+    list(rolled)
     levels = [*SIGMAS[: exit_step + 1], 0.0, *SIGMAS[: exit_step + 1]]
     assert watched.levels() == pytest.approx(levels)
 
@@ -301,7 +308,7 @@ def test_no_gradient_crosses_from_block_to_block(watched):
     assert all(x.requires_grad for x in earlier)
     reached = torch.autograd.grad(loss, earlier, allow_unused=True, retain_graph=True)
     assert reached == (None,) * 4
-    assert torch.autograd.grad(loss, watched.net.video.patchify.weight)[0].abs().max() > 0
+    assert torch.autograd.grad(loss, watched.net.video.proj_in.weight)[0].abs().max() > 0
 
 
 def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
@@ -314,9 +321,9 @@ def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
     exit_input = [x.detach() for x in watched.passes[8]["x"]]
     view, text = CachedView(CFG, 2), watched.text()
     with torch.no_grad():
-        dmd.at_sigma(net, blocks[0][1:], 0.0, text, block_span(0, CFG), view)
+        rollout.refresh(net, blocks[0][1:], text, block_span(0, CFG), view)
         view.next_block()
-    x0 = dmd.at_sigma(net, exit_input, SIGMAS[3], text, block_span(1, CFG), view)
+    x0 = one_pass(net, exit_input, SIGMAS[3], text, block_span(1, CFG), view)
     alone = torch.autograd.grad(
         sum(x.square().sum() for x in x0), weights.values(), allow_unused=True
     )
@@ -330,8 +337,8 @@ def test_the_sinks_and_the_caption_layers_learn_from_a_rollout(watched):
     """Their gradient is not lost to the cache: sinks by block 0, captions by every block."""
     net = watched.net.requires_grad_(True)
     blocks = list(watched.rollout(2))
-    names = {"video.caption_1.weight", "audio.layers.1.text_attn.to_v.weight"}
-    names |= {"video.layers.0.text_attn.to_k.weight"}
+    names = {"video.caption_1.weight", "layers.1.audio.text_attn.to_v.weight"}
+    names |= {"layers.0.video.text_attn.to_k.weight"}
     for block, wanted in zip(blocks, (names | {"sinks.tokens"}, names)):
         loss = sum(x.square().sum() for x in block[1:])
         weights = {n: net.get_parameter(n) for n in wanted}
@@ -342,16 +349,16 @@ def test_the_sinks_and_the_caption_layers_learn_from_a_rollout(watched):
 def test_a_block_is_cut_out_of_the_clip_where_it_was_put_in(watched):
     """block_of undoes whole_clip."""
     blocks = list(watched.rollout())
-    clip = self_forcing.whole_clip(blocks)
+    clip = rollout.whole_clip(blocks)
     for block in blocks:
-        assert all_equal(self_forcing.block_of(clip, block.index, CFG), block[1:])
+        assert all_equal(rollout.block_of(clip, block.index, CFG), block[1:])
 
 
 def test_a_given_history_is_remembered_instead_of_what_was_generated(watched):
     """Teacher forcing: handing back one's own blocks changes nothing; another past changes every
     later block, but not the first; and a block does not see its own true version."""
     own = list(watched.rollout())
-    clip = self_forcing.whole_clip(own)
+    clip = rollout.whole_clip(own)
     for a, b in zip(own, list(watched.rollout(history=clip))):
         assert all_equal(a[1:], b[1:])
     other = [x.clone() for x in clip]
@@ -363,28 +370,28 @@ def test_a_given_history_is_remembered_instead_of_what_was_generated(watched):
     assert all(differ(own[k][1:], forced[k][1:]) for k in (2, 3))
 
 
-@pytest.mark.parametrize("codec, share", [(False, True), (True, True), (False, False)])
-def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(codec, share):
-    """Same captions and noise as `rollout`, all blocks at one exit step or each at its own; with a
-    codec behind the true past."""
+@pytest.mark.parametrize("is_forced, share", [(False, True), (True, True), (False, False)])
+def test_rolled_out_clips_are_those_of_a_rollout_at_a_random_exit(is_forced, share):
+    """Same captions and noise as `rollout`, all blocks at one exit step or each at its own;
+    with the real past, or with its own."""
     cfg = replace(config.TOY, num_layers=1, num_heads=2, video_width=24, audio_width=16)
     net = random_model(cfg, torch.float32)
     clips = toy_world.draw_clips(range(2))
-    tokens, codec = toy_world.caption_tokens(clips), toy_codec.load() if codec else None
-    captions = toy_captions(tokens)
-    made = self_forcing.rolled_out(
-        net, clips, captions, torch.Generator().manual_seed(4), 2, codec, share
-    )
+    captions = toy_captions(toy_world.caption_tokens(clips))
+    made = self_forcing.rollout_clip(
+        net, clips, captions, torch.Generator().manual_seed(4),
+        window=2, history=true_latents if is_forced else None, share_exit=share,
+    )  # fmt: skip
     g = torch.Generator().manual_seed(4)
     drawn = [dmd.draw_exit_step(cfg.sigmas, g) for _ in range(1 if share else 6)]
-    exit_step = drawn[0] if share else drawn
+    exit_steps = drawn * 6 if share else drawn
     assert share or len(set(drawn)) > 1
     text = net.project_text(*captions.features)
-    history = toy_codec.encode_clips(codec, clips, 5) if codec else None
-    blocks = self_forcing.rollout(
-        net, lambda k: text, 6, cfg.sigmas, g, 2, 2, exit_step=exit_step, history=history
+    history = toy_codec.encode_clips(toy_codec.load(), clips, 5) if is_forced else None
+    blocks = rollout.rollout(
+        net, lambda k: text, 6, cfg.sigmas, g, 2, CachedView(cfg, 6, 2), exit_steps, history
     )
-    assert all_equal(made, self_forcing.whole_clip(blocks))
+    assert all_equal(made, rollout.whole_clip(blocks))
 
 
 # ---- where it starts ----
@@ -413,7 +420,7 @@ def test_a_student_with_other_blocks_is_refused(name, cfg, message, tmp_path, mo
 def test_a_student_may_start_at_any_stage(name):
     """A bidirectional file has no blocks yet and gets the config's; a student has them."""
     path = WEIGHTS / f"{name}.safetensors"
-    found = training_parts.toy_parts(config.TOY).find(path, config.TOY)
+    found = TrainingSource(config.TOY).open(path, config.TOY)
     assert found.cfg == config.TOY
     weights = found.load(learns=True).state_dict()
     for n, w in model.load(path).state_dict().items():

@@ -18,15 +18,16 @@ from helpers import PAPER, ROOT, random_clip, random_model, run_here, tiny
 
 import config
 import dmd
+import model
 import ode_regression
+import rollout
 import self_forcing
-from full_size import sharding, training_plan
+from full_size import memory, sharding
 from full_size import text as captions
 from full_size import weights as ltx2
-from full_size.text import toy_captions
 from masks import num_blocks
-from plumbing import stages as training_parts
-from plumbing import trainer as training
+from plumbing import processes, trainer
+from toy.source import TOY_PROMPTS, TrainingSource, toy_captions
 
 TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0, num_layers=1)
 STUDENT = tiny(PAPER, num_sinks=4, num_layers=1)
@@ -45,7 +46,7 @@ SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run"
 def trained(cfg, seed):
     """A net that learns, cut among the processes; layers run twice where there are several."""
     net = random_model(cfg, torch.float32, seed).requires_grad_(True)
-    if sharding.is_sharded():
+    if processes.is_sharded():
         sharding.passes_apart(sharding.checkpoint_layers(net))
     return sharding.shard(net, torch.float32)
 
@@ -53,8 +54,10 @@ def trained(cfg, seed):
 def matching(cfg, make):
     """An update of stage I or III, and who learns."""
     real = sharding.shard(random_model(TEACHER, torch.float32, 1), torch.float32)
-    learners = dmd.learners_of(trained(cfg, 2), trained(TEACHER, 3), 10, seed=3, batch=2)
-    return dmd.updates_of(*learners.values(), real, (2.0, 3.0), make), learners
+    recipes = dmd.make_recipes(10, seed=3, batch=2)
+    learners = dmd.make_learners(trained(cfg, 2), trained(TEACHER, 3), recipes)
+    draw = TOY_PROMPTS.draw
+    return dmd.make_update(*learners.values(), real, (2.0, 3.0), make, draw), learners
 
 
 def regression():
@@ -63,16 +66,16 @@ def regression():
     states = [random_clip(STUDENT, BLOCKS, clips=4, dtype=torch.float32) for _ in STUDENT.sigmas]
     video, audio = (torch.stack(x, 1) for x in zip(*states))
     data = {"tokens": torch.tensor([[1, 5, 7]] * 4), "video": video, "audio": audio}
-    recipe = training.Recipe(steps=4, batch=2, seed=5, muon_lr=0, warmup=1)
-    learner = training.Learner(trained(STUDENT, 2), recipe)
-    losses = ode_regression.losses_of(learner.model, data, recipe)
-    return training.descent(learner, losses), {"student": learner}
+    recipe = trainer.Recipe(steps=4, batch=2, seed=5, muon_lr=0, warmup=1)
+    learner = trainer.Learner(trained(STUDENT, 2), recipe)
+    losses = ode_regression.make_losses(learner.model, data, recipe, TOY_PROMPTS)
+    return trainer.descent(learner, losses), {"student": learner}
 
 
 STAGES = {
     "dmd": partial(matching, TEACHER, dmd.backward_simulation),
     "ode_regression": regression,
-    "self_forcing": partial(matching, STUDENT, partial(self_forcing.rolled_out, window=4)),
+    "self_forcing": partial(matching, STUDENT, partial(self_forcing.rollout_clip, window=4)),
 }
 
 
@@ -80,7 +83,7 @@ def rows(stage):
     """What the first steps of a stage log, with one update of the critic instead of five."""
     dmd.CRITIC_UPDATES = 1
     update, learners = STAGES[stage]()
-    run = training.Run(learners, "python x.py")
+    run = trainer.Run(learners, "python x.py")
     run.steps = STEPS
     run.train(update, print_every=1)
     return run.log
@@ -89,7 +92,7 @@ def rows(stage):
 def new_run(folder, die_at=None):
     """Stage II, killed at a step or not."""
     update, learners = regression()
-    run = training.Run(learners, "python x.py", folder)
+    run = trainer.Run(learners, "python x.py", folder)
 
     def or_die(step):
         if step == die_at:
@@ -100,7 +103,7 @@ def new_run(folder, die_at=None):
 
 
 def whole_state(run):
-    return {name: sharding.whole(x).clone() for name, x in run.shipped.tensors().items()}
+    return {name: processes.whole(x).clone() for name, x in run.student.tensors().items()}
 
 
 def killed_and_resumed():
@@ -123,7 +126,7 @@ def killed_and_resumed():
 def distilled():
     """All three stages by their command lines, as at full size."""
     config.CONFIGS.update({cfg.name: cfg for cfg in (LTX2, FULL)})
-    config.LTX2, training_plan.check = LTX2, lambda *args: print("planned")
+    config.LTX2, memory.check_training = LTX2, lambda *args: print("planned")
     stages = (
         (dmd, "tiny_ltx2", "--teacher", "teacher.safetensors"),
         (ode_regression, "tiny_full", "--teacher", "dmd.safetensors", "--clips", "4"),
@@ -143,9 +146,9 @@ def work(rank, folder, ports):
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(ports[0])
-    with sharding.processes("cpu"):
+    with processes.joined("cpu"):
         found = {"rows": {stage: rows(stage) for stage in STAGES}, "resumed": killed_and_resumed()}
-        if sharding.is_first():
+        if processes.is_first():
             with open("found.json", "w") as f:
                 json.dump(found, f)
     for main, port in zip(distilled(), ports[1:]):
@@ -219,24 +222,30 @@ def rolled_gradients(net):
     """Gradients of a rollout of five seconds by every weight, and of what its captions say."""
     words = torch.eye(9)[None, [1, 5, 7]].double().requires_grad_()
     text, g = net.project_text(words), torch.Generator().manual_seed(1)
-    blocks = self_forcing.rollout(net, lambda k: text, BLOCKS, STUDENT.sigmas, g, exit_step=1)
-    video, audio = self_forcing.whole_clip(blocks)
+    exits = [1] * BLOCKS
+    blocks = rollout.rollout(net, lambda k: text, BLOCKS, STUDENT.sigmas, g, exit_steps=exits)
+    video, audio = rollout.whole_clip(blocks)
     (video.pow(2).mean() + audio.pow(2).mean()).backward()
     return [x.grad for x in (words, *net.parameters())]
 
 
-def test_layers_that_run_twice_have_the_same_gradient():
+def test_layers_that_run_twice_have_the_same_gradient(monkeypatch):
     """Stage III's rollout, to the last bit: a layer computed again, after the cache has moved on
     by up to five blocks, reads the history that it read at first."""
     cfg = replace(STUDENT, num_layers=2)
     kept, twice = (random_model(cfg).requires_grad_(True) for _ in range(2))
-    runs, run = [], twice.layer
-    twice.layer = lambda i, *args: runs.append(i) or run(i, *args)
+    runs, forward = [], model.Layer.forward
+
+    def counted(layer, *args):
+        runs.append(isinstance(layer, sharding.CheckpointedLayer))
+        return forward(layer, *args)
+
+    monkeypatch.setattr(model.Layer, "forward", counted)
     sharding.checkpoint_layers(twice)
     for a, b in zip(rolled_gradients(kept), rolled_gradients(twice), strict=True):
         assert torch.equal(a, b)
     passes = 2 * BLOCKS + BLOCKS - 1  # one before the exit, the exit, the refresh
-    assert len(runs) == cfg.num_layers * (passes + BLOCKS)
+    assert sum(runs) == cfg.num_layers * (passes + BLOCKS)
 
 
 def test_passes_that_go_backward_alone_have_the_same_gradient():
@@ -245,7 +254,7 @@ def test_passes_that_go_backward_alone_have_the_same_gradient():
     at_once, apart = (random_model(STUDENT).requires_grad_(True) for _ in range(2))
     added = {name: [] for name in ("at once", "apart")}
     for net, counts in zip((at_once, apart), added.values()):
-        weight = net.video.layers[0].self_attn.to_q.weight
+        weight = net.layers[0].video.self_attn.to_q.weight
         weight.register_post_accumulate_grad_hook(lambda p, counts=counts: counts.append(1))
     sharding.passes_apart(sharding.checkpoint_layers(apart))
     for a, b in zip(rolled_gradients(at_once), rolled_gradients(apart), strict=True):
@@ -257,15 +266,15 @@ def test_a_window_that_forgets_is_refused_where_layers_run_twice():
     """One line that names the window and the shortest that will do."""
     net = sharding.checkpoint_layers(random_model(STUDENT, torch.float32).requires_grad_(True))
     given = net, None, toy_captions(torch.tensor([[1, 5, 7]])), torch.Generator()
-    with pytest.raises(ValueError, match="^window=3: .* expected a window of 4 or more$"):
-        self_forcing.rolled_out(*given, window=3)
+    with pytest.raises(ValueError, match="^window=3: .* expected a window of 4 or more, "):
+        self_forcing.rollout_clip(*given, window=3)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_process_draws_its_rows_of_the_whole_batch(monkeypatch, rank):
     """Uniform, normal and whole numbers in one stream; what has no rows is the same for all."""
-    monkeypatch.setattr(sharding, "count", lambda: 3)
-    monkeypatch.setattr(sharding, "rank", lambda: rank)
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes, "rank", lambda: rank)
 
     def drawn(n):
         g = torch.Generator().manual_seed(0)
@@ -275,12 +284,12 @@ def test_a_process_draws_its_rows_of_the_whole_batch(monkeypatch, rank):
             torch.rand(n, 1, generator=g),
         )  # fmt: skip
 
-    with sharding.SharedDraws("cpu"):
+    with processes.SharedDraws("cpu"):
         ours = drawn(2)
     for mine, whole in zip(ours, drawn(6)):
         assert torch.equal(mine, whole[2 * rank : 2 * rank + 2] if whole.dim() else whole)
     with pytest.raises(ValueError, match="a batch of 8 clips among 3 processes: choose a multiple"):
-        sharding.share_of(8)
+        processes.share_of(8)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +310,7 @@ def test_what_does_not_go_together_is_refused(options, message, monkeypatch, cap
 def test_a_teachers_file_makes_two_nets():
     """The frozen teacher and the critic that starts as it: training one leaves the other."""
     path = ROOT / "weights" / "toy_teacher.safetensors"
-    found = training_parts.toy_parts(None).find(path)
+    found = TrainingSource().open(path)
     real, critic = found.load(learns=False), found.load(learns=True)
     assert not any(p.requires_grad for p in real.parameters())
     for a, b in zip(real.parameters(), critic.parameters(), strict=True):

@@ -9,26 +9,21 @@ from helpers import PAPER, random_model, random_text, tiny
 import config
 from plumbing import stopwatch
 from plumbing.stopwatch import Stopwatch, settled_median
-from self_forcing import rollout
+from rollout import rollout
 
 
-@pytest.mark.parametrize(
-    "merge, expected",
-    [
-        (False, {"denoise": 6, "refresh": 2}),
-        (True, {"denoise": 5, "both": 1, "refresh": 1}),
-    ],
-)
-def test_passes_are_told_apart(merge, expected):
-    """Three blocks of two passes; the last needs no refresh, the second has another prompt, so
-    that only the third one's first pass refreshes the block before as well."""
+def test_passes_are_told_apart():
+    """Three blocks of two passes; the last block needs no refresh."""
     cfg = tiny(PAPER, num_layers=1)
     net, watch = random_model(cfg), Stopwatch()
-    texts, g = [random_text(net, cfg) for _ in range(2)], torch.Generator().manual_seed(0)
+    text, g = random_text(net, cfg), torch.Generator().manual_seed(0)
     watch.watch_passes(net, steps=2)
     with torch.no_grad():
-        list(rollout(net, lambda k: texts[k > 0], 3, (1.0, 0.5, 0.0), g, merge=merge))
-    assert {stage: len(calls) for stage, calls in watch.marks.items()} == expected
+        list(rollout(net, lambda k: text, 3, (1.0, 0.5, 0.0), g))
+    assert {stage: len(calls) for stage, calls in watch.marks.items()} == {
+        "denoise": 6,
+        "refresh": 2,
+    }
 
 
 def test_a_watched_function_answers_as_before():

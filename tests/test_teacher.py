@@ -4,13 +4,15 @@ import pytest
 import torch
 from helpers import PAPER, random_clip, run_here, tiny
 
+import masks
 import model
 import ode_regression
 import teacher
-from full_size.text import toy_captions
 from kv_cache import MaskedView
-from plumbing import trainer as training
+from plumbing import trainer
+from toy import source as toy_source
 from toy import world as toy_world
+from toy.source import TrainingClips, toy_captions
 
 CFG = tiny(PAPER, num_sinks=0)
 TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8], [3, 5, 8]])
@@ -73,7 +75,7 @@ def test_a_schedule_falls_from_exactly_1_to_exactly_0(steps):
 
 def test_training_levels_cover_both_ends_and_favour_noise():
     """In [0, 1], median .6 (sigmoid of .4), and a tenth uniform keeps 1 % beyond each 10 % end."""
-    sigma = teacher.draw_sigmas(20000, torch.Generator().manual_seed(0))
+    sigma = teacher.draw_training_sigmas(20000, torch.Generator().manual_seed(0))
     assert sigma.min() >= 0 and sigma.max() <= 1
     assert float(sigma.median()) == pytest.approx(0.59, abs=0.02)
     assert (sigma < 0.05).float().mean() > 0.004 and (sigma > 0.97).float().mean() > 0.002
@@ -91,7 +93,7 @@ def test_a_seed_has_clips_of_its_own():
     """Those of seed 0 end where those of seed 1 begin, and none is one of a trajectory."""
     most = teacher.CLIPS_PER_SEED // 16
     for seed in range(teacher.SEEDS):
-        clips = teacher.clips_of(training.Recipe(most, 16, seed))
+        clips = teacher.training_seeds(trainer.Recipe(most, 16, seed))
         assert (clips.start, clips.stop) == (seed * 10**7, (seed + 1) * 10**7)
     assert clips.stop == ode_regression.FIRST_SEED
 
@@ -111,7 +113,7 @@ def test_clips_that_others_are_kept_for_are_not_trained_on(
     """Seed 100 would be the held-out clips, seed 10 the trajectories', and too many steps those of
     the next seed: one line, and nothing is begun."""
     options += ["--run", tmp_path / "run", "--out", tmp_path / "x.safetensors"]
-    monkeypatch.setattr(training, "Run", None)
+    monkeypatch.setattr(trainer, "Run", None)
     status, _, err = run_here(teacher, options, monkeypatch, capsys)
     assert (status, err) == (2, f"teacher.py: {message}\n")
     assert not list(tmp_path.iterdir())
@@ -127,7 +129,7 @@ def test_a_step_draws_its_own_clips(monkeypatch):
 
     monkeypatch.setattr(toy_world, "draw_clips", draw)
     with pytest.raises(KeyboardInterrupt):
-        teacher.losses_of(None, None, training.Recipe(steps=5, seed=2))(2)
+        teacher.make_losses(None, TrainingClips(), trainer.Recipe(steps=5, seed=2))(2)
     assert seen == list(range(20000032, 20000048))
 
 
@@ -168,7 +170,7 @@ def test_both_streams_of_a_clip_are_equally_noisy_and_see_everything():
 def test_a_tenth_of_the_captions_and_a_twentieth_of_the_words_are_hidden():
     """Words become 0 and nothing else; whole captions 10 %, single words 5 % of the others."""
     tokens = torch.tensor([[1, 5, 7]]).expand(20000, -1)
-    shown = teacher.hide_words(tokens, torch.Generator().manual_seed(0))
+    shown = toy_source.drop_caption_words(tokens, torch.Generator().manual_seed(0))
     assert ((shown == tokens) | (shown == 0)).all()
     empty = (shown == 0).all(1)
     assert float(empty.float().mean()) == pytest.approx(0.10, abs=0.01)
@@ -178,7 +180,7 @@ def test_a_tenth_of_the_captions_and_a_twentieth_of_the_words_are_hidden():
 def test_the_readout_by_level_averages_the_clips_of_each_level():
     """Clips below .4, up to .7 and above are averaged apart."""
     video, sigma = torch.tensor([1.0, 2.0, 4.0, 6.0]), torch.tensor([0.1, 0.5, 0.7, 1.0])
-    shown = teacher.by_level(video, video + 1, sigma)
+    shown = teacher.losses_by_noise(video, video + 1, sigma)
     assert (shown["low"], shown["mid"], shown["high"]) == (1.0, 2.0, 5.0)
     assert (shown["video"], shown["audio"]) == (3.25, 4.25)
 
@@ -199,11 +201,11 @@ def test_a_step_is_eulers():
     torch.manual_seed(0)
     net = model.build(CFG)
     net.requires_grad_(False)
-    torch.nn.init.normal_(net.video.unpatchify.weight)
-    torch.nn.init.normal_(net.audio.unpatchify.weight)
+    torch.nn.init.normal_(net.video.proj_out.weight)
+    torch.nn.init.normal_(net.audio.proj_out.weight)
     _, kept = sample(net, [1.0, 0.7, 0.0], keep=(0, 1))
     text = net.project_text(toy_world.caption_features(TOKENS))
-    span, one = teacher.clip_span(3, CFG), torch.ones(3)
+    span, one = masks.clip_span(3, CFG), torch.ones(3)
     velocity = net(*(x[:, 0] for x in kept), one, one, text, span, MaskedView())
     for x, v in zip(kept, velocity):
         assert v.abs().max() > 0.5
@@ -220,7 +222,7 @@ def test_the_net_is_asked_at_the_levels_of_the_list(net):
 def test_kept_states_lie_at_the_asked_levels(net):
     """The first is pure noise, the last the answer, the others on the line between the two."""
     answer, kept = sample(net, keep=range(5), seed=7)
-    span = teacher.clip_span(3, CFG)
+    span = masks.clip_span(3, CFG)
     noise = model.draw_noise(3, span, CFG, torch.Generator().manual_seed(7))
     for states, n, x0, end in zip(kept, noise, net.x0, answer):
         assert torch.equal(states[:, 0], n) and torch.equal(states[:, -1], end)
@@ -260,7 +262,7 @@ def test_guidance_pushes_away_from_the_empty_caption(scales, expected):
     net = PerfectNet(random_clip(CFG, 3, clips=3, dtype=torch.float32))
     guided = teacher.Guided(net, CAPTIONS, scales)
     net.x0 = [torch.cat([torch.full_like(x, 3.0), torch.full_like(x, 1.0)]) for x in net.x0]
-    x = model.draw_noise(3, teacher.clip_span(3, CFG), CFG, torch.Generator().manual_seed(0))
+    x = model.draw_noise(3, masks.clip_span(3, CFG), CFG, torch.Generator().manual_seed(0))
     for x0, value in zip(guided.x0(*x, torch.full((3,), 0.5), None, None), expected):
         torch.testing.assert_close(x0, torch.full_like(x0, value))
 

@@ -7,7 +7,6 @@ import torch
 from helpers import run_here
 
 import config
-from plumbing import cli
 from toy import codec as toy_codec
 from toy import world
 
@@ -189,7 +188,7 @@ def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
     """--help and an unknown flag write nothing, nor does looking; --fit --out writes elsewhere."""
     monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
     monkeypatch.setattr(sys, "argv", ["toy/codec.py"])
-    cli.run(toy_codec.main)
+    with_errors(toy_codec.main)
     shown = capsys.readouterr().out.splitlines()
     assert [line.split(" PSNR ")[0] for line in shown] == ["video:", "audio:"]
     shipped = tmp_path / "toy_codec.safetensors"
@@ -197,11 +196,11 @@ def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
     for arguments, status in ((["--help"], 0), (["--fast"], 2)):
         monkeypatch.setattr(sys, "argv", ["toy/codec.py", *arguments])
         with pytest.raises(SystemExit) as left:
-            cli.run(toy_codec.main)
+            with_errors(toy_codec.main)
         assert left.value.code == status and not shipped.exists()
     mine = tmp_path / "mine.safetensors"
     monkeypatch.setattr(sys, "argv", ["toy/codec.py", "--fit", "--out", str(mine)])
-    cli.run(toy_codec.main)
+    with_errors(toy_codec.main)
     assert mine.exists() and not shipped.exists()
 
 

@@ -22,12 +22,10 @@ import self_forcing
 import teacher
 from kv_cache import MaskedView
 from masks import clip_span
-from plumbing import cli, files
-from plumbing import stages as training_parts
-from plumbing import trainer as training
-from toy import codec as toy_codec
+from plumbing import cli, files, stages, trainer
+from toy.source import TOY_PROMPTS, TrainingClips
 
-RECIPE = training.Recipe(steps=10, batch=2, warmup=3, seed=5)
+RECIPE = trainer.Recipe(steps=10, batch=2, warmup=3, seed=5)
 GOLDEN = dict(rel=1e-4)
 TEACHER_LOSSES = [
     3.95904, 3.75837, 4.66510, 3.47642, 3.70784,
@@ -48,7 +46,7 @@ def quadratic(net, seed=5):
     """A small task: velocities of random clips shall be 1; fresh clips at every step."""
 
     def losses(step):
-        g = training.generator(seed, step)
+        g = trainer.generator(seed, step)
         video, audio = (torch.randn(2, n, c, generator=g) for n, c in ((16, 5), (26, 3)))
         sigma = torch.rand(2, generator=g)
         text = net.project_text(torch.eye(9)[None, :3].expand(2, -1, -1))
@@ -59,19 +57,19 @@ def quadratic(net, seed=5):
 
 
 def new_learner(recipe=RECIPE):
-    return training.Learner(model.build(TINY_STUDENT), recipe)
+    return trainer.Learner(model.build(TINY_STUDENT), recipe)
 
 
-class OneRun(training.Run):
+class OneRun(trainer.Run):
     """A run of one learner by its losses."""
 
-    def __init__(self, folder=None, recipe=RECIPE, command="python x.py", marks=None):
+    def __init__(self, folder=None, recipe=RECIPE, command="python x.py", starts=None):
         self.learner = new_learner(recipe)
-        super().__init__({"net": self.learner}, command, folder, marks)
+        super().__init__({"net": self.learner}, command, folder, starts)
         self.model = self.learner.model
 
     def descend(self, losses, **options):
-        self.train(training.descent(self.learner, losses), **options)
+        self.train(trainer.descent(self.learner, losses), **options)
 
 
 new_run = OneRun
@@ -130,7 +128,7 @@ def test_a_kill_while_writing_leaves_the_old_state(tmp_path, monkeypatch, capsys
         path.write_bytes(before[:1000])
         raise Kill
 
-    monkeypatch.setattr(training, "save_file", half)
+    monkeypatch.setattr(trainer, "save_file", half)
     with pytest.raises(Kill):
         run.save()
     assert run.file.read_bytes() == before
@@ -174,11 +172,11 @@ def test_the_state_of_another_command_is_refused(tmp_path, capsys):
 def test_the_state_of_a_run_from_other_weights_is_refused(tmp_path, capsys):
     """After the teacher was trained anew, its old student is not shipped as the new one's; with
     the same weights the run goes on."""
-    run = new_run(tmp_path, marks={"teacher.safetensors": "a", "student.safetensors": "b"})
+    run = new_run(tmp_path, starts={"teacher.safetensors": "a", "student.safetensors": "b"})
     run.descend(quadratic(run.model))
-    assert new_run(tmp_path, marks=run.marks).step == 10
+    assert new_run(tmp_path, starts=run.starts).step == 10
     with pytest.raises(ValueError) as error:
-        new_run(tmp_path, marks={**run.marks, "student.safetensors": "c"})
+        new_run(tmp_path, starts={**run.starts, "student.safetensors": "c"})
     told = "began when student.safetensors held other weights; remove it to start anew"
     assert str(error.value) == f"{run.file}: {told}"
 
@@ -191,11 +189,11 @@ def test_a_state_that_tells_no_weights_is_resumed(tmp_path, monkeypatch, capsys)
     def without_marks(value):
         return dumps({n: x for n, x in value.items() if n != "marks"})
 
-    monkeypatch.setattr(training.json, "dumps", without_marks)
+    monkeypatch.setattr(trainer.json, "dumps", without_marks)
     run.descend(quadratic(run.model))
     monkeypatch.undo()
     assert b"marks" not in run.file.read_bytes()
-    assert new_run(tmp_path, marks={"teacher.safetensors": "a"}).step == 10
+    assert new_run(tmp_path, starts={"teacher.safetensors": "a"}).step == 10
 
 
 WEIGHTS = {
@@ -217,12 +215,12 @@ def test_a_run_knows_all_weights_that_it_begins_with(script, given, tmp_path, mo
     """Every file on the command line is told to the run, with a hash of what it holds."""
     told = []
 
-    def run(learners, command, folder, marks):
-        told.append(marks)
+    def run(learners, command, folder, starts):
+        told.append(starts)
         raise ValueError("begun")
 
-    monkeypatch.setattr(training, "Run", run)
-    monkeypatch.setattr(ode_regression, "load_trajectories", lambda *args, **kwargs: None)
+    monkeypatch.setattr(trainer, "Run", run)
+    monkeypatch.setattr(ode_regression, "load_or_draw_trajectories", lambda *args, **kwargs: None)
     options = [word for option, name in given.items() for word in (option, WEIGHTS[name])]
     options += ["--run", tmp_path, "--out", tmp_path / "x.safetensors"]
     assert run_here(script, options, monkeypatch, capsys)[0] == 2
@@ -234,7 +232,7 @@ def test_a_run_knows_all_weights_that_it_begins_with(script, given, tmp_path, mo
 @pytest.mark.parametrize("about", [None, {}, {"run": "{"}, {"run": "3"}, {"run": "[1]"}])
 def test_a_foreign_state_is_refused_by_file(about, tmp_path):
     """Metadata that are missing, no JSON or no table: one line that names the file."""
-    file = training.state_of(tmp_path)
+    file = trainer.state_of(tmp_path)
     save_file({"x": torch.zeros(1)}, file, about)
     with pytest.raises(ValueError, match=f"^{file}: not a whole state file "):
         new_run(tmp_path)
@@ -246,14 +244,14 @@ def test_a_seed_that_would_draw_anothers_numbers_is_refused(seed):
     with pytest.raises(ValueError, match=f"^seed={seed}: expected 0 to 4293$"):
         replace(RECIPE, seed=seed)
     last = replace(RECIPE, seed=4293).seed
-    assert training.generator(last, 10**6 - 1).initial_seed() < 2**32
+    assert trainer.generator(last, 10**6 - 1).initial_seed() < 2**32
 
 
 def test_randomness_of_a_step_depends_on_seed_and_step_only():
     """Neighbouring steps and seeds draw different numbers, the same pair the same."""
-    draws = [torch.rand(4, generator=training.generator(*p)) for p in ((0, 1), (1, 0), (0, 0))]
+    draws = [torch.rand(4, generator=trainer.generator(*p)) for p in ((0, 1), (1, 0), (0, 0))]
     assert len(torch.stack(draws).unique()) == 12
-    assert torch.equal(draws[0], torch.rand(4, generator=training.generator(0, 1)))
+    assert torch.equal(draws[0], torch.rand(4, generator=trainer.generator(0, 1)))
 
 
 # ---- what is not finite ----
@@ -278,10 +276,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(value, capsys):
 def test_a_gradient_that_is_not_finite_stops_with_step_and_tensor(bad, capsys):
     """The very tensor is named, not the first one; and no weight has been touched."""
     run = new_run()
-    losses, name = quadratic(run.model), "audio.layers.0.mlp_in.weight"
+    losses, name = quadratic(run.model), "layers.0.audio.mlp_in.weight"
     parameter = run.model.get_parameter(name)
     parameter.register_hook(lambda g: g * bad if run.step == 2 else g)
-    run.model.get_parameter("audio.layers.0.mlp_out.weight").data.fill_(0.1)
+    run.model.get_parameter("layers.0.audio.mlp_out.weight").data.fill_(0.1)
     with pytest.raises(ValueError, match=f"^step 2: gradient of {name} is not finite$"):
         run.descend(losses)
     assert all(p.isfinite().all() for p in run.model.parameters())
@@ -309,14 +307,14 @@ def test_learning_rates_follow_the_schedule(capsys):
 def test_muon_gets_the_matrices_of_the_layers_and_adam_the_rest():
     """Every parameter has exactly one optimiser; tables, biases, entrances, exits are AdamW's."""
     net = model.build(TINY_STUDENT)
-    groups = [o.param_groups[0]["params"] for o in training.optimisers(net, RECIPE)]
+    groups = [o.param_groups[0]["params"] for o in trainer.optimisers(net, RECIPE)]
     names = {p: n for n, p in net.named_parameters()}
     muon, adam = ({names[p] for p in group} for group in groups)
     assert len(groups[0]) + len(groups[1]) == len(names) == len(muon | adam)
-    assert all(net.get_parameter(n).dim() == 2 and ".layers." in n for n in muon)
-    assert {"video.layers.0.self_attn.to_q.weight", "audio.layers.0.mlp_out.weight"} <= muon
-    assert {"video.patchify.weight", "sinks.tokens", "audio.layers.0.table"} <= adam
-    (alone,) = training.optimisers(net, replace(RECIPE, muon_lr=0))
+    assert all(net.get_parameter(n).dim() == 2 and n.startswith("layers.") for n in muon)
+    assert {"layers.0.video.self_attn.to_q.weight", "layers.0.audio.mlp_out.weight"} <= muon
+    assert {"video.proj_in.weight", "sinks.tokens", "layers.0.audio.table"} <= adam
+    (alone,) = trainer.optimisers(net, replace(RECIPE, muon_lr=0))
     assert set(alone.param_groups[0]["params"]) == set(names)
 
 
@@ -334,7 +332,7 @@ def test_the_average_follows_fast_at_first_and_slowly_later():
     """a <- d a + (1 - d) w with d = min(decay, (1 + step) / (10 + step))."""
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(0.0)
-    average, expected = training.Averaged(net, 0.9), 0.0
+    average, expected = trainer.Averaged(net, 0.9), 0.0
     for step in (0, 1, 50, 1000):
         net.weight.data.fill_(float(step + 1))
         average.update(net, step)
@@ -346,7 +344,7 @@ def test_the_average_follows_fast_at_first_and_slowly_later():
 def test_the_average_is_no_view_of_the_weights():
     """Training moves the weights without moving the average by itself."""
     net = torch.nn.Linear(1, 1, bias=False)
-    average = training.Averaged(net, 0.9)
+    average = trainer.Averaged(net, 0.9)
     before = average.tensors["weight"].clone()
     net.weight.data.add_(1)
     assert torch.equal(average.tensors["weight"], before)
@@ -367,7 +365,7 @@ def test_progress_is_one_short_line_an_interval(capsys):
 
 def losses_recorded(net, losses):
     """The losses of ten steps of training."""
-    update = training.descent(training.Learner(net, RECIPE), losses)
+    update = trainer.descent(trainer.Learner(net, RECIPE), losses)
     return [float(update(step)["loss"].detach()) for step in range(10)]
 
 
@@ -382,7 +380,7 @@ def random_trajectories():
 def test_ten_golden_losses_of_the_teacher(capsys):
     """Flow matching on true clips: data, codec, noise, model and optimisers are what they were."""
     net = model.build(TINY_TEACHER)
-    losses = losses_recorded(net, teacher.losses_of(net, toy_codec.load(), RECIPE))
+    losses = losses_recorded(net, teacher.make_losses(net, TrainingClips(), RECIPE))
     assert losses == pytest.approx(TEACHER_LOSSES, **GOLDEN)
     assert losses[-1] < losses[0]
 
@@ -390,7 +388,8 @@ def test_ten_golden_losses_of_the_teacher(capsys):
 def test_ten_golden_losses_of_ode_regression(capsys):
     """Regression of made-up trajectories: levels, masks, sinks and loss are what they were."""
     net = model.build(TINY_STUDENT)
-    losses = losses_recorded(net, ode_regression.losses_of(net, random_trajectories(), RECIPE))
+    losses = ode_regression.make_losses(net, random_trajectories(), RECIPE, TOY_PROMPTS)
+    losses = losses_recorded(net, losses)
     assert losses == pytest.approx(ODE_LOSSES, **GOLDEN)
 
 
@@ -399,7 +398,7 @@ def test_shipped_weights_say_how_they_were_made(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = new_run()
     run.descend(quadratic(run.model))
-    run.ship(tmp_path / "net.safetensors")
+    run.write_student(tmp_path / "net.safetensors")
     tensors, cfg, made_by = files.read_weights(tmp_path / "net.safetensors")
     assert cfg == TINY_STUDENT
     assert (made_by["command"], made_by["steps"]) == ("python x.py", 10)
@@ -416,10 +415,10 @@ def test_the_curve_of_weights_elsewhere_stays_with_them(tmp_path, monkeypatch, c
     run = new_run()
     run.descend(quadratic(run.model))
     for out in (elsewhere / "net.safetensors", "../elsewhere/other.safetensors"):
-        run.ship(out)
+        run.write_student(out)
     names = {p.name for p in elsewhere.iterdir()}
     assert {"net_curve.json", "other_curve.json"} < names and not list(here.iterdir())
-    run.ship("runs/controls/net.safetensors")
+    run.write_student("runs/controls/net.safetensors")
     assert (here / "results" / "net_curve.json").is_file()
 
 
@@ -490,7 +489,7 @@ def test_muon_is_torchs_in_better_precision(shape):
     torch.manual_seed(0)
     start = torch.randn(shape)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    steppers = training.Muon([ours], 0.02, 0.01), torch.optim.Muon([theirs], 0.02, 0.01)
+    steppers = trainer.Muon([ours], 0.02, 0.01), torch.optim.Muon([theirs], 0.02, 0.01)
     for _ in range(5):
         ours.grad = theirs.grad = torch.randn(shape)
         for stepper in steppers:
@@ -510,6 +509,6 @@ def test_steps_and_batch_are_the_toys_or_the_papers(given, expected, monkeypatch
     """By config, unless they are said."""
     monkeypatch.setattr(sys, "argv", ["dmd.py", *given])
     p = cli.parser("")
-    training_parts.add_options(p, dmd.STEPS)
-    args = training_parts.parse(p, dmd.STEPS)
+    stages.add_options(p, dmd.STEPS, "dmd")
+    args = stages.parse(p, dmd.STEPS)
     assert (args.steps, args.batch) == expected

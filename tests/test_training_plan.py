@@ -18,7 +18,7 @@ from kv_cache import MaskedView
 from masks import clip_span
 
 CFG = tiny(PAPER, num_sinks=0)
-GENERATOR, CRITIC = dmd.recipes_of(10, 0, 8, is_toy=False)
+GENERATOR, CRITIC = dmd.make_recipes(10, 0, 8, is_toy=False)
 
 
 def one_pass(net, captions, generator):
@@ -69,7 +69,7 @@ def test_gradients_of_a_rollout_do_not_wait_for_its_last_pass(monkeypatch):
     monkeypatch.setattr(captions, "TOKENS", 4)
     monkeypatch.setattr(teacher, "SECONDS", 2)
     cfg = replace(CFG, sigmas=(1.0, 0.0))  # a pass and a refresh: what keeps gradients is the exit
-    nets, made = [("g", cfg, GENERATOR)], partial(self_forcing.rolled_out, window=4)
+    nets, made = [("g", cfg, GENERATOR)], partial(self_forcing.rollout_clip, window=4)
 
     def loss(net, captions, generator):
         return sum(x.mean() for x in made(net, None, captions, generator))

@@ -172,7 +172,7 @@ WRONG = {
             "that is the loop's business",
         ),
         "history leaks": (
-            "return self._history_and(k, self.k), self._history_and(v, self.v)",
+            "return self.after_history(k, self.k), self.after_history(v, self.v)",
             "self.seen = [*getattr(self, 'seen', []), (k, v)]\n"
             "            return [torch.cat(x, 1) for x in zip(*self.seen)]",
             "history leaks",
@@ -183,7 +183,7 @@ WRONG = {
             "no gradient reaches the keys of the current block",
         ),
         "errors add up": (
-            "rope.rotate(self.original_prefix_k, by)",
+            "rope.rotate(self.unmoved_prefix_k, by)",
             "rope.rotate(self.k[:, : self.prefix_tokens], by)",
             "turn the original keys",
         ),
@@ -373,7 +373,7 @@ WRONG = {
     "ode_regression": {
         "off by one step": ("(i + 1) / steps_between", "i / steps_between", "off by one step"),
         "hidden elements dilute": (
-            "/ sharding.averaged(mask.sum()).clamp(min=1)",
+            "/ processes.averaged(mask.sum()).clamp(min=1)",
             "/ mask.numel()",
             "dilute the mean",
         ),
@@ -410,8 +410,8 @@ WRONG = {
             "audio frame 1 (block 1) is told level",
         ),
         "state of the next level": (
-            "noisy = states_at(video, level_v).flatten(1, 2)",
-            "noisy = states_at(video, (level_v + 1).clamp(max=4)).flatten(1, 2)",
+            "noisy = gather_states(video, level_v).flatten(1, 2)",
+            "noisy = gather_states(video, (level_v + 1).clamp(max=4)).flatten(1, 2)",
             "it is in that at level 1",
         ),
         "loss on the noisy input": (
@@ -556,12 +556,12 @@ WRONG = {
             "a word is unknown",
         ),
         "a switch does not wait": (
-            "prompt_at(block_seconds(k, cfg)[0], cues)",
-            "prompt_at(block_seconds(k, cfg)[1], cues)",
+            "prompt_at(block_interval(k, cfg)[0], cues)",
+            "prompt_at(block_interval(k, cfg)[1], cues)",
             "block 2, which begins at second 1, reads",
         ),
         "blocks taken for seconds": (
-            "prompt_at(block_seconds(k, cfg)[0], cues)",
+            "prompt_at(block_interval(k, cfg)[0], cues)",
             "prompt_at(k, cues)",
             "which begins at second 1, reads",
         ),

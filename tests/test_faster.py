@@ -12,19 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import LAYOUTS, PAPER, layout_name, random_model, random_text, tiny
-from tape import Fork, Operators, Tape, TwoStreams
+from tape import Operators, Side, Tape, TwoStreams
 
 import model
-import self_forcing
-from full_size import faster as graphs
+import rollout
+from full_size import faster
 from kernel import cache_append_attention as kernel
+from kv_cache import CachedView
 from masks import block_span
 
 SIGMAS, WINDOW, BLOCKS = (1.0, 0.6, 0.0), 1, 8  # a ring of 2: full from block 3 on
 CFG = tiny(PAPER, num_sinks=2, num_layers=1)
 
 
-class Counting(graphs.Recorded):
+class Counting(faster.Recorded):
     """Counts what becomes of passes."""
 
     def __init__(self, net, recorder=lambda: Tape.record):
@@ -38,12 +39,11 @@ class Counting(graphs.Recorded):
 
 
 @torch.no_grad()  # not inference mode, in which composite operators hide what they are made of
-def stream(net, texts, merge=False, switch_at=99, blocks=BLOCKS, seed=0):
+def stream(net, texts, switch_at=99, blocks=BLOCKS, seed=0):
     """Video and audio of a whole stream, with another prompt from a block on."""
-    g = torch.Generator().manual_seed(seed)
-    how = dict(window=WINDOW, merge=merge)
-    return self_forcing.whole_clip(
-        self_forcing.rollout(net, lambda k: texts[k >= switch_at], blocks, SIGMAS, g, **how)
+    g, view = torch.Generator().manual_seed(seed), CachedView(net.cfg, blocks, WINDOW)
+    return rollout.whole_clip(
+        rollout.rollout(net, lambda k: texts[k >= switch_at], blocks, SIGMAS, g, view=view)
     )
 
 
@@ -60,16 +60,14 @@ def assert_bitwise(one, other):
 # ---- recordings ----
 
 
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("cfg", LAYOUTS[1:3], ids=layout_name)
-def test_a_recorded_stream_is_the_same_bit_by_bit(cfg, merge):
+def test_a_recorded_stream_is_the_same_bit_by_bit(cfg):
     """Every block, while the window fills, at each place for the first time, and replayed there
     with another past, other noise, levels and positions; the prompt changes along the way."""
     net, texts = with_texts(tiny(cfg, num_layers=1))
     recorded = Counting(net)
-    how = dict(merge=merge, switch_at=6, blocks=10)
-    assert_bitwise(stream(net, texts, **how), stream(recorded, texts, **how))
-    assert recorded.counts["recorded"] == (4 if merge else 2)  # places; one or two blocks
+    assert_bitwise(stream(net, texts, 6, blocks=10), stream(recorded, texts, 6, blocks=10))
+    assert recorded.counts["recorded"] == 2  # places in the ring
     assert recorded.counts["replayed"] > recorded.counts["recorded"]
 
 
@@ -107,51 +105,42 @@ def test_a_pass_that_carries_a_gradient_is_not_recorded():
         g = torch.Generator().manual_seed(0)
         torch.manual_seed(1)
         text = random_text(net, CFG)
-        blocks = list(self_forcing.rollout(model_, lambda k: text, 5, SIGMAS, g, window=1))
-        weight = net.video.layers[0].self_attn.to_k.weight
+        view = CachedView(CFG, 5, window=1)
+        blocks = list(rollout.rollout(model_, lambda k: text, 5, SIGMAS, g, view=view))
+        weight = net.layers[0].video.self_attn.to_k.weight
         found.append((blocks[-1].video, *torch.autograd.grad(blocks[-1].video.sum(), weight)))
     assert_bitwise(*found)
 
 
-def frozen_tables(self, kind, view):
+def frozen_tables(self, span, view):
     """A recording that reads the rotation tables it was made with."""
-    fixed, now = self.inputs[kind], model.ropes_of(self.cfg, SPAN[0], torch.device("cpu"), DOUBLE)
-    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.text, now, view)
+    latents, sigmas, _ = self.inputs
+    now = model.ropes_of(self.cfg, SPAN, torch.device("cpu"), torch.float64)
+    return self.net(*latents, *sigmas, self.text, span, view, now)
 
 
-def frozen_moves(self, kind, view):
-    """A recording whose pinned keys move as far as they did when it was made."""
-    fixed = self.inputs[kind]
-    view.moves = dict(view.moves)
-    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.text, fixed.ropes, view)
-
-
-def frozen_prompt(self, kind, view):
+def frozen_prompt(self, span, view):
     """A recording that reads the prompt it was made with."""
-    fixed = self.inputs[kind]
-    view.moves = fixed.moves
-    return self.net.velocities(*fixed.latents, *fixed.sigmas, self.prompt, fixed.ropes, view)
+    latents, sigmas, ropes = self.inputs
+    return self.net(*latents, *sigmas, self.prompt, span, view, ropes)
 
 
-def frozen_level(self, kind, view):
+def frozen_level(self, span, view):
     """A recording for one noise level."""
-    fixed = self.inputs[kind]
-    view.moves = fixed.moves
-    sigmas = [torch.full_like(s, float(s.max())) for s in fixed.sigmas]
-    return self.net.velocities(*fixed.latents, *sigmas, self.text, fixed.ropes, view)
+    latents, sigmas, ropes = self.inputs
+    sigmas = [torch.full_like(s, float(s.max())) for s in sigmas]
+    return self.net(*latents, *sigmas, self.text, span, view, ropes)
 
 
-SPAN, DOUBLE = [block_span(3, CFG)], torch.float64
-FROZEN = [frozen_tables, frozen_moves, frozen_prompt, frozen_level]
+SPAN, FROZEN = block_span(3, CFG), [frozen_tables, frozen_prompt, frozen_level]
 
 
 @pytest.mark.parametrize("frozen", FROZEN, ids=lambda f: f.__name__)
 def test_contents_that_a_recording_keeps_are_noticed(frozen, monkeypatch):
     """What the tests above would say if one of the inputs were baked in."""
     net, texts = with_texts(CFG)
-    merge = frozen is frozen_moves
-    monkeypatch.setattr(graphs.Recorded, "_run", frozen)
-    one, other = stream(net, texts, merge, 6), stream(Counting(net), texts, merge, 6)
+    monkeypatch.setattr(faster.Recorded, "_run", frozen)
+    one, other = stream(net, texts, 6), stream(Counting(net), texts, 6)
     assert not all(map(torch.equal, one, other))
 
 
@@ -169,28 +158,23 @@ def test_recording_leaves_no_trace():
 
 
 def test_audio_beside_video_reads_nothing_too_early_and_frees_nothing_too_early():
-    """Plain and merged passes with a side stream: every order between the streams is a wait."""
+    """A whole stream with a side stream: every order between the two is a wait."""
     net, texts = with_texts(CFG)
-    alone = stream(net, texts, merge=True, blocks=5)
+    alone = stream(net, texts, blocks=5)
     with TwoStreams() as streams:
-        net.fork = Fork(streams)
-        assert_bitwise(alone, stream(net, texts, merge=True, blocks=5))
+        faster.run_beside(net, Side(streams))
+        assert_bitwise(alone, stream(net, texts, blocks=5))
     assert not streams.faults and streams.clock["side"] > 100
 
 
-def test_a_missing_wait_is_noticed(monkeypatch):
+def test_a_missing_wait_is_noticed():
     """Audio that starts before what it hears of video is there."""
     net, texts = with_texts(CFG)
-
-    def early(self, half_v, half_a, v, a, m_v, m_a, ropes, at):
-        beside = self.fork()
-        c_v = half_v.heard(model.norm(v, self.cfg.norm_eps), m_v)
-        with beside:
-            return v, a + c_v.sum()
-
-    monkeypatch.setattr(model.OmniTransformer, "_listen", early)
     with TwoStreams() as streams:
-        net.fork = Fork(streams)
+        side = Side(streams)
+        side.fork = lambda step, *args: step(*args)  # audio may then start where it did before
+        streams.start = 0
+        faster.run_beside(net, side)
         stream(net, texts, blocks=1)
     assert any("may not have written yet" in fault for fault in streams.faults)
 
@@ -200,12 +184,14 @@ def test_memory_that_is_reused_too_early_is_noticed(is_let_go_of):
     """What audio reads is let go of before video, launched second, makes its tensors."""
     with TwoStreams() as streams:
         x = torch.zeros(3) + 1
-        with Fork(streams)():
-            y = 2 * x
-            if is_let_go_of:
-                del x
-            streams.stream = "main"  # which has not waited yet
-            z = torch.zeros(3) + 1
+        side = Side(streams)
+        side.fork(lambda: None)
+        streams.begin_side()
+        y = 2 * x
+        if is_let_go_of:
+            del x
+        streams.stream = "main"  # which has not waited yet
+        z = torch.zeros(3) + 1
     assert bool(streams.faults) == is_let_go_of and len(y) == len(z)
 
 
@@ -234,16 +220,14 @@ def test_a_side_stream_forks_where_it_is_called_and_joins_where_it_ends(monkeypa
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(FakeStream, "current", s))
-    fork = graphs.SideStream()
+    side = faster.SideStream()
 
     def launch(what):
         FakeStream.log.append(f"{what} on {FakeStream.current.name}")
 
     for _ in range(2):
-        beside = fork()
-        launch("video")
-        with beside:
-            launch("audio")
+        side.fork(launch, "video")
+        side.beside(launch, "audio")
         launch("both")
     expected = ["main passes the fork", "video on main", "side waits for the fork"]
     expected += ["audio on side", "main waits for side", "both on main"]
@@ -262,7 +246,7 @@ def test_recordings_share_a_pool(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=object()))
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    record = graphs.cuda_recorder()
+    record = faster.cuda_recorder()
     for answer in (1, 2):
         replay, outputs = record(lambda: answer)
         assert outputs == answer and replay is captured[-1][0].replay
@@ -280,7 +264,7 @@ def on_gpu():
     kernel.require()
     cfg = tiny(PAPER, num_sinks=2, video_width=80, audio_width=48)
     net = random_model(cfg, torch.float32).cuda()
-    model.join_projections(net)
+    faster.join_projections(net)
     with torch.no_grad():
         features = torch.randn(2, 1, 3, cfg.caption_width).cuda()
         return net, [net.project_text(f) for f in features]
@@ -288,21 +272,20 @@ def on_gpu():
 
 @pytest.mark.gpu
 @both_kernels
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("beside", [False, True])
-def test_cuda_graphs_and_streams_answer_as_pytorch_does(merge, beside, few, monkeypatch):
+def test_cuda_graphs_and_streams_answer_as_pytorch_does(beside, few, monkeypatch):
     """In float32: recorded and replayed, every attention by the kernel, with and without the second
     CUDA stream; twice."""
     net, texts = on_gpu()
-    how = dict(merge=merge, switch_at=8, blocks=14)
     with monkeypatch.context() as pytorch:
         pytorch.setattr(kernel, "supports", lambda *_: False)
-        plain = stream(net, texts, **how)
-    monkeypatch.setattr(kernel, "FEW", few)
-    net.fork = graphs.SideStream() if beside else net.fork
-    recorded = Counting(net, graphs.cuda_recorder)
+        plain = stream(net, texts, 8, blocks=14)
+    monkeypatch.setattr(kernel, "MAX_FUSED_TOKENS", few)
+    if beside:
+        faster.run_beside(net, faster.SideStream())
+    recorded = Counting(net, faster.cuda_recorder)
     with kernel.strict():
-        clips = [stream(recorded, texts, **how) for _ in range(2)]
+        clips = [stream(recorded, texts, 8, blocks=14) for _ in range(2)]
     for x, y in zip(2 * plain, [x for clip in clips for x in clip], strict=True):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
     assert recorded.counts["replayed"] > recorded.counts["recorded"] > 0
@@ -320,16 +303,15 @@ def no_waiting():
 
 @pytest.mark.gpu
 @both_kernels
-@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("record", [False, True])
-def test_behind_a_full_window_no_block_waits_for_the_gpu(record, merge, few, monkeypatch):
+def test_behind_a_full_window_no_block_waits_for_the_gpu(record, few, monkeypatch):
     """Refresh, noise, positions, passes on both streams, pinned keys: PyTorch itself watches."""
     net, texts = on_gpu()
-    monkeypatch.setattr(kernel, "FEW", few)
-    net.fork, g = graphs.SideStream(), torch.Generator().manual_seed(0)
-    net = graphs.Recorded(net, graphs.cuda_recorder) if record else net
-    how = dict(window=WINDOW, merge=merge)
-    blocks = self_forcing.rollout(net, lambda k: texts[0], 14, SIGMAS, g, **how)
+    monkeypatch.setattr(kernel, "MAX_FUSED_TOKENS", few)
+    faster.run_beside(net, faster.SideStream())
+    g, view = torch.Generator().manual_seed(0), CachedView(net.cfg, 14, WINDOW)
+    net = faster.Recorded(net, faster.cuda_recorder) if record else net
+    blocks = rollout.rollout(net, lambda k: texts[0], 14, SIGMAS, g, view=view)
     with torch.no_grad(), kernel.strict():
         for _ in range(10):  # by now every place in the ring was recorded
             next(blocks)
@@ -352,11 +334,10 @@ WAITS = {  # operators whose answer the CPU needs before it can go on
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("merge", [False, True])
-def test_a_stream_never_waits_for_the_gpu(merge):
+def test_a_stream_never_waits_for_the_gpu():
     """Passes, noise in between, positions, the cache moving on: not one number is read back."""
     net, texts = with_texts(CFG)
-    stream(net, texts, merge)  # tables that are computed once
+    stream(net, texts)  # tables that are computed once
     with Operators() as seen:
-        stream(net, texts, merge, seed=1)
+        stream(net, texts, seed=1)
     assert not WAITS & seen.counts.keys()

@@ -1,0 +1,167 @@
+"""Grade an answer: put it in the place of its module, run the graded tests, add up the points.
+
+`python -m pytest --exercise masks` (see conftest.py) prints the points of each function, with a
+reason for each failure, and writes the score beside the answer: `answers/masks.score.json`.
+"""
+
+import datetime
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from exercises import coursework
+from plumbing import files
+
+NOT_RUN = "not run"
+NOT_OURS = {".venv", "site-packages", "answers"}  # folders inside the project
+
+
+def start_grading(config, name, answers):
+    """Make this run of pytest grade answers/NAME.py, and run nothing else."""
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("--exercise grades in one process: leave out -n")
+    try:
+        grader = Grader(name, Path(answers).resolve())
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.args[:] = [str(coursework.graded_file(name))]
+    config.option.doctestmodules = False
+    config.option.reportchars = ""  # the table of points tells what failed and why
+    if config.option.tbstyle == "auto":
+        config.option.tbstyle = "no"
+    config.pluginmanager.register(grader)
+
+
+class Grader:
+    """A pytest plugin: one answer in the place of its module, and the points that it earns."""
+
+    def __init__(self, name, answers):
+        """Raises ValueError, in one line, for an answer that cannot be graded."""
+        self.name, self.answer = name, answers / f"{name}.py"
+        self.module = coursework.find(name).module
+        self.file = self.answer.with_suffix(".score.json")
+        self.tests = {}  # id of a test -> its row of the score
+        self.broken = None  # why the tests could not be collected
+        coursework.check_answer(name, self.answer)
+        # An import statement returns the module in sys.modules. So the answer must be there first,
+        # and every module that has imported the original must be imported again.
+        self.originals = project_modules()
+        for module in self.originals:
+            del sys.modules[module]
+        self.load()
+
+    def load(self):
+        """Import the answer under the name of the module that it replaces."""
+        spec = importlib.util.spec_from_file_location(self.module, self.answer)
+        sys.modules[self.module] = module = importlib.util.module_from_spec(spec)
+        room, _, name = self.module.rpartition(".")
+        if room:  # `import film.decoders` finds the module in sys.modules and sets no attribute
+            setattr(importlib.import_module(room), name, module)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            self.pytest_unconfigure()
+            raise ValueError(
+                f"{coursework.shown(self.answer)} cannot be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from None
+
+    def pytest_unconfigure(self):
+        for module in project_modules():
+            del sys.modules[module]
+        sys.modules.pop(self.module, None)
+        sys.modules.update(self.originals)
+
+    def pytest_collection_finish(self, session):
+        for item in session.items:
+            points, function = item.get_closest_marker("points").args
+            row = {"function": function, "test": item.name}
+            self.tests[item.nodeid] = row | {"points": 0, "max": points, "reason": NOT_RUN}
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.broken = report.longreprtext.splitlines()[-1].removeprefix("E").strip()
+
+    def pytest_runtest_logreport(self, report):
+        row = self.tests[report.nodeid]
+        if report.failed:
+            row["points"], row["reason"] = 0, self.reason(report)
+        elif report.when == "call" and report.passed:
+            row["points"], row["reason"] = row["max"], None
+
+    def reason(self, report) -> str:
+        """Return the first line of an error, without the prefixes of pytest and Python."""
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = crash.message if crash else report.longreprtext
+        line = message.strip().splitlines()[0]
+        for prefix in ("AssertionError: ", "NotImplementedError: ", "Failed: "):
+            line = line.removeprefix(prefix)
+        is_theirs = crash and Path(crash.path) == self.answer
+        is_unwritten = line.endswith("is not written yet")
+        return f"line {crash.lineno}: {line}" if is_theirs and not is_unwritten else line
+
+    @property
+    def score(self) -> dict:
+        rows = list(self.tests.values())
+        return {
+            "exercise": self.name,
+            "points": sum(row["points"] for row in rows),
+            "max": coursework.find(self.name).points,
+            "date": datetime.datetime.now().isoformat(timespec="seconds"),
+            "tests": rows,
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        """True if all tests ran; False after -k, -x or Ctrl-C."""
+        rows = [row for row in self.tests.values() if row["reason"] != NOT_RUN]
+        return sum(row["max"] for row in rows) == coursework.find(self.name).points
+
+    def pytest_sessionfinish(self):
+        if self.is_complete:
+            files.write_json(self.file, self.score)
+
+    def pytest_terminal_summary(self, terminalreporter):
+        score, write = self.score, terminalreporter.write_line
+        terminalreporter.section(f"exercise {self.name}")
+        if self.broken:
+            return write(f"nothing is graded: {self.broken}")
+        for task in coursework.find(self.name).tasks:
+            rows = [row for row in score["tests"] if row["function"] == task.function]
+            got = sum(row["points"] for row in rows) if rows else "-"
+            reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
+            for i, reason in enumerate(reasons or [""]):
+                start = f"{task.function:32} {got}/{task.points}" if i == 0 else ""
+                write(f"{start:38} {reason}".rstrip())
+        place = coursework.shown(self.file)
+        written = place if self.is_complete else "not written, because not all tests ran"
+        write(f"{'score':32} {score['points']}/{score['max']}   {written}")
+
+
+def project_modules() -> dict:
+    """Return the imported modules of the project and of its tests, except conftest.py."""
+    return {
+        name: module
+        for name, module in list(sys.modules.items())
+        if name != "conftest" and any(map(is_ours, places_of(module)))
+    }
+
+
+def places_of(module) -> list:
+    """Return the file of a module; for a room, which has no __init__.py, its folders."""
+    file = getattr(module, "__file__", None)
+    return [file] if file else list(getattr(module, "__path__", ()))
+
+
+def is_ours(place) -> bool:
+    """Tell whether a file or folder belongs to the project, and not to a package installed in it.
+
+    >>> is_ours(coursework.ROOT / "masks.py"), is_ours(coursework.ROOT / ".venv" / "masks.py")
+    (True, False)
+    """
+    place = Path(place)
+    return place.is_relative_to(coursework.ROOT) and NOT_OURS.isdisjoint(
+        place.relative_to(coursework.ROOT).parts
+    )
