@@ -1,9 +1,7 @@
-"""Settings of pytest: one thread per worker, one seed, no GPU tests without a GPU, `--exercise`.
-
-pytest puts the folder of this file on sys.path, so tests can import the project.
-"""
+"""Settings of pytest, and its option --exercise.  pytest puts this folder on sys.path."""
 
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported, which reads it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,13 +15,13 @@ from exercises import coursework, grader
 def pytest_addoption(parser):
     group = parser.getgroup("exercises")
     group.addoption("--exercise", metavar="NAME", help="grade answers/NAME.py and nothing else")
-    group.addoption(
-        "--answers", metavar="FOLDER", default=coursework.ANSWERS,
-        help="folder of NAME.py instead of answers/",
-    )  # fmt: skip
+    about = "folder of NAME.py, instead of answers/"
+    group.addoption("--answers", metavar="FOLDER", default=coursework.ANSWERS, help=about)
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tested programs inherit it
     config.addinivalue_line("markers", "points(n, function): worth n points for that function")
     if name := config.getoption("exercise"):
         grader.start_grading(config, name, config.getoption("answers"))

@@ -75,7 +75,9 @@ def main():
     history = None
     if args.history == "true":
         if not cli.find_config(args.config or "toy").is_toy:
-            raise ValueError(f"--history true: --config {args.config} has prompts, but no true clips")
+            raise ValueError(
+                f"--history true: --config {args.config} has prompts, but no true clips"
+            )
         from toy.source import true_latents as history
     make = functools.partial(
         rollout_clip, window=args.window, history=history, share_exit=args.exit == "shared"

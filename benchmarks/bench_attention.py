@@ -1,57 +1,54 @@
-"""Append and attend at full size: how far from the floor, and what does the kernel buy?  (GPU)
+"""How fast is one attention at full size: against its lower bound, and by the kernel?  (GPU)
 
     python -m benchmarks.bench_attention                        one GPU, about two minutes
-    python -m benchmarks.bench_attention --device cpu --tiny    does the script work?
+    python -m benchmarks.bench_attention --device cpu --tiny    only to test the script
 
-One attention of one layer in one pass, in the steady state of a stream, bfloat16, one clip; by
+One attention of one layer in one pass, with a full window, bfloat16, one clip. Four ways:
 
   chain    kv_cache.py in PyTorch: norm, rotate, write into the cache, SDPA over its slots
   cat      the textbook: norm, rotate, concatenate with the past, SDPA
   append   one kernel that norms, rotates and writes, then SDPA over the slots
-  fused    everything in one kernel, where a block's shared memory holds the new keys of a head
+  fused    everything in one kernel, if the new keys of a head fit the shared memory of a block
 
-each called one by one (eager) and replayed from a CUDA graph (graph). All must agree before they
-are timed, and so must kv_cache.py, which is not allowed to fall back to PyTorch here. Nor may SDPA
-fall back to its plain mathematics; which of its kernels runs is written down. A round times each
-way in turn; ratios are taken within a round, and medians over rounds are reported.
+Each is called one by one (eager) and replayed from a CUDA graph (graph). Before anything is timed,
+all ways must agree, kv_cache.py included. Neither kv_cache.py nor SDPA may fall back to slower
+PyTorch code here; the SDPA kernel that runs is recorded. Each round times all ways in turn. Ratios
+are taken within a round; the results are medians over rounds.
 
-The floor is the larger of two times: multiplications, 4 Q K H D at the rate of a large matrix
-product, and bytes that must move, at the rate of a large copy; both rates are measured first. The
-same buffers are used again and again: what is smaller than the L2 cache (audio) is read from it,
-so its times may lie below the floor of the memory.
+The floor (lower bound) is the larger of two times: 4 Q K H D operations at the rate of a large
+matrix product, and the bytes that must move at the rate of a large copy. Both rates are measured
+first. The same buffers are used again and again. Small ones (audio) stay in the L2 cache, so their
+times may lie below the floor.
 
 Writes results/bench_attention.json and, unless --tiny, a table of benchmarks/README.md.
 """
 
+import functools
 import time
-from pathlib import Path
 from statistics import median_high
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
 
-ROOT = Path(__file__).resolve().parent.parent
-
 import kv_cache
 import rope
+from benchmarks import page
 from config import FULL
 from kernel import cache_append_attention as kernel
-from plumbing import (
-    cli,
-    files,
-)
+from plumbing import cli, files
 
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}  # of the largest output; sums vary in order
+# relative to the largest output; the order of summation differs
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
 WAYS = ("chain", "cat", "append", "fused")
 
 
 class Shape(NamedTuple):
-    """One attention site in a stream."""
+    """The sizes of one attention in a stream."""
 
-    site: str
-    H: int
-    D: int
+    site: str  # one of masks.SITES
+    H: int  # heads
+    D: int  # channels of a head
     Q: int  # queries of a block
     T: int  # keys of a block
     prefix: int  # keys of block 0
@@ -59,25 +56,26 @@ class Shape(NamedTuple):
 
     @property
     def K(self) -> int:
-        """Keys that are attended to, once the ring is full."""
+        """Visible keys with a full window."""
         return self.prefix + (self.window + 1) * self.T
 
     @property
     def name(self) -> str:
         return f"{self.site}, window {self.window} s: {self.Q} x {self.K}, {self.H} x {self.D}"
 
-    def multiplications(self) -> int:
+    def operations(self) -> int:
         """Floating-point operations of q k^T and P v."""
         return 4 * self.Q * self.K * self.H * self.D
 
     def bytes(self, element=2) -> int:
-        """q in, out; raw k, v in; their slots out; the other slots in.  Nothing twice."""
+        """Bytes that must move: each input is read once, each output written once."""
+        # q and out; projected k, v; their slots; the other slots
         rows = 2 * self.Q + 2 * self.T + 2 * self.T + 2 * (self.K - self.T)
         return rows * self.H * self.D * element
 
 
 def full_shapes() -> list[Shape]:
-    """The four sites of the full size with windows of 5 and 15 seconds."""
+    """The four attentions of the full size with windows of 5 and 15 seconds."""
     video = FULL.video_tokens_per_block, FULL.prefix_video_frames * FULL.tokens_per_frame
     audio = FULL.audio_frames_per_block, FULL.num_sinks + FULL.prefix_audio_frames
     H, wide, narrow = FULL.num_heads, FULL.video_width, FULL.audio_width
@@ -97,7 +95,7 @@ TINY = [Shape("video_self", 1, 40, 6, 6, 2, 2), Shape("v2a", 2, 24, 3, 6, 2, 1)]
 
 
 def inputs(shape, device, dtype):
-    """Raw q, k, v, heads, and a cache that is full of the past; the rotation turns by noise."""
+    """Projections q, k, v, `Heads` with random rotations, and a full cache."""
     torch.manual_seed(0)
     width = shape.H * shape.D
 
@@ -109,7 +107,8 @@ def inputs(shape, device, dtype):
 
     cache = kv_cache.RollingCache(shape.prefix, shape.T, shape.window + 1)
     cache.k, cache.v = (random(1, shape.K, shape.H, shape.D) for _ in range(2))
-    cache.block = 2 * cache.ring_blocks  # its place is the last of the ring
+    # The current block is at the end of the ring, so that `cat` finds its past in one piece.
+    cache.block = 2 * cache.ring_blocks
     q, k, v = (random(1, n, width) for n in (shape.Q, shape.T, shape.T))
     one = torch.ones(width, device=device, dtype=dtype)
     heads = kv_cache.Heads(shape.H, FULL.norm_eps, one, one, table(shape.Q), table(shape.T))
@@ -134,40 +133,42 @@ def append(q, k, v, heads, cache):
 
 
 def fits(arguments) -> bool:
-    """Whether the new keys of a head leave room in the shared memory of a block of `fused`."""
+    """Whether the new keys of a head fit the shared memory of a thread block of `fused`."""
     try:
         kernel.fused(*arguments)
     except RuntimeError as error:
-        if "CUDA error 1:" not in str(error):  # what a launch with too much of it is refused with
+        if "CUDA error 1:" not in str(error):  # invalid value: a launch with too much of it
             raise
         return False
     return True
 
 
 def ways(arguments) -> dict:
-    """The functions to compare, by name."""
-    found = dict(chain=chain, cat=cat)
+    """The functions that can run here, by name."""
+    found = {"chain": chain, "cat": cat}
     if not kernel.path(arguments[0].device).startswith("PyTorch"):
-        found |= dict(append=append) | (dict(fused=kernel.fused) if fits(arguments) else {})
+        found["append"] = append
+        if fits(arguments):
+            found["fused"] = kernel.fused
     return found
 
 
 def sdpa_backend(q, k, v, heads, cache) -> str:
-    """Which of its kernels SDPA takes for these sizes and strides.
+    """Name of the kernel that SDPA chooses for these sizes and strides.
 
-    Raises ValueError if it is none of the fused ones: whoever is compared with that looks good.
+    Raises ValueError for the unfused one: compared with it, everything looks good.
     """
-    if (choose := getattr(torch, "_fused_sdp_choice", None)) is None:  # private: it may go
+    if (choose := getattr(torch, "_fused_sdp_choice", None)) is None:  # private, so it may go
         return "this PyTorch does not tell"
     tensors = heads.queries(q), *cache.visible()
     found = SDPBackend(choose(*(x.transpose(1, 2) for x in tensors))).name
     if found == "MATH":
-        raise ValueError("SDPA has no fused kernel for this shape and would write all scores down")
+        raise ValueError("SDPA has no fused kernel for this shape: it would store all scores")
     return found
 
 
 def check_agreement(functions, arguments):
-    """Raise ValueError unless all give what the first gives."""
+    """Raise ValueError unless all functions return what the first returns."""
     truth, *others = (f(*arguments).float() for f in functions.values())
     limit = TOLERANCE[arguments[0].dtype] * truth.abs().max()
     for name, other in zip(list(functions)[1:], others):
@@ -179,7 +180,7 @@ def check_agreement(functions, arguments):
 
 
 def seconds(call, device, repeats) -> float:
-    """Mean time of a call among `repeats` in a row."""
+    """Mean seconds of a call, over `repeats` calls in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):
@@ -195,10 +196,10 @@ def seconds(call, device, repeats) -> float:
 
 
 def captured(function, arguments):
-    """The function as a CUDA graph."""
+    """Record a call as a CUDA graph; return a function that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # loads modules, makes plans
+    with torch.cuda.stream(side):  # libraries load modules and make plans, outside the recording
         for _ in range(3):
             function(*arguments)
     torch.cuda.current_stream().wait_stream(side)
@@ -209,7 +210,7 @@ def captured(function, arguments):
 
 
 def rates(device, n) -> dict:
-    """What this machine reaches: operations a second in a matrix product, bytes a second."""
+    """Measured rates: operations per second in a matrix product, bytes per second in a copy."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     x = torch.empty(16 * n * n, device=device, dtype=dtype)
@@ -221,29 +222,29 @@ def rates(device, n) -> dict:
 
 
 def floor(shape, rate, element) -> float:
-    """Seconds that no implementation can beat at these rates."""
-    return max(shape.multiplications() / rate["operations"], shape.bytes(element) / rate["bytes"])
+    """Lower bound in seconds at these rates."""
+    return max(shape.operations() / rate["operations"], shape.bytes(element) / rate["bytes"])
 
 
 @torch.inference_mode()
 def bench(shape, device, rate, rounds, repeats) -> dict:
-    """Medians in microseconds, ratios to the floor and to each other."""
+    """Medians in microseconds, and ratios to the floor and to `chain` and `cat`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     arguments = inputs(shape, device, dtype)
     functions, backend = ways(arguments), sdpa_backend(*arguments)
     check_agreement({**functions, "kv_cache.py": kv_cache.cache_append_attention}, arguments)
-    calls = {(n, "eager"): (lambda f=f: f(*arguments)) for n, f in functions.items()}
+    calls = {(n, "eager"): functools.partial(f, *arguments) for n, f in functions.items()}
     if device.type == "cuda":
         calls |= {(n, "graph"): captured(f, arguments) for n, f in functions.items()}
     for call in calls.values():
-        seconds(call, device, repeats)
+        seconds(call, device, repeats)  # to warm up
     times = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
             times[key].append(seconds(call, device, repeats))
-    least = floor(shape, rate, torch.empty(0, dtype=dtype).element_size())
-    hook = "fused" if kernel.fits_fused(*arguments[:2]) else "append"
-    result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": hook, "sdpa": backend}
+    least = floor(shape, rate, dtype.itemsize)
+    chosen = "fused" if kernel.fits_fused(*arguments[:2]) else "append"
+    result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": chosen, "sdpa": backend}
     for (name, mode), values in times.items():
         entry = {
             "us": round(1e6 * median_high(values), 2),
@@ -256,10 +257,10 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
     return result
 
 
-def report(name, result):
-    """A table of one shape: microseconds, times the floor, how many times longer chain takes."""
-    print(f"{name}   floor {result['floor_us']} us, SDPA: {result['sdpa']}, "
-          f"kv_cache.py: {result['chosen_by_kv_cache']}")  # fmt: skip
+def print_shape(name, result):
+    """Print one shape: microseconds, multiples of the floor, ratios to `chain` and `cat`."""
+    chosen = result["chosen_by_kv_cache"]
+    print(f"{name}   floor {result['floor_us']} us, SDPA: {result['sdpa']}, kv_cache.py: {chosen}")
     for way, e in result.items():
         if isinstance(e, dict):
             print(f"  {way:13} {e['us']:10.1f} us  {e['floors']:7.2f} floors", end="")
@@ -267,7 +268,7 @@ def report(name, result):
 
 
 def table(shapes) -> str:
-    """All shapes as Markdown, in microseconds; bold: what kv_cache.py takes."""
+    """All shapes as Markdown, in microseconds; bold: the way that kv_cache.py takes."""
     names = ["attention", "launched", "floor", *WAYS, "bold ÷ floor"]
     names += ["chain ÷ fused", "cat ÷ append", "SDPA"]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -278,7 +279,7 @@ def table(shapes) -> str:
 
 
 def cells(result, mode) -> list[str]:
-    """One line of the table; a dash where there is nothing to be timed."""
+    """One line of the table; a dash for what was not timed."""
     found, taken = {way: result.get(f"{way}_{mode}") for way in WAYS}, result["chosen_by_kv_cache"]
 
     def cell(way, key, form="{:.2f}"):
@@ -291,9 +292,9 @@ def cells(result, mode) -> list[str]:
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--device", default="cuda", help="where to run")
+    p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="two tiny shapes; numbers mean nothing")
-    p.add_argument("--rounds", type=int, default=20, help="rounds that medians are taken over")
+    p.add_argument("--rounds", type=int, default=20, help="medians are taken over so many rounds")
     p.add_argument("--out", help="JSON file; results/bench_attention.json unless --tiny")
     args = p.parse_args()
     device = cli.find_device(args.device)
@@ -302,26 +303,27 @@ def main():
     if not args.tiny:
         if device.type != "cuda":
             raise ValueError("full size needs a GPU; --device cpu only with --tiny")
-        kernel.require(device)  # no table in which PyTorch stands in for the kernel
+        kernel.require(device)  # otherwise PyTorch would be measured under the kernel's name
     rate = rates(device, 64 if args.tiny else 8192)
-    how = (f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
-           f"{rate['bytes'] / 1e12:.3g} TB/s in a copy")  # fmt: skip
-    print(how)
+    measured_rates = (
+        f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
+        f"{rate['bytes'] / 1e12:.3g} TB/s in a copy"
+    )
+    print(measured_rates)
     result = {"path": kernel.path(device), "rates": rate, "shapes": {}}
     with kernel.strict(not args.tiny):
         for shape in TINY if args.tiny else full_shapes():
             measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
-            report(shape.name, measured)
+            print_shape(shape.name, measured)
             result["shapes"][shape.name] = measured
     result["machine"] = cli.machine(device)
-    out = args.out or (None if args.tiny else ROOT / "results" / "bench_attention.json")
+    out = args.out or (None if args.tiny else cli.ROOT / "results" / "bench_attention.json")
     if out:
         files.write_json(out, result)
         print(f"wrote {out}")
     if not args.tiny:
         where = "{device}, torch {torch}, {date}, bfloat16".format(**result["machine"])
-        text = f"{where}, {how}\n\n{table(result['shapes'])}"
-        files.fill_in(ROOT / "benchmarks" / "README.md", "attention", text)
+        page.fill_in("attention", f"{where}, {measured_rates}\n\n{table(result['shapes'])}")
 
 
 if __name__ == "__main__":

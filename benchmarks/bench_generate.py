@@ -1,36 +1,39 @@
-"""How fast does the full size stream on one GPU, how far is that from the floor, and from before?
+"""How fast is the full size on one GPU: against its lower bound, the textbook, each speed-up?
 
-    python -m benchmarks.bench_generate                    windows of 5, 15 and 25 seconds
-    python -m benchmarks.bench_generate --rounds 1         the ladder once and not three times
-    python -m benchmarks.bench_generate --floor            computed, without a GPU
+    python -m benchmarks.bench_generate                windows of 5, 15 and 25 seconds
+    python -m benchmarks.bench_generate --rounds 1     the ladder once instead of three times
+    python -m benchmarks.bench_generate --floor        the lower bound, computed without a GPU
 
-Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh a block. First, with the
-first window, a ladder: each speed-up of generate.py on top of those before it, before and after in
-turns; what does not win is left out of the next rungs. Then, with what won, for each window, side
-by side from one run,
+Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh per block.
 
-    floor      multiply-adds of a block's passes, counted by running them without contents, at the
-               rate that this GPU reaches on a large matrix product, measured just before
-    passes     the transformer alone (DiT), medians of the blocks behind a full window
-    end to end with LTX-2's decoders and the mp4, same blocks; and the stages of a block. Without
-               diffusers the passes alone, without av everything but the mp4; both say so
-    TTFC       to the first second, by the passes alone and to its being written, prompts read
-    flat       the last of those blocks beside the first one: seconds, and peak memory until then;
-               the first window's film has --blocks of them
-    textbook   a block with a full window, over and over, as the released inference does it: caches
-               that grow by `cat`, positions asked of the GPU in every attention. Beside it the
-               same block by our caches without any speed-up, and with all that won; a dash where
-               the textbook's caches would not fit
+The ladder comes first, with the first window. It adds the speed-ups of generate.py one by one.
+Runs with and without the new one alternate. If it does not help, the next rungs leave it out.
 
-and peak memory of the film beside the plan of full_size/memory.py. Refuses to measure without the CUDA
-kernel. Writes results/bench_generate.json and the tables of benchmarks/README.md (not with --tiny)
-after every rung and window; begun again on the same day and kind of machine, it goes on behind the
-last of them (remove the JSON after a change of code).
+Then one row for each window, with all speed-ups that helped:
 
-Not measured on a GPU yet. `--device cpu --tiny` runs all of it small, to test the script.
+    floor        lower bound of the passes: their operations, counted on tensors without contents,
+                 at the rate that this GPU reaches on a large matrix product
+    passes       the transformer alone, median of the blocks with a full window
+    end to end   with decoding and mp4, same blocks; without diffusers the passes alone, without
+                 av no mp4
+    TTFC         time to first chunk: passes alone, and until the first second is written; the
+                 prompt is encoded before
+    first, last  time of the first and the last block with a full window, and peak memory until
+                 then; with the first window, a film has --blocks blocks
+    planned      peak memory, as full_size/memory.py computes it
+    textbook     the same block as in the released inference: caches that grow by `cat`, positions
+                 read from the GPU in every attention. Its time is divided by the time of our caches
+                 without any speed-up, and with all that helped; a dash: its caches do not fit
+
+The script refuses to run without the CUDA kernel. After every rung and every window it writes
+results/bench_generate.json and the tables of benchmarks/README.md (not with --tiny). Started again
+on the same day and kind of machine, it continues after the last one. Remove the JSON file after a
+change of code.
+
+`--device cpu --tiny` runs everything at a tiny size, to test the script.
 """
 
-import contextlib
+import copy
 import gc
 import json
 import tempfile
@@ -38,119 +41,117 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from statistics import median_high
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from full_size import faster
-
-ROOT = Path(__file__).resolve().parent.parent
-
 import config
-import dmd
 import generate
 import model
+from benchmarks import page
 from film.mp4 import Movie, av
-from full_size import (
-    decoders,
-    memory,
-    memory_plan,
-)
-from full_size import text as captions
-from full_size import weights as ltx2
+from full_size import decoders, faster, memory, text, weights
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, attention
 from masks import block_span
-from plumbing import (
-    cli,
-    files,
-)
+from plumbing import cli, files
 from plumbing.stopwatch import Stopwatch, settled_median
-from self_forcing import Block
+from rollout import Block
 
-RUNGS = ("qkv", "graph", "beside", "merge")  # of the ladder, in this order
-TINY = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64)
-
-
-# ---- the floor ----
+RUNGS = "qkv", "graph", "beside"  # of the ladder, in this order
 
 
-def flops_of_block(cfg, window, tokens=captions.TOKENS) -> int:
-    """Operations of a block's passes and its refresh, the window full; a multiply-add is two.
+def tiny(cfg):
+    """The same blocks in a model that runs anywhere."""
+    return replace(
+        cfg, num_layers=2, num_heads=2, video_width=32, audio_width=16, height=64, width=64
+    )
+
+
+# ---- the lower bound ----
+
+
+def flops_of_block(cfg, window, tokens=text.TOKENS) -> int:
+    """Operations of the passes and the refresh of a block with a full window.
 
     tokens   of the caption
 
-    All layers do the same, so one of them tells what any number does.
+    A multiply-add counts as two. All layers do the same, so two models tell what a layer adds.
     """
-    none, one = (flops_of_pass(empty(cfg, n), window, tokens) for n in (0, 1))
-    return (none + cfg.num_layers * (one - none)) * len(cfg.sigmas)  # passes, and the refresh
+    one, two = (flops_of_pass(meta_net(cfg, layers), window, tokens) for layers in (1, 2))
+    passes = len(cfg.sigmas)  # the last level is 0, the refresh
+    return (one + (cfg.num_layers - 1) * (two - one)) * passes
 
 
-def empty(cfg, layers):
-    """A net of so many layers, without contents."""
+def meta_net(cfg, layers):
+    """A model with another number of layers, without contents."""
     return model.build(replace(cfg, num_layers=layers), device="meta")
 
 
-def flops_of_pass(net, window, tokens=captions.TOKENS) -> int:
+def flops_of_pass(net, window, tokens=text.TOKENS) -> int:
     """Operations of one pass with a full window."""
     view = CachedView(net.cfg, window + 3, window)
-    text = net.project_text(torch.empty(1, tokens, net.cfg.caption_width, device="meta"))
-    for _ in range(window + 1):  # keys without contents need not be made
-        view.move_on()
+    prompt = net.project_text(torch.empty(1, tokens, net.cfg.caption_width, device="meta"))
+    for _ in range(window + 1):  # full, but nothing is evicted yet, so no past pass is needed
+        view.next_block()
     with FlopCounterMode(display=False) as counter:
-        one_pass(net, view, text)
+        one_pass(net, view, prompt)
     return counter.get_total_flops()
 
 
 def work_of_layers(cfg, window) -> tuple[Counter, int]:
-    """Of one pass: {tokens: weights that each of so many tokens is multiplied with}, and the
-    operations of attention."""
-    net, weights = empty(cfg, 1), Counter()
+    """Work of one pass in all layers.
+
+    -> {tokens: number of weights that are multiplied with so many tokens}, operations of attention
+    """
+    net, sizes = meta_net(cfg, 1), Counter()
 
     def count(layer, inputs, _):
-        weights[inputs[0].shape[-2]] += layer.weight.numel() * cfg.num_layers
+        sizes[inputs[0].shape[-2]] += layer.weight.numel() * cfg.num_layers
 
-    for stream in (net.video, net.audio):
-        for layer in (m for m in stream.layers.modules() if isinstance(m, torch.nn.Linear)):
-            layer.register_forward_hook(count)
-    one, none = (flops_of_pass(n, window) for n in (net, empty(cfg, 0)))
-    del weights[captions.TOKENS]  # the prompt's keys and values are made before, once
-    linear = 2 * sum(tokens * n for tokens, n in weights.items())
-    return weights, cfg.num_layers * (one - none) - linear
+    for layer in (m for m in net.layers.modules() if isinstance(m, nn.Linear)):
+        layer.register_forward_hook(count)
+    one, two = (flops_of_pass(n, window) for n in (net, meta_net(cfg, 2)))
+    del sizes[text.TOKENS]  # keys and values of the prompt are computed before the stream
+    linear = 2 * sum(tokens * n for tokens, n in sizes.items())
+    return sizes, cfg.num_layers * (two - one) - linear
 
 
 def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
-    """What a pass cannot be faster than on a GPU of this rate and bandwidth, as Markdown."""
-    weights, attention = work_of_layers(cfg, window)
+    """Lower bound of one pass on a GPU with this rate and bandwidth, as Markdown."""
+    sizes, attention_flops = work_of_layers(cfg, window)
     lines = [f"| of one pass, {cfg.num_layers} layers | work | floor |", "|---|---|---|"]
-    for tokens, n in sorted(weights.items(), reverse=True):
+    for tokens, n in sorted(sizes.items(), reverse=True):
         work, size = 2 * tokens * n, 2 * n
         seconds = max(work / flops, size / bandwidth)
         lines.append(
             f"| linear layers, {tokens} tokens | {n / 1e9:.1f} G weights: {work / 1e12:.1f} TFLOP, "
             f"{size / 1e9:.1f} GB to be read | {1000 * seconds:.1f} ms |"
         )
-    work = f"{attention / 1e12:.1f} TFLOP | {1000 * attention / flops:.1f} ms"
+    work = f"{attention_flops / 1e12:.1f} TFLOP | {1000 * attention_flops / flops:.1f} ms"
     return "\n".join([*lines, f"| attention | {work} |"])
 
 
 @torch.no_grad()
-def one_pass(net, view, text, sigma=0.0):
-    """A pass over noise, in the block where the view stands."""
+def one_pass(net, view, prompt, sigma=0.0):
+    """Run a pass on noise, in the current block of the view."""
     like, span = next(net.parameters()), block_span(view.block, net.cfg)
     noise = model.draw_noise(1, span, net.cfg, None, like.device, like.dtype)
-    dmd.at_sigma(net, noise, sigma, text, span, view)
+    sigma = like.new_full((1,), sigma)
+    model.predict_x0(net, *noise, sigma, sigma, prompt, span, view)
 
 
-def fill(net, view, text, blocks):
-    """So many blocks to be remembered."""
+def fill(net, view, prompt, blocks):
+    """Put blocks of noise into a cache."""
     for _ in range(blocks):
-        one_pass(net, view, text)
+        one_pass(net, view, prompt)
         view.next_block()
 
 
 def matmul_rate(device, dtype, n=8192) -> float:
-    """Operations a second on a product of n x n matrices."""
+    """Operations per second in a product of n x n matrices."""
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(10):
@@ -161,19 +162,18 @@ def matmul_rate(device, dtype, n=8192) -> float:
     return 2 * n**3 / settled_median(seconds)
 
 
-# ---- what the released inference does ----
+# ---- the textbook ----
 
 
 class TextbookView:
-    """Caches that grow by `cat`, for every attention of every pass; see the module's text.
+    """KV caches that grow by `cat` in every attention of every pass; see the top of this file.
 
-    The same numbers as `CachedView` without a window (OmniForcing v2, ltx-causal).
+    The numbers equal those of a `CachedView` that evicts nothing (OmniForcing v2, ltx-causal).
     """
 
-    block = 0  # counted for whoever asks
-
     def __init__(self):
-        self.past, self.new = {}, {}  # (layer, site) -> keys and values: finished, and in work
+        self.past, self.new = {}, {}  # (layer, site) -> keys and values: finished, current block
+        self.block = 0
 
     def attend(self, layer, site, q, k, v, heads):
         where = layer, site
@@ -194,118 +194,148 @@ class TextbookView:
 # ---- measuring ----
 
 
-def time_passes(net, blocks, window, features, device, merge=False) -> list[float]:
-    """Seconds of every block's passes, the refresh of the block before included."""
-    watch, how = Stopwatch(device), dict(window=window, merge=merge)
-    seconds = blocks * net.cfg.block_seconds
-    for _ in generate.stream(net, "x", seconds, read=lambda _: features, **how):
+class Subject(NamedTuple):
+    """The networks that are measured."""
+
+    net: model.OmniTransformer
+    features: tuple  # of the prompt
+    decoders: list | None  # the three networks of LTX-2; None without diffusers
+    device: torch.device
+
+    @property
+    def dtype(self):
+        return next(self.net.parameters()).dtype
+
+    def with_speedups(self, names):
+        """Return the transformer with exactly these speed-ups.
+
+        Its modules are a copy, so neither speed-ups nor hooks stay on `net`. Its weights are not.
+        """
+        shared = {id(p): p for p in self.net.parameters()}  # deepcopy takes these as copied
+        return faster.sped_up(copy.deepcopy(self.net, shared), names, self.device)
+
+
+def time_passes(net, features, blocks, window, device) -> list[float]:
+    """Seconds of the passes of every block, including the refresh of the block before."""
+    watch, seconds = Stopwatch(device), blocks * net.cfg.block_seconds
+    for _ in generate.stream(net, "x", seconds, window=window, read=lambda _: features):
         watch.passes.append(watch.lap())
     return watch.passes
 
 
 @torch.inference_mode()
-def time_block(net, view, k, features, device, times=5) -> float:
-    """Seconds of the passes of block k and its refresh, in its place behind k others: a median."""
-    text = net.project_text(*features)
-    fill(net, view, text, k)
+def time_block(net, features, view, k, device, times=5) -> float:
+    """Median seconds of the passes and the refresh of block k, after k blocks in the cache."""
+    prompt = net.project_text(*features)
+    fill(net, view, prompt, k)
     watch, seconds = Stopwatch(device), []
     for _ in range(times + 2):
         watch.lap()
         for sigma in net.cfg.sigmas:
-            one_pass(net, view, text, sigma)
+            one_pass(net, view, prompt, sigma)
+        seconds.append(watch.lap())
+    return settled_median(seconds)
+
+
+def time_decoding(subject, blocks=6) -> float:
+    """Seconds to decode a block of noise, median from the third block on."""
+    cfg, device = subject.net.cfg, subject.device
+    decoder, watch = decoders.Decoder(*subject.decoders, cfg), Stopwatch(device)
+    dtype, seconds = next(subject.decoders[0].parameters()).dtype, []
+    for k in range(blocks):
+        noise = model.draw_noise(1, block_span(k, cfg), cfg, None, device, dtype)
+        watch.lap()
+        decoder.decode(Block(k, *noise))
         seconds.append(watch.lap())
     return settled_median(seconds)
 
 
 def frames_per_second(seconds, cfg):
+    """Frames per second if a block takes so many seconds."""
     return cfg.fps * cfg.block_seconds / seconds
 
 
-def full_blocks(passes, window):
-    """Times of the blocks whose window was full and whose passes had been recorded before."""
-    return passes[settled_after(window) :] or passes[-1:]
+def full_blocks(per_block, window):
+    """Drop the values of blocks with a partly filled window, and of blocks that were recorded."""
+    return per_block[settled_after(window) :] or per_block[-1:]
 
 
 def settled_after(window) -> int:
-    """Blocks until the window is full, a turn of the ring in which passes are recorded, and two."""
-    return 2 * (window + 1) + 4
+    """Blocks until the window is full and passes have been recorded at every place of the ring."""
+    return 2 * (window + 1) + 4  # two more for good measure
 
 
-def set_up(net, speedups, device):
-    """The transformer with exactly these speed-ups."""
-    net.fork = contextlib.nullcontext
-    for site in (m for m in net.modules() if isinstance(m, model.Attention)):
-        site.joined = False
-    return faster.sped_up(net, speedups, device)
+def free_memory(device):
+    """Give unused memory of the GPU back."""
+    gc.collect()  # recordings are part of reference cycles
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def climb(rungs, net, nets, features, window, device, rounds, save):
-    """Add the missing rungs: every speed-up on top of those that won so far."""
-    possible, blocks = faster.find_speedups(["all"], net.cfg, device), settled_after(window) + 4
+# ---- the ladder ----
+
+
+def climb(rungs, subject, window, rounds, save):
+    """Add the missing rungs: each speed-up on top of those that helped so far."""
+    possible = faster.find_speedups(["all"], subject.net.cfg, subject.device)
 
     def median_of(speedups):
-        free_memory(device)  # of the recordings before
-        faster, merge = set_up(net, speedups, device), "merge" in speedups
-        passes = time_passes(faster, blocks, window, features, device, merge)
+        free_memory(subject.device)  # of the recordings before
+        net, blocks = subject.with_speedups(speedups), settled_after(window) + 4
+        passes = time_passes(net, subject.features, blocks, window, subject.device)
         return median_high(full_blocks(passes, window))
 
     known = {r["speed_up"] for r in rungs}
     for name in (name for name in RUNGS if name in possible and name not in known):
-        won = won_of(rungs)
-        pairs = [(median_of(won), median_of((*won, name))) for _ in range(rounds)]
+        before = helpful(rungs)
+        pairs = [(median_of(before), median_of((*before, name))) for _ in range(rounds)]
         rungs.append(rung(name, "passes", pairs))
         save()
-    if nets and "channels-last" not in known:
-        rungs.append(layout_rung(nets, net.cfg, device, rounds))
+    if subject.decoders and "channels-last" not in known:
+        rungs.append(layout_rung(subject, rounds))
         save()
 
 
-def won_of(rungs) -> tuple:
-    """Names of the speed-ups that made it faster."""
+def helpful(rungs) -> tuple:
+    """Names of the speed-ups that made the stream faster."""
     return tuple(r["speed_up"] for r in rungs if r["before_over_after"] > 1)
 
 
-def layout_rung(nets, cfg, device, rounds) -> dict:
-    """Both layouts of the decoder in turns."""
+def layout_rung(subject, rounds) -> dict:
+    """Both memory layouts of the video decoder in turns."""
     layouts, pairs = (torch.contiguous_format, torch.channels_last_3d), []
     for _ in range(rounds):
         pairs.append([])
         for layout in layouts:
-            decoders.channels_last(nets, layout)
-            pairs[-1].append(time_decoding(nets, cfg, device))
+            decoders.channels_last(subject.decoders, layout)
+            pairs[-1].append(time_decoding(subject))
     return rung("channels-last", "decoding", pairs)
 
 
 def rung(name, of_what, pairs) -> dict:
-    """Medians over rounds of (before, after) in seconds; the ratio is taken within a round."""
+    """Medians over rounds of (before, after) in seconds; ratios are taken within a round."""
     before, after = (median_high(column) for column in zip(*pairs))
-    ratio = median_high([b / a for b, a in pairs])
-    times = {"before_seconds": before, "after_seconds": after, "before_over_after": ratio}
-    return {"speed_up": name, "of": of_what, **times}
+    return {
+        "speed_up": name,
+        "of": of_what,
+        "before_seconds": before,
+        "after_seconds": after,
+        "before_over_after": median_high([b / a for b, a in pairs]),
+    }
 
 
-def time_decoding(nets, cfg, device, blocks=6) -> float:
-    """Seconds to decode a block of noise, median from the third on."""
-    decoder, watch = decoders.Decoder(*nets, cfg), Stopwatch(device)
-    like = dict(device=device, dtype=next(nets[0].parameters()).dtype)
-    seconds = []
-    for k in range(blocks):
-        block = Block(k, *model.draw_noise(1, block_span(k, cfg), cfg, None, **like))
-        watch.lap()
-        decoder.decode(block)
-        seconds.append(watch.lap())
-    return settled_median(seconds)
+# ---- one window ----
 
 
-def bench_window(net, nets, features, window, blocks, rate, device, speedups=()) -> dict:
-    """One line of the table."""
-    cfg, merge = net.cfg, "merge" in speedups
-    fast, film = set_up(net, speedups, device), None
-    if nets:
-        film = bench_film(fast, nets, features, window, blocks, device, merge)
+def bench_window(subject, window, blocks, rate, speedups=()) -> dict:
+    """Measure one row of the table; rate: see `matmul_rate`."""
+    cfg, device = subject.net.cfg, subject.device
+    fast, film = subject.with_speedups(speedups), None
+    if subject.decoders:
+        film = bench_film(fast, subject, window, blocks)
         passes = film["passes_seconds"]
     else:
-        passes = time_passes(fast, blocks, window, features, device, merge)
+        passes = time_passes(fast, subject.features, blocks, window, device)
     full, floor = full_blocks(passes, window), flops_of_block(cfg, window) / rate
     median = median_high(full)
     row = {
@@ -318,42 +348,35 @@ def bench_window(net, nets, features, window, blocks, rate, device, speedups=())
         "first_and_last_full_block_seconds": [full[0], full[-1]],
     }
     if film:
-        row |= {"film": film, **beside_plan(film, net, window, speedups)}
-    del fast  # recordings hold the caches of their stream
+        row |= {"film": film, **beside_plan(film, subject, window, speedups)}
+    del fast  # its recordings hold the caches of their stream
     free_memory(device)
-    return row | beside_textbook(set_up(net, (), device), features, window, median, device)
+    return row | beside_textbook(subject, window, median)
 
 
-def beside_plan(film, net, window, speedups) -> dict:
-    """Peak memory as planned, and as it was until the first full block and until the last."""
-    blocks, dtype = len(film["passes_seconds"]), next(net.parameters()).dtype
-    plan = memory_plan.total(memory_plan.film_rows(net.cfg, blocks, window, dtype, speedups))
-    peaks = [mb * 2**20 / 1e9 for mb in full_blocks(film["peaks_mb"], window)]
-    return {"plan_gb": plan / 1e9, "first_and_last_peak_gb": [peaks[0], peaks[-1]]}
-
-
-def beside_textbook(net, features, window, fastest, device) -> dict:
-    """The block that has the whole window behind it, by our caches and by the textbook's."""
-    k, dtype = window + 1, next(net.parameters()).dtype  # its cache never forgets; nor need ours
-    ours = time_block(net, CachedView(net.cfg, k + 1), k, features, device)
-    free_memory(device)
-    size = memory_plan.cache_row(net.cfg, k + 1, None, dtype).num_bytes
-    if memory.free_bytes(device) < 1.2 * size:  # it copies one attention's at a time
-        return {"same_block_seconds": ours}
-    book = time_block(net, TextbookView(), k, features, device)
-    ratios = {"textbook_over_ours": book / ours, "textbook_over_fastest": book / fastest}
-    return {"same_block_seconds": ours, "textbook_seconds": book, **ratios}
-
-
-def free_memory(device):
-    """What is not used any more leaves the GPU now; a recording is part of cycles."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+def bench_film(net, subject, window, blocks) -> dict:
+    """The report of a whole film, as generate.py writes it, and the speed of its full blocks."""
+    cfg, watch = net.cfg, Stopwatch(subject.device)
+    decoder = decoders.Decoder(*subject.decoders, cfg, watch=watch.watch)
+    watch.watch_passes(net, len(cfg.sigmas) - 1)
+    seconds, size = blocks * cfg.block_seconds, (cfg.height, cfg.width)
+    with tempfile.TemporaryDirectory() as folder:
+        open_movie = Movie if av else Unwritten
+        movie = open_movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
+        stream = generate.stream(net, "x", seconds, window=window, read=lambda _: subject.features)
+        generate.run(stream, decoder, movie, seconds, watch)
+        movie.close()
+    both = [sum(pair) for pair in zip(watch.passes, watch.output)]
+    return {
+        **watch.report(movie.frames, cfg),
+        "full_blocks_fps": frames_per_second(median_high(full_blocks(both, window)), cfg),
+        "peaks_mb": watch.peaks,
+        "is_written": bool(av),
+    }
 
 
 class Unwritten:
-    """Takes the place of a Movie where the package av is missing: counts frames."""
+    """Replaces a `Movie` where the package av is missing: counts frames."""
 
     def __init__(self, *_):
         self.frames = 0
@@ -365,24 +388,36 @@ class Unwritten:
         pass
 
 
-def bench_film(net, nets, features, window, blocks, device, merge=False) -> dict:
-    """The report of a whole film, as generate.py writes it, and the speed of its full blocks."""
-    cfg, watch = net.cfg, Stopwatch(device)
-    decoder = decoders.Decoder(*nets, cfg, watch=watch.watch)
-    watch.watch_passes(net, len(cfg.sigmas) - 1)
-    seconds = blocks * cfg.block_seconds
-    with tempfile.TemporaryDirectory() as folder:
-        film = f"{folder}/x.mp4", (cfg.height, cfg.width), cfg.fps
-        movie = (Movie if av else Unwritten)(*film, decoder.sample_rate, decoder.channels)
-        how = dict(window=window, merge=merge, read=lambda _: features)
-        stream = generate.stream(net, "x", seconds, **how)
-        generate.run(stream, decoder, movie, seconds, watch)
-        movie.close()
-    del net.forward  # back to that of its class
-    whole = [sum(both) for both in zip(watch.passes, watch.output)]
-    fps = frames_per_second(median_high(full_blocks(whole, window)), cfg)
-    report = watch.report(movie.frames, cfg) | {"full_blocks_fps": fps, "peaks_mb": watch.peaks}
-    return report | {"is_written": bool(av)}
+def beside_plan(film, subject, window, speedups) -> dict:
+    """Planned peak memory, and the measured one until the first and the last full block."""
+    blocks = len(film["passes_seconds"])
+    rows = memory.film_rows(subject.net.cfg, blocks, window, subject.dtype, speedups)
+    peaks = [mb * 2**20 / 1e9 for mb in full_blocks(film["peaks_mb"], window)]
+    return {
+        "plan_gb": memory.total(rows) / 1e9,
+        "first_and_last_peak_gb": [peaks[0], peaks[-1]],
+    }
+
+
+def beside_textbook(subject, window, fastest) -> dict:
+    """Time the block that sees a full window, by our caches and by the textbook's."""
+    net, device, features = subject.with_speedups(()), subject.device, subject.features
+    k = window + 1  # up to this block, nothing is evicted from our cache either
+    ours = time_block(net, features, CachedView(net.cfg, k + 1), k, device)
+    free_memory(device)
+    size = memory.cache_row(net.cfg, k + 1, None, subject.dtype).num_bytes
+    if memory.free_bytes(device) < 1.2 * size:  # it also copies the caches of one attention
+        return {"same_block_seconds": ours}
+    book = time_block(net, features, TextbookView(), k, device)
+    return {
+        "same_block_seconds": ours,
+        "textbook_seconds": book,
+        "textbook_over_ours": book / ours,
+        "textbook_over_fastest": book / fastest,
+    }
+
+
+# ---- tables ----
 
 
 def ladder_table(rungs) -> str:
@@ -403,15 +438,16 @@ def window_table(rows) -> str:
 
 
 def window_cells(row) -> dict:
-    """{column: text}; nothing where there was no film, or no room for the textbook's caches."""
-    film, first_second, end, peaks, plan = row.get("film"), "", "", "", ""
+    """{column: text}; an empty text if there was no film, or no room for the textbook's caches."""
+    film, first_second, end, peaks, plan, book = row.get("film"), "", "", "", "", ""
     if film:
         end = f"{film['full_blocks_fps']:.0f} FPS" + ("" if film["is_written"] else ", no mp4")
         first_second = f"{film['ttfc_passes_seconds']:.2f}, {film['ttfc_seconds']:.2f} s"
         peaks = "{:.1f}, {:.1f} GB".format(*row["first_and_last_peak_gb"])
         plan = f"{row['plan_gb']:.1f} GB"
+    if "textbook_seconds" in row:
+        book = f"{row['textbook_over_ours']:.2f}, {row['textbook_over_fastest']:.2f}"
     times = [1000 * s for s in row["first_and_last_full_block_seconds"]]
-    book = "textbook_seconds" in row and "{textbook_over_ours:.2f}, {textbook_over_fastest:.2f}"
     return {
         "window": f"{row['window_seconds']} s",
         "floor": f"{row['floor_fps']:.0f} FPS",
@@ -421,47 +457,56 @@ def window_cells(row) -> dict:
         "first, last full block": "{:.0f}, {:.0f} ms".format(*times),
         "peak until then": peaks,
         "planned": plan,
-        "textbook ÷ ours: plain, fastest": book and book.format(**row),
+        "textbook ÷ ours: plain, fastest": book,
     }
 
 
-def find_decoders(device, dtype):
-    """LTX-2's decoders full of noise, or none where diffusers is missing; says so."""
-    try:
-        return decoders.random_weights(device, dtype)
-    except ValueError as error:
-        print(f"passes only: {error}")
+def fill_page(about, rungs, rows, window):
+    """Write the tables of benchmarks/README.md, as far as they are measured."""
+    where = "{device}, torch {torch}, {date}, {config}".format(**about)
+    page.fill_in("ladder", f"{where}, window {window} s\n\n{ladder_table(rungs)}")
+    if rows:
+        names = ", ".join(helpful(rungs))
+        page.fill_in("windows", f"{where}, with {names}\n\n{window_table(rows)}")
 
 
-def resumed(out, about) -> tuple[list, list]:
-    """Rungs and rows that an earlier run has measured, today and on such a machine."""
-    found = json.loads(Path(out).read_text()) if Path(out).exists() else {"about": None}
-    return (found["ladder"], found["rows"]) if found["about"] == about else ([], [])
+# ---- the command line ----
 
 
-def main():
+def options():
+    """The command line."""
     p = cli.parser(__doc__)
     p.add_argument("--config", default="full", choices=["full", "released"])
     p.add_argument("--windows", type=int, nargs="+", default=[5, 15, 25], help="seconds")
-    p.add_argument("--blocks", type=int, default=120, help="of the first window's film")
-    p.add_argument("--rounds", type=int, default=3, help="of the ladder, medians of them")
-    p.add_argument("--floor", action="store_true", help="compute the floor of a pass, and no more")
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--tiny", action="store_true", help="a tiny model: tests this script, no more")
-    p.add_argument("--out", default=str(ROOT / "results" / "bench_generate.json"))
-    args = p.parse_args()
+    p.add_argument("--blocks", type=int, default=120, help="length of the first window's film")
+    p.add_argument("--rounds", type=int, default=3, help="rounds of the ladder; medians are taken")
+    p.add_argument("--floor", action="store_true", help="only compute the lower bound of a pass")
+    p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
+    p.add_argument("--tiny", action="store_true", help="a tiny model, only to test this script")
+    out = cli.ROOT / "results" / "bench_generate.json"
+    p.add_argument("--out", default=str(out), help="JSON file to write")
+    return p
+
+
+def main():
+    args = options().parse_args()
     if args.floor:
         return print(floor_table(cli.find_config(args.config), args.windows[0]))
-    device, cfg = cli.find_device(args.device), cli.find_config(args.config)
-    cfg = replace(cfg, sigmas=config.FOUR_STEPS, **(TINY if args.tiny else {}))
+    device = cli.find_device(args.device)
+    cfg = replace(cli.find_config(args.config), sigmas=config.FOUR_STEPS)
+    cfg = tiny(cfg) if args.tiny else cfg
     dtype, first = torch.float32 if args.tiny else torch.bfloat16, args.windows[0]
     if args.blocks < (least := settled_after(first) + 1):
         raise ValueError(f"--blocks {args.blocks}: expected at least {least}")
     if args.rounds < 1:
         raise ValueError(f"--rounds {args.rounds}: expected 1 or more")
-    path = "PyTorch" if args.tiny else kernel.require(device)
-    about = cli.machine(device) | {"config": cfg.name, "tiny": args.tiny, "dtype": str(dtype)}
-    about |= {"attention": path}
+    about = {
+        **cli.machine(device),
+        "config": cfg.name,
+        "tiny": args.tiny,
+        "dtype": str(dtype),
+        "attention": "PyTorch" if args.tiny else kernel.require(device),
+    }
     rungs, rows = resumed(args.out, about)
 
     def save():
@@ -470,38 +515,47 @@ def main():
             fill_page(about, rungs, rows, first)
 
     with kernel.strict(not args.tiny):
-        measure(args, cfg, device, dtype, rungs, rows, save)
+        rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
+        subject = load(cfg, device, dtype, has_decoders=not args.tiny)
+        measure(subject, args, rate, rungs, rows, save)
     print(f"wrote {args.out}")
 
 
-def measure(args, cfg, device, dtype, rungs, rows, save):
-    """Add what is missing of the ladder and of the windows, and save it piece by piece."""
+def resumed(out, about) -> tuple[list, list]:
+    """Rungs and rows that an earlier run measured on the same day and kind of machine."""
+    found = json.loads(Path(out).read_text()) if Path(out).exists() else {"about": None}
+    return (found["ladder"], found["rows"]) if found["about"] == about else ([], [])
+
+
+def load(cfg, device, dtype, has_decoders) -> Subject:
+    """Networks with random weights.  Without diffusers there are no decoders, and a notice."""
+    net = weights.random_weights(cfg, device, dtype)
+    features = text.random_features(["x"], cfg, device, dtype)["x"]
+    nets = None
+    if has_decoders:
+        try:
+            nets = decoders.random_weights(device, dtype)
+        except ValueError as error:
+            print(f"passes only: {error}")
+    return Subject(net, features, nets, device)
+
+
+def measure(subject, args, rate, rungs, rows, save):
+    """Add the missing rungs and rows; save after each of them."""
     first = args.windows[0]
-    rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
-    net = ltx2.random_weights(cfg, device, dtype)
-    features = captions.random_features(["x"], cfg, device, dtype)["x"]
-    nets = None if args.tiny else find_decoders(device, dtype)
-    climb(rungs, net, nets, features, first, device, args.rounds, save)
+    climb(rungs, subject, first, args.rounds, save)
     print(ladder_table(rungs))
-    won = won_of(rungs)
-    if nets:
-        is_last = "channels-last" in won
-        decoders.channels_last(nets, torch.channels_last_3d if is_last else torch.contiguous_format)
-    for window in (w for w in args.windows if w not in {r["window_seconds"] for r in rows}):
+    speedups = helpful(rungs)
+    if subject.decoders:
+        is_last = "channels-last" in speedups
+        layout = torch.channels_last_3d if is_last else torch.contiguous_format
+        decoders.channels_last(subject.decoders, layout)
+    done = {row["window_seconds"] for row in rows}
+    for window in (w for w in args.windows if w not in done):
         blocks = args.blocks if window == first else settled_after(window) + 8
-        rows.append(bench_window(net, nets, features, window, blocks, rate, device, won))
+        rows.append(bench_window(subject, window, blocks, rate, speedups))
         save()
         print(window_table(rows[-1:]))
-
-
-def fill_page(about, rungs, rows, window):
-    """The tables of benchmarks/README.md, as far as they go."""
-    page = ROOT / "benchmarks" / "README.md"
-    how = "{device}, torch {torch}, {date}, {config}".format(**about)
-    files.fill_in(page, "ladder", f"{how}, window {window} s\n\n{ladder_table(rungs)}")
-    if rows:
-        won = ", ".join(won_of(rungs))
-        files.fill_in(page, "windows", f"{how}, with {won}\n\n{window_table(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How long until a newcomer sees a clip, green tests, and a graded exercise?
+"""How long does a newcomer wait for a clip, for the tests, and for a graded exercise?
 
     python -m benchmarks.newcomer
 
-Clones this repository into a temporary folder, makes a fresh virtual environment and follows the
-README, one command after the other, as a person would who reads nothing else. Seconds depend on the
-machine and on how far away the packages are. Writes results/newcomer.json.
+Clones this repository into a temporary folder, makes a fresh virtual environment and runs the
+commands of README.md one after the other. The seconds depend on the machine and on the network.
+Writes results/newcomer.json.
 """
 
 import json
@@ -15,12 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
 
-from plumbing import (
-    cli,
-    files,
-)
+from plumbing import cli, files
 
 STEPS = {
     "clone": "git clone --quiet {root} {folder}",
@@ -32,11 +29,11 @@ STEPS = {
     "take an exercise": "venv/bin/python -m exercises masks",
     "grade it": "venv/bin/python -m pytest -q --exercise masks",
 }
-UNSOLVED = 1  # pytest's exit status: an exercise with holes is graded, and fails
+UNSOLVED = 1  # exit status of pytest: an exercise that nobody has solved fails
 
 
 def timed(command, folder, expected) -> float:
-    """Seconds of a command.  Raises ValueError with its last lines if it ends otherwise."""
+    """Seconds of a command.  Raises ValueError, with its last output, for another exit status."""
     start = time.perf_counter()
     done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
     if done.returncode != expected:
@@ -50,12 +47,12 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "clone"
         for name, command in STEPS.items():
-            command = command.format(root=ROOT, folder=folder, python=sys.executable)
+            command = command.format(root=cli.ROOT, folder=folder, python=sys.executable)
             expected = UNSOLVED if name == "grade it" else 0
             seconds[name] = timed(command, folder if folder.exists() else place, expected)
             print(f"{sum(seconds.values()):7.1f} s  {name} ({seconds[name]} s)", flush=True)
-    about = {"machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
-    files.write_json(ROOT / "results" / "newcomer.json", {"about": about, "seconds": seconds})
+    about = {**cli.machine(torch.device("cpu")), "processor": platform.machine()}
+    files.write_json(cli.ROOT / "results" / "newcomer.json", {"about": about, "seconds": seconds})
     print(json.dumps(about), "wrote results/newcomer.json")
 
 

@@ -1,58 +1,44 @@
 """Exercises: write the missing bodies of a module, and grade them.
 
-    python -m exercises masks                       write answers/masks.py, masks.py with holes
-    python -m pytest --exercise masks               grade it, function by function
-    python -m exercises --hint masks.may_attend 2   print a hint; 1, 2, 3: each tells more
-    python -m exercises --list                      all exercises and your points
-
-For instructors:
-
-    python -m exercises --handout ../course         copy the project without solutions
-    python -m exercises --check                     compare table, modules and tests
+python -m exercises masks                       write answers/masks.py, masks.py with holes
+python -m pytest --exercise masks               grade it, function by function
+python -m exercises --hint masks.may_attend 2   print a hint; 1, 2, 3: each tells more
+python -m exercises --list                      all exercises and your points
+python -m exercises --handout ../course         copy the project without solutions
+python -m exercises --check                     compare table, modules and tests
 """
 
 from exercises import coursework
 from plumbing import cli
 
 
-def options():
-    """Return the parser of the command line."""
+def main():
     p = cli.parser(__doc__)
     p.add_argument("name", nargs="?", help="exercise to start")
     p.add_argument("--force", action="store_true", help="start again: overwrite your work")
     p.add_argument("--list", action="store_true", help="print all exercises and your progress")
-    p.add_argument(
-        "--all", action="store_true", help="start every exercise that is not started yet"
-    )
+    p.add_argument("--all", action="store_true", help="start all that are not started yet")
     p.add_argument("--hint", nargs="+", metavar="NAME.function", help="and a depth, 1 to 3")
-    p.add_argument(
-        "--handout", metavar="FOLDER",
-        help="copy the project without the solutions of NAME and of all later exercises",
-    )  # fmt: skip
+    about = "copy the project without the solutions of NAME and of all later exercises"
+    p.add_argument("--handout", metavar="FOLDER", help=about)
     p.add_argument("--check", action="store_true", help="compare table, modules and tests")
-    return p
-
-
-def main():
-    args = options().parse_args()
+    args, names = p.parse_args(), list(coursework.EXERCISES)
     if args.hint:
         if len(args.hint) > 2:
             raise ValueError(f"--hint {' '.join(args.hint)}: expected one depth")
         print(coursework.hint(*args.hint))
     elif args.check:
-        if found := coursework.problems():
+        if found := [line for name in names for line in coursework.problems(name)]:
             raise ValueError("; ".join(found))
-        count = coursework.plural(len(coursework.EXERCISES), "exercise")
-        print(f"{count}: table, modules and tests agree")
+        print(f"{len(names)} exercises: table, modules and tests agree")
     elif args.handout:
-        first = args.name or next(iter(coursework.EXERCISES))
-        coursework.find(first)  # an unknown name is an error
+        first = args.name or names[0]
         coursework.hand_out(args.handout, first)
         print(f"wrote {args.handout}: {first} and all later exercises are blank")
     elif args.list or not (args.name or args.all):
         print(coursework.overview())
     else:
-        unstarted = [n for n in coursework.EXERCISES if coursework.progress(n) == "not started"]
+        unstarted = [name for name in names if coursework.progress(name) == "not started"]
         for name in [args.name] if args.name else unstarted:
             answer = coursework.shown(coursework.start(name, args.force))
             print(f"wrote {answer}; grade it: python -m pytest --exercise {name}")

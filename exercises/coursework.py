@@ -1,21 +1,17 @@
 """Skeletons of modules, hints, points, progress, and handouts for a course.
 
-The solution of an exercise is the module itself. A skeleton is not stored, but made from it:
-signatures, docstrings and everything else stay, and the body of each function that is listed in
-`exercises/table.toml` becomes a hint and an error. Students write these bodies in
-`answers/NAME.py`, in the order of the table, from easy to hard. A function is graded with the help
-of the functions before it, never of those after it.
+The solution of an exercise is the module itself, so no second copy is stored. In a skeleton, the
+body of each function that `exercises/table.toml` lists becomes a hint and an error; everything else
+stays. Students write these bodies in `answers/NAME.py`, in the order of the table.
 
-Grading (exercises/grader.py) puts the answer in the place of the module, for the tests and for all
-other modules. A test in `tests/test_graded_NAME.py` names the function that it grades:
-`@pytest.mark.points(2, "may_attend")`. Its expected values never come from code that the student
-writes.
-
-`python -m exercises --help` lists the commands.
+grader.py puts the answer in the place of the module, for the tests and for all other modules. A
+test in `tests/test_graded_NAME.py` names its function: `@pytest.mark.points(2, "may_attend")`. Its
+expected values never come from code that the student writes.
 """
 
 import ast
 import json
+import re
 import shutil
 import textwrap
 import tomllib
@@ -24,7 +20,7 @@ from typing import NamedTuple
 
 from plumbing import files
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parent.parent
 ANSWERS = ROOT / "answers"
 # No ordinary tests, no notebooks, no page for instructors: they show solutions.
 HANDED_OUT = (
@@ -65,19 +61,15 @@ class Exercise(NamedTuple):
 
 def read_table() -> dict[str, Exercise]:
     """Return the exercises of table.toml by name."""
-    table = tomllib.loads((ROOT / "exercises" / "table.toml").read_text())
-    return {
-        name: Exercise(
-            row.get("module", name),
-            row["idea"],
-            row["minutes"],
-            [
-                Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
-                for function, task in row["tasks"].items()
-            ],
-        )
-        for name, row in table.items()
-    }
+    exercises = {}
+    for name, row in tomllib.loads((ROOT / "exercises" / "table.toml").read_text()).items():
+        tasks = [
+            Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
+            for function, task in row["tasks"].items()
+        ]
+        module = row.get("module", name)
+        exercises[name] = Exercise(module, row["idea"], row["minutes"], tasks)
+    return exercises
 
 
 EXERCISES = read_table()
@@ -108,16 +100,9 @@ def functions_in(source) -> dict[str, ast.FunctionDef]:
     return found
 
 
-def body_lines(node) -> slice:
-    """Return the lines of a function after its docstring, as indices from 0."""
-    has_docstring = ast.get_docstring(node) is not None
-    first = node.body[0].end_lineno if has_docstring else node.body[0].lineno - 1
-    return slice(first, node.end_lineno)
-
-
 def stub(name, task, indent) -> list[str]:
     """Return the lines that replace a body in a skeleton: the first hint, and an error."""
-    hint = textwrap.wrap(f"{plural(task.points, 'point')}. {task.hints[0]}", 98 - indent)
+    hint = textwrap.wrap(f"Points: {task.points}. {task.hints[0]}", 98 - indent)
     lines = [*hint, f"More: python -m exercises --hint {name}.{task.function} 2"]
     error = f'raise NotImplementedError("{task.function} is not written yet")'
     return [" " * indent + line for line in (*(f"# {line}" for line in lines), error)]
@@ -129,7 +114,9 @@ def skeleton(name, source, solved=0) -> str:
     holes = [(nodes[task.function], task) for task in find(name).tasks[solved:]]
     # From the last to the first: a new body shifts the line numbers of everything after it.
     for node, task in sorted(holes, key=lambda hole: -hole[0].lineno):
-        lines[body_lines(node)] = stub(name, task, node.body[0].col_offset)
+        first = node.body[0]  # its docstring, or its first statement
+        line = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
+        lines[line : node.end_lineno] = stub(name, task, first.col_offset)
     return "\n".join(lines) + "\n"
 
 
@@ -167,15 +154,6 @@ def shown(path) -> str:
 # ---- hints and progress ----
 
 
-def plural(n, noun) -> str:
-    """Return a number and its noun.
-
-    >>> plural(1, "point"), plural(3, "point")
-    ('1 point', '3 points')
-    """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def hint(place, depth=1) -> str:
     """Return a hint for "NAME.function": 1 where to look, 2 how to do it, 3 almost the code.
 
@@ -194,10 +172,8 @@ def hint(place, depth=1) -> str:
 def progress(name) -> str:
     """Return "not started", "not graded", or the points of the latest grading."""
     answer, score = ANSWERS / f"{name}.py", ANSWERS / f"{name}.score.json"
-    if not answer.exists():
-        return "not started"
-    if not score.exists():
-        return "not graded"
+    if not (answer.exists() and score.exists()):
+        return "not graded" if answer.exists() else "not started"
     found = json.loads(score.read_text())
     edited = answer.stat().st_mtime > score.stat().st_mtime
     return f"{found['points']}/{found['max']}" + (", edited since" if edited else "")
@@ -224,24 +200,16 @@ def graded_file(name) -> Path:
 
 def graded_tests(name) -> dict[str, tuple[int, str]]:
     """Return the points and the graded function of each test; (0, "") for a test without them."""
-    found = {}
-    for test, node in functions_in(graded_file(name).read_text()).items():
-        if test.startswith("test_"):
-            marks = [d for d in node.decorator_list if isinstance(d, ast.Call)]
-            marks = [m.args for m in marks if ast.unparse(m.func) == "pytest.mark.points"]
-            found[test] = tuple(map(ast.literal_eval, marks[0])) if marks else (0, "")
-    return found
+    mark = r'(?m)^(?:@pytest\.mark\.points\((\d+), "([\w.]+)"\)\n)?def (test_\w+)'
+    rows = re.findall(mark, graded_file(name).read_text())
+    return {test: (int(points or 0), function) for points, function, test in rows}
 
 
-def problems() -> list[str]:
-    """Return contradictions between the table, the modules and the tests, one line each."""
-    return [f"{name}: {line}" for name in EXERCISES for line in _problems(name)]
-
-
-def _problems(name):
+def problems(name) -> list[str]:
+    """Return contradictions between the table, the module and the tests of an exercise."""
     places = find(name).file, graded_file(name)
     if missing := [shown(path) for path in places if not path.exists()]:
-        return [f"there is no {' and no '.join(missing)}"]
+        return [f"{name}: there is no {' and no '.join(missing)}"]
     nodes, tests = functions_in(places[0].read_text()), graded_tests(name)
     worth = {task.function: task.points for task in find(name).tasks}
     found = [
@@ -257,10 +225,7 @@ def _problems(name):
             found.append(f"there is no function {function}")
         elif nodes[function].lineno == nodes[function].body[0].lineno:
             found.append(f"{function} has its body on the line of its def")
-    return found
-
-
-# ---- for instructors ----
+    return [f"{name}: {line}" for line in found]
 
 
 def hand_out(folder, first):
@@ -269,8 +234,9 @@ def hand_out(folder, first):
     The exercises follow the order of the imports. So the earlier ones are needed, and students may
     read them by then.
 
-    Raises ValueError if the folder is not empty.
+    Raises ValueError for an unknown exercise, or a folder that is not empty.
     """
+    find(first)
     names, folder = list(EXERCISES), Path(folder)
     blank = {find(name).file: name for name in names[names.index(first) :]}
     if folder.exists() and any(folder.iterdir()):

@@ -39,8 +39,8 @@ class Grader:
 
     def __init__(self, name, answers):
         """Raises ValueError, in one line, for an answer that cannot be graded."""
-        self.name, self.answer = name, answers / f"{name}.py"
-        self.module = coursework.find(name).module
+        self.name, self.exercise = name, coursework.find(name)
+        self.answer = answers / f"{name}.py"
         self.file = self.answer.with_suffix(".score.json")
         self.tests = {}  # id of a test -> its row of the score
         self.broken = None  # why the tests could not be collected
@@ -54,24 +54,23 @@ class Grader:
 
     def load(self):
         """Import the answer under the name of the module that it replaces."""
-        spec = importlib.util.spec_from_file_location(self.module, self.answer)
-        sys.modules[self.module] = module = importlib.util.module_from_spec(spec)
-        room, _, name = self.module.rpartition(".")
+        name = self.exercise.module
+        spec = importlib.util.spec_from_file_location(name, self.answer)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        room, _, short = name.rpartition(".")
         if room:  # `import film.decoders` finds the module in sys.modules and sets no attribute
-            setattr(importlib.import_module(room), name, module)
+            setattr(importlib.import_module(room), short, module)
         try:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             self.pytest_unconfigure()
-            raise ValueError(
-                f"{coursework.shown(self.answer)} cannot be imported: "
-                f"{type(error).__name__}: {error}"
-            ) from None
+            why = f"cannot be imported: {type(error).__name__}: {error}"
+            raise ValueError(f"{coursework.shown(self.answer)} {why}") from None
 
     def pytest_unconfigure(self):
         for module in project_modules():
             del sys.modules[module]
-        sys.modules.pop(self.module, None)
+        sys.modules.pop(self.exercise.module, None)
         sys.modules.update(self.originals)
 
     def pytest_collection_finish(self, session):
@@ -108,7 +107,7 @@ class Grader:
         return {
             "exercise": self.name,
             "points": sum(row["points"] for row in rows),
-            "max": coursework.find(self.name).points,
+            "max": self.exercise.points,
             "date": datetime.datetime.now().isoformat(timespec="seconds"),
             "tests": rows,
         }
@@ -117,7 +116,7 @@ class Grader:
     def is_complete(self) -> bool:
         """True if all tests ran; False after -k, -x or Ctrl-C."""
         rows = [row for row in self.tests.values() if row["reason"] != NOT_RUN]
-        return sum(row["max"] for row in rows) == coursework.find(self.name).points
+        return sum(row["max"] for row in rows) == self.exercise.points
 
     def pytest_sessionfinish(self):
         if self.is_complete:
@@ -128,7 +127,7 @@ class Grader:
         terminalreporter.section(f"exercise {self.name}")
         if self.broken:
             return write(f"nothing is graded: {self.broken}")
-        for task in coursework.find(self.name).tasks:
+        for task in self.exercise.tasks:
             rows = [row for row in score["tests"] if row["function"] == task.function]
             got = sum(row["points"] for row in rows) if rows else "-"
             reasons = list(dict.fromkeys(row["reason"] for row in rows if row["reason"]))
@@ -142,26 +141,13 @@ class Grader:
 
 def project_modules() -> dict:
     """Return the imported modules of the project and of its tests, except conftest.py."""
-    return {
-        name: module
-        for name, module in list(sys.modules.items())
-        if name != "conftest" and any(map(is_ours, places_of(module)))
-    }
+    return {n: m for n, m in list(sys.modules.items()) if n != "conftest" and is_ours(m)}
 
 
-def places_of(module) -> list:
-    """Return the file of a module; for a room, which has no __init__.py, its folders."""
-    file = getattr(module, "__file__", None)
-    return [file] if file else list(getattr(module, "__path__", ()))
-
-
-def is_ours(place) -> bool:
-    """Tell whether a file or folder belongs to the project, and not to a package installed in it.
-
-    >>> is_ours(coursework.ROOT / "masks.py"), is_ours(coursework.ROOT / ".venv" / "masks.py")
-    (True, False)
-    """
-    place = Path(place)
-    return place.is_relative_to(coursework.ROOT) and NOT_OURS.isdisjoint(
-        place.relative_to(coursework.ROOT).parts
-    )
+def is_ours(module) -> bool:
+    """Tell whether a module belongs to the project, and not to a package installed inside it."""
+    # A room has no __init__.py: it is a namespace package, with folders instead of a file.
+    file, root = getattr(module, "__file__", None), coursework.ROOT
+    paths = map(Path, [file] if file else getattr(module, "__path__", ()))
+    parts = [path.relative_to(root).parts for path in paths if path.is_relative_to(root)]
+    return any(NOT_OURS.isdisjoint(folders) for folders in parts)

@@ -8,7 +8,7 @@ decoder only the past. The frames of a latent thus depend on latents that do not
     latents    ... 4 5 6 | 7 8 9 | 10        one chunk: context, new inputs, look-ahead
     written              | 7 8 9 |           the part of the result that is kept
 
-More context and look-ahead bring the result closer to that of decoding the whole clip at once.
+With more context and look-ahead, the result is closer to decoding the whole clip at once.
 Look-ahead also delays the output. The number of outputs follows one rule for all decoders: the
 first of T inputs gives `first` outputs, every other input gives `stride`:
 

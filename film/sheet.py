@@ -13,7 +13,6 @@ import torch
 
 import config
 from plumbing import files
-from toy import detectors
 from toy import world as toy_world
 
 VIDEO, AUDIO, SINK = "#2b6cb0", "#dd7a1f", "#8a8f98"
@@ -52,8 +51,10 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
 
 def clip_events(frames, sound, cfg):
     """Return (times, walls) of the impacts that are seen, and of the onsets that are heard."""
-    if not cfg.is_toy:  # the detectors know the toy's ball only
+    if not cfg.is_toy:  # the detectors know only the ball of the toy
         return ((), ()), ((), ())
+    from toy import detectors
+
     ball = detectors.see_ball(frames[None])
     return detectors.find_impacts(ball, cfg)[0], detectors.find_onsets(sound[None], cfg)[0]
 

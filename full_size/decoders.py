@@ -1,7 +1,7 @@
 """The decoders of LTX-2: latents to frames and sound, block by block.
 
-The three networks are those of Hugging Face diffusers: the video VAE, the audio VAE and the
-vocoder. `Decoder` runs them on a stream in overlapping chunks (film/decoders.py).
+The three networks come from Hugging Face diffusers: the video VAE, the audio VAE and the vocoder.
+`Decoder` runs them on a stream in overlapping chunks (film/decoders.py).
 """
 
 from contextlib import contextmanager

@@ -332,6 +332,7 @@ def peak_of_update(nets, loss, batch, layers) -> int:
     """Peak bytes of an update if every network had this number of layers."""
     on_meta = [_meta_net(replace(cfg, num_layers=layers), recipe) for _, cfg, recipe in nets]
     captions = _meta_captions(batch, nets[0][1])
+    model.ropes_of.cache_clear()  # tables left from another count would cost nothing in this one
     with processes.SharedDraws("meta"):  # random numbers become meta tensors as well
         return peak_bytes(lambda: loss(*on_meta, captions, torch.Generator()).backward())
 
@@ -391,6 +392,7 @@ def training_refusal(nets, activations, num_processes, free) -> str:
 def main():
     import ode_regression
 
+    cli.parser(__doc__).parse_args()
     for window in (5, 15, 25):
         print(f"window {window} s, two minutes, bfloat16:")
         print(shown(film_rows(config.FULL, 121, window, torch.bfloat16), 80 * GB), "\n")

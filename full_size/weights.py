@@ -1,28 +1,28 @@
-"""Real weights: everything that ties this code to the published LTX-2 and OmniForcing files.
+"""Published weights: the names and files of LTX-2 and OmniForcing, and ours.
 
-Our model has LTX-2's parameters, tensor by tensor, under names that follow our classes: one class
-per modality, where LTX-2 writes every name twice, once for video and once for audio. The tables
-below are the only place that knows both.
+Our model has the parameters of LTX-2, tensor by tensor, under names that follow our classes. LTX-2
+writes every name twice, once for video and once for audio; we have one class per modality. Only the
+tables below know both:
 
     layers.7.video.self_attn.q_norm  <->  transformer_blocks.7.attn1.q_norm.weight
     layers.7.audio.mlp_in.bias       <->  transformer_blocks.7.audio_ff.net.0.proj.bias
 
-LTX-2's names are those behind `model.diffusion_model.` in `ltx-2-19b-dev.safetensors`; released
-OmniForcing generators use them too. Sinks are in none of these files, only in our model.
+`ltx-2-19b-dev.safetensors` has LTX-2's names after the prefix `model.diffusion_model.`; released
+OmniForcing generators use them too. None of these files contains sinks, only our model does.
 
-Translation is strict. A key too few or too many is refused by name: a model with one matrix left
-at its initial value still runs, and only looks a little worse.
+The translation is strict: a missing or unexpected key is an error that names it. A model with one
+matrix left at its initial value would still run, and only look a little worse.
 
-# Trap: names and shapes do not tell a teacher's file from a student's. Rotary layout, precision of
-# the grid and scale of the gates differ (config.py). LTX-2's file and ours state them in their
-# metadata, which is believed over any config: `--config full` of a student that was trained from
-# LTX-2's split pairs runs split pairs. A released student's file states nothing and gets the flags
-# of its config. Where neither can know, the file is refused (`check_flags`).
+# Trap: names and shapes do not tell a teacher's file from a student's. RoPE layout, grid precision
+and gate scale differ (config.py). A weight file may store these three flags. If it does, they win
+over the config. LTX-2's file and our files store them. So a student that was trained here from
+LTX-2's split pairs runs with split pairs, also under `--config full`. Released students store none,
+so `--config` decides. A file whose flags cannot be determined is refused (`check_flags`).
 
-    python -m full_size.weights                             some names
-    python -m full_size.weights FILE --config released      is it whole, and what does it state?
-    python -m full_size.weights FILE --interleaved OUT      the same in the students' rotary layout
-    python -m full_size.weights FILE --split OUT            the same in LTX-2's
+    python -m full_size.weights                             prints some names
+    python -m full_size.weights FILE --config released      checks a file and prints its flags
+    python -m full_size.weights FILE --interleaved OUT      converts to the students' RoPE layout
+    python -m full_size.weights FILE --split OUT            converts to LTX-2's RoPE layout
 """
 
 import json
@@ -77,7 +77,7 @@ MODULES = {  # "video", "audio" -> our module's name -> LTX-2's, outside and ins
 
 
 def ltx2_name(key) -> str:
-    """LTX-2's name of one of our parameters.
+    """Translate one of our parameter names into LTX-2's.
 
     >>> ltx2_name("layers.7.audio.cross_attn.to_out.bias")
     'transformer_blocks.7.video_to_audio_attn.to_out.0.bias'
@@ -98,12 +98,12 @@ def _joined(modules, module, *rest):
 
 
 def key_table(model) -> dict[str, str]:
-    """Our name -> LTX-2's, for every parameter of a model but the sinks."""
+    """Our name -> LTX-2's name, for all parameters of a model except the sinks."""
     return {key: ltx2_name(key) for key in model.state_dict() if not key.startswith("sinks.")}
 
 
 def from_ltx2(weights, model) -> dict:
-    """Weights under LTX-2's names (without prefix) -> under ours.  The model's sinks are not in it.
+    """Rename weights from LTX-2's names (without prefix) to ours.  Sinks are not among them.
 
     Raises ValueError, naming the first key that is missing or that has no place in the model.
     """
@@ -112,7 +112,7 @@ def from_ltx2(weights, model) -> dict:
 
 
 def to_ltx2(weights, model) -> dict:
-    """Inverse of `from_ltx2`; the sinks, which LTX-2 does not have, are left out."""
+    """Inverse of `from_ltx2`; leaves out the sinks, which LTX-2 does not have."""
     without_sinks = {key: w for key, w in weights.items() if not key.startswith("sinks.")}
     return _renamed(without_sinks, key_table(model))
 
@@ -156,7 +156,7 @@ LATER = {  # switches of LTX-2.3 and 2.5, and the value each has in LTX-2
 
 
 def shards(path) -> list[Path]:
-    """The files of a checkpoint: one `.safetensors`, an index of many, or a folder of either.
+    """List the files of a checkpoint: one `.safetensors`, an index of several, or a folder.
 
     Raises ValueError for anything else, and for a shard that the index names but that is not there.
     """
@@ -185,7 +185,7 @@ def shards(path) -> list[Path]:
 
 
 def transformer_name(key) -> str | None:
-    """LTX-2's name of a transformer tensor without prefix; None for decoders and connectors.
+    """Remove the prefix of a transformer tensor; None for tensors of decoders and connectors.
 
     >>> transformer_name("model.diffusion_model.patchify_proj.bias")
     'patchify_proj.bias'
@@ -200,7 +200,7 @@ def transformer_name(key) -> str | None:
 
 
 def opened(file, device="cpu"):
-    """A safetensors file whose header was read.  Raises ValueError if it is cut short or none."""
+    """Open a safetensors file and read its header.  Raises ValueError if it is incomplete."""
     try:
         return safe_open(file, "pt", device=str(device))
     except (SafetensorError, OSError) as error:
@@ -210,10 +210,10 @@ def opened(file, device="cpu"):
 
 
 class Checkpoint:
-    """Where the transformer's tensors lie; they are read one at a time, straight to the device."""
+    """Where the tensors of the transformer are; they are read one by one, straight to the device."""
 
     def __init__(self, path):
-        """Reads headers only.  Raises ValueError for a file that is cut short or no safetensors."""
+        """Reads headers only.  Raises ValueError for an incomplete or foreign file."""
         self.path, self.metadata = path, {}
         self.where, self.shapes = {}, {}  # of LTX-2's name: (file, key), and shape
         for file in shards(path):
@@ -225,7 +225,7 @@ class Checkpoint:
                         self.shapes[name] = tuple(f.get_slice(key).get_shape())
 
     def settings(self) -> dict:
-        """What the metadata say of the transformer; empty if they say nothing.
+        """The transformer's settings in the metadata; empty if there are none.
 
         Raises ValueError for metadata that cannot be read.
         """
@@ -239,10 +239,10 @@ class Checkpoint:
             ) from None
 
     def flags(self) -> dict:
-        """The flags that the file states, as fields of Config.
+        """The flags that the file stores, as fields of Config.
 
-        Raises ValueError for a later generation of LTX-2, naming the switch that tells, and for a
-        flag that says something unheard of.
+        Raises ValueError for a later generation of LTX-2, naming the switch that shows it, and for
+        an unknown value of a flag.
         """
         stated = self.settings()
         for switch, ours in LATER.items():
@@ -277,16 +277,15 @@ class Checkpoint:
 
 
 def check_flags(path, stated, cfg):
-    """Raises ValueError for flags that neither the file nor the config can know.
+    """Raises ValueError for flags that neither the file nor the config determines.
 
-    stated   what the file says, as fields of Config. It wins: whoever made the weights wrote it,
-             and a student that starts from LTX-2 keeps LTX-2's flags
-    cfg      says the rest; not if the file contradicts it, for then it describes other weights
-
-    A file that states nothing is a student's (LTX-2's own states all) and runs with students' flags
-    only.
-    # Trap: a file of LTX-2's that was saved again without its metadata is taken for a student's.
+    stated   flags that the file stores, as fields of Config; they win over the config
+    cfg      determines the other flags, unless the file contradicts it: then it describes other
+             weights
     """
+    # A file without any flag is a released student (LTX-2's own file stores all three), so only
+    # the flags of a student fit.
+    # Trap: a file of LTX-2 that was saved again without its metadata is taken for a student.
     unstated = [field for field, *_ in FLAGS.values() if field not in stated]
     others = [field for field in stated if stated[field] != getattr(cfg, field)]
     if unstated and others:
@@ -302,7 +301,7 @@ def check_flags(path, stated, cfg):
 
 
 def told(cfg, stated) -> str:
-    """Each flag, and who says so.
+    """Describe each flag and its source.
 
     >>> told(config.FULL, {"rope_layout": "split"})[:71]
     'rope_layout=split (stated by the file, over interleaved of config full)'
@@ -319,16 +318,16 @@ def told(cfg, stated) -> str:
 
 
 class Source:
-    """A published transformer whose every name, shape and flag was checked, ready to be read."""
+    """A published transformer, with all names, shapes and flags checked, ready to be read."""
 
     def __init__(self, path, cfg, say=print):
-        """Reads no weights yet, so that a wrong file is refused in the first second.
+        """Reads no weights yet, so a wrong file is refused in the first second.
 
-        cfg   shape, blocks and sinks; the three flags are the file's, where it states them
-        say   is told the flags that are used
+        cfg   shape, blocks and sinks; the three flags, unless the file stores them
+        say   called with a line about the flags
 
-        Raises ValueError for a file that is not whole, lacks a tensor, has one too many or one of
-        another shape, or whose flags nobody knows.
+        Raises ValueError for an incomplete file, for a tensor that is missing, unexpected or of
+        another shape, and for flags that cannot be determined.
         """
         self.path, self.checkpoint, self.say = path, Checkpoint(path), say
         stated = self.checkpoint.flags()
@@ -343,7 +342,7 @@ class Source:
         return build(self.cfg, device="meta")
 
     def _places(self, net) -> dict[str, str]:
-        """LTX-2's name -> ours, of every tensor of the file."""
+        """LTX-2's name -> our name, for every tensor of the file."""
         table = {theirs: ours for ours, theirs in key_table(net).items()}
         where = self.checkpoint.where
         for name in [name for name in where if SINKS in name]:
@@ -365,7 +364,7 @@ class Source:
                 )
 
     def fingerprint(self) -> str:
-        """A short hash of the exits, which every training moves."""
+        """A short hash of the output projections, which every training changes."""
         exits, found = [n for n, ours in self.table.items() if "proj_out" in ours], {}
         for name in exits:
             file, key = self.checkpoint.where[name]
@@ -374,7 +373,7 @@ class Source:
         return files.fingerprint(found)
 
     def tensors(self, device="cpu", dtype=torch.bfloat16):
-        """Yield (our name, tensor) of every parameter, fresh sinks among them if it has none."""
+        """Yield (our name, tensor) for every parameter; new sinks if the file has none."""
         for name, tensor in self.checkpoint.read(device, dtype):
             yield self.table[name], tensor
         if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
@@ -384,19 +383,19 @@ class Source:
             yield "sinks.tokens", sinks.to(device, dtype)
 
     def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-        """Read once, tensor by tensor to where it belongs: there is no second copy in memory."""
+        """Read the file once, tensor by tensor: there is no second copy in memory."""
         net = self._empty()
         files.load_into(net, dict(self.tensors(device, dtype)), self.path, assign=True)
         return net.requires_grad_(False).eval()
 
 
 def load(path, cfg, device="cpu", dtype=torch.bfloat16, say=print) -> OmniTransformer:
-    """The transformer of a published file; see `Source`."""
+    """Load the transformer of a published file; see `Source`."""
     return Source(path, cfg, say).load(device, dtype)
 
 
 def save(path, tensors, cfg, made_by):
-    """Write weights under LTX-2's names and with their flags, as `Source` reads them."""
+    """Write weights under LTX-2's names and with flags, as `Source` reads them."""
     table = {ours: f"{PREFIXES[0]}{ltx2_name(ours)}" for ours in tensors if ours != "sinks.tokens"}
     named = {table.get(ours, SINKS): x.contiguous() for ours, x in tensors.items()}
     flags = {  # in the words of LTX-2's metadata
@@ -409,7 +408,7 @@ def save(path, tensors, cfg, made_by):
 
 
 def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-    """A model of that size full of noise, drawn on the device: for measuring speed and memory."""
+    """A model with random weights, drawn on the device: to measure speed and memory."""
     net = build(cfg, device="meta").to(dtype).to_empty(device=device)
     torch.manual_seed(0)
     for name, p in net.named_parameters():
@@ -424,23 +423,20 @@ def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
 
 
 def to_interleaved(weights, cfg) -> dict:
-    """Our weights of a `split` model -> those of an `interleaved` model that computes the same.
-
-    Attention does not care how channels are ordered inside a head, if queries and keys agree. So
-    a teacher's weights can start a student exactly where the teacher stands. (The official code
-    copies them as they are, and training has to absorb the difference.) At the command line:
-    `python -m full_size.weights FILE --interleaved OUT`.
-    """
+    """Convert weights of a `split` model to an `interleaved` model that computes the same."""
+    # The order of channels inside a head does not matter if queries and keys have the same one, so
+    # a student can start exactly as its teacher. (The official code copies the weights unchanged,
+    # and training has to absorb the difference.)
     return _reordered(weights, lambda w: _interleave_rows(w, cfg.num_heads))
 
 
 def to_split(weights, cfg) -> dict:
-    """Inverse of `to_interleaved`, bit by bit; at the command line, `--split OUT`."""
+    """Inverse of `to_interleaved`, bit by bit."""
     return _reordered(weights, lambda w: _split_rows(w, cfg.num_heads))
 
 
 def _reordered(weights, reorder):
-    """Weights with other rows in whatever makes queries and keys that rotate."""
+    """Reorder the rows of everything that produces rotated queries and keys."""
     rotated = (".self_attn.", ".cross_attn.")
     moved = (".to_q.weight", ".to_q.bias", ".to_k.weight", ".to_k.bias", ".q_norm", ".k_norm")
     return {
@@ -468,12 +464,12 @@ def _split_rows(w, heads):
 
 
 def show_names():
-    """What the tables say, at a glance."""
+    """Print how many tensors have a name in LTX-2's files, and two of the names."""
     for cfg in (config.LTX2, config.FULL, config.RELEASED):
         table = key_table(build(cfg, device="meta"))
         assert len(set(table.values())) == len(table) == 3510
         print(f"{cfg.name}: {len(table)} tensors have a name in LTX-2's files")
-    for ours in ("video.layers.0.self_attn.to_q.weight", "audio.adaln_gate.linear.bias"):
+    for ours in ("layers.0.video.self_attn.to_q.weight", "audio.adaln_gate.linear.bias"):
         print(f"    {ours:40} {table[ours]}")
 
 
@@ -481,9 +477,9 @@ REORDER = {"interleaved": to_interleaved, "split": to_split}
 
 
 def convert(source, layout, path):
-    """Write a transformer in the other rotary layout: it computes the same, in bfloat16.
+    """Write a transformer in the other RoPE layout, in bfloat16; it computes the same.
 
-    Raises ValueError if it has that layout, or if no file can be written there.
+    Raises ValueError if it has that layout already, or if the file cannot be written.
     """
     if source.cfg.rope_layout == layout:
         raise ValueError(f"{source.path}: its pairs are {layout} already; nothing to convert")
@@ -496,10 +492,12 @@ def convert(source, layout, path):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("file", nargs="?", help="a transformer to be checked; none: names are shown")
-    p.add_argument("--config", default="ltx2", help="its shape and sinks: ltx2, full, released")
-    p.add_argument("--interleaved", metavar="OUT", help="write it in the students' rotary layout")
-    p.add_argument("--split", metavar="OUT", help="write it in LTX-2's rotary layout")
+    p.add_argument("file", nargs="?", help="transformer to check; without it, names are printed")
+    p.add_argument(
+        "--config", default="ltx2", help="config of its shape and sinks: ltx2, full, released"
+    )
+    p.add_argument("--interleaved", metavar="OUT", help="write it in the students' RoPE layout")
+    p.add_argument("--split", metavar="OUT", help="write it in LTX-2's RoPE layout")
     args = p.parse_args()
     if not args.file:
         return show_names()

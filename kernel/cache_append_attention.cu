@@ -221,7 +221,7 @@ __global__ void append(const __grid_constant__ Args a) {
     float *partial = (float *)shared;  // (warps) sums of squares
     const int token = blockIdx.x, which = blockIdx.z;  // 0: q, 1: k, 2: v
     const int h = threadIdx.x / UNITS, u = threadIdx.x % UNITS;
-    const bool split = a.split, has_pairs = h < a.H;  // not every thread of the last warp has
+    const bool split = a.split, has_pairs = h < a.H;  // false: spare threads of the last warp
     const Projection &p = which == 0 ? a.q : a.k;
     if (token >= p.tokens) return;  // Q and T may differ
     const size_t width = a.H * D, row = (size_t)blockIdx.y * p.tokens + token;

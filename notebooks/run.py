@@ -1,12 +1,13 @@
 """Execute the notebooks in place, from the first cell to the last, without Jupyter.
 
-    python notebooks/run.py             all of them; outputs and pictures are written back
-    python notebooks/run.py 01 06       those whose names begin like this
-    python notebooks/run.py --check     execute and say whether every cell ran; write nothing
+    python notebooks/run.py             all notebooks; outputs and pictures are written back
+    python notebooks/run.py 01 06       the notebooks whose names begin with 01 or 06
+    python notebooks/run.py --check     execute only: does every cell run? Writes nothing
 
-Each notebook runs in a process of its own, in its own folder, so that none finds anything that
-another one left behind. The cells are plain Python: what they print is kept, and so is the value of
-a last line, as Jupyter would show it: a PNG (`_repr_png_` or a figure), HTML (`_repr_html_`), text.
+Each notebook runs in a process of its own, which starts in this folder, so no notebook finds
+anything that another one left behind. Cells are plain Python. What a cell prints is kept, and so is
+the value of its last line, in the forms that Jupyter shows: a PNG (`_repr_png_` or a figure), HTML
+(`_repr_html_`), text.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import traceback
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-DPI = 80  # of figures that a cell leaves open
+DPI = 80  # resolution of figures that a cell leaves open
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -32,18 +33,19 @@ METADATA = {
 
 
 class CellError(Exception):
-    """A cell failed; the message names it and shows its traceback."""
+    """A cell failed.  The message names the cell and shows the traceback."""
 
 
 # ---- one cell ----
 
 
 def run_cell(source, namespace, title) -> list[dict]:
-    """Execute one cell in the namespace of those before it; its outputs, as a notebook has them.
+    """Execute one cell; return its outputs in the format of notebook files.
 
-    title   stands for a file name in tracebacks
+    namespace   variables of the earlier cells; the cell adds its own
+    title       file name to show in tracebacks
     """
-    # without this neither a traceback nor inspect.getsource would find the cell's lines
+    # Tracebacks and inspect.getsource look up the lines of a cell here.
     linecache.cache[title] = (len(source), None, source.splitlines(keepends=True), title)
     statements, last = ast.parse(source).body, None
     if statements and isinstance(statements[-1], ast.Expr):
@@ -63,7 +65,7 @@ def run_cell(source, namespace, title) -> list[dict]:
 
 
 def output(kind, value) -> dict:
-    """A value in every form that a notebook may show it in."""
+    """Return a notebook output with every form in which this value can be shown."""
     data = {"text/plain": lines(repr(value))}
     if hasattr(value, "_repr_html_"):
         data["text/html"] = lines(value._repr_html_())
@@ -73,6 +75,7 @@ def output(kind, value) -> dict:
 
 
 def png_of(value) -> bytes | None:
+    """Return a picture or a figure as a PNG, anything else as None."""
     if hasattr(value, "_repr_png_"):
         return value._repr_png_()
     if hasattr(value, "savefig"):
@@ -83,7 +86,7 @@ def png_of(value) -> bytes | None:
 
 
 def open_figures():
-    """Figures that the cell has drawn and not closed; they are closed on the way."""
+    """Yield the figures that the cell has left open, and close them."""
     plt = sys.modules.get("matplotlib.pyplot")
     for number in plt.get_fignums() if plt else ():
         figure = plt.figure(number)
@@ -92,7 +95,7 @@ def open_figures():
 
 
 def lines(text) -> list[str]:
-    """As notebooks store text: one string a line."""
+    """Split text as notebook files store it: one string per line."""
     return text.splitlines(keepends=True)
 
 
@@ -100,11 +103,12 @@ def lines(text) -> list[str]:
 
 
 def code_cells(notebook) -> list[dict]:
+    """Return the code cells in order."""
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
 
 
 def execute(notebook, name):
-    """Run all code cells in order; fill in their outputs and counts.  Raises CellError."""
+    """Run all code cells in order, and store their outputs and counts.  Raises CellError."""
     namespace = {"__name__": "__main__"}
     for count, cell in enumerate(code_cells(notebook), 1):
         title = f"{name}, code cell {count}"
@@ -121,9 +125,9 @@ def execute(notebook, name):
 
 
 def work(path, check):
-    """Execute one notebook file and report in a line; the body of a process of its own."""
+    """Execute one notebook file and print one line about it.  Runs in a process of its own."""
     os.environ.setdefault("MPLBACKEND", "Agg")
-    os.chdir(FOLDER)  # where Jupyter would be
+    os.chdir(FOLDER)  # Jupyter starts a notebook in its own folder
     notebook, start = json.loads(path.read_text(encoding="utf-8")), time.perf_counter()
     try:
         execute(notebook, path.stem)
@@ -131,7 +135,7 @@ def work(path, check):
         sys.exit(str(error))
     if not check:
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        beside = path.with_suffix(".partial")  # a kill must not leave half a notebook
+        beside = path.with_suffix(".partial")  # so that a kill never leaves half a notebook
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     cells, seconds = len(code_cells(notebook)), time.perf_counter() - start
@@ -143,7 +147,7 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("names", nargs="*", help="beginnings of names; default: every notebook")
+    p.add_argument("names", nargs="*", help="first characters of names; default: all notebooks")
     p.add_argument("--check", action="store_true", help="execute only, write nothing")
     args = p.parse_args()
     paths = sorted(FOLDER.glob("*.ipynb"))

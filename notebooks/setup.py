@@ -37,5 +37,6 @@ def missing_packages(requirements) -> list[str]:
 
 def smaller(figure, factor=0.65):
     """Shrink a figure but not its text: labels stay readable in a small picture."""
-    figure.set_size_inches(figure.get_size_inches() * factor)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width * factor, height * factor + 0.2)  # room for the labels below
     return figure

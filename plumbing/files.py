@@ -1,7 +1,7 @@
-"""Weight files: written beside their target and renamed, checked when read, never unpickled.
+"""Weight files: written under a temporary name and renamed, checked when read, never unpickled.
 
-A `.safetensors` file holds tensors and a few strings. Ours carry the config under "config" and, in
-"made_by", what produced them (command, steps, minutes, versions), both as JSON.
+A `.safetensors` file holds tensors and a few strings. Files of this project hold two, as JSON: the
+config, and "made_by", a record of how they were made (command, steps, minutes, versions).
 """
 
 import hashlib
@@ -19,69 +19,54 @@ from config import Config
 
 
 def write_beside(path, write):
-    """Call `write(temporary path)`, then rename: a reader never meets half a file."""
+    """Call `write(temporary path)`, then rename the result to `path`; make missing folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Renaming is atomic: a reader never finds half a file, even if the process dies.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
-        temporary.chmod(0o644)
+        temporary.chmod(0o644)  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def check_writable(path, makes_folders=False):
-    """Raises ValueError if no file can be written there.
+    """Raise ValueError if no file can be written there.
 
-    makes_folders   those that are missing will be made, as `write_beside` does
+    makes_folders   missing folders are no error: the writer makes them, like `write_beside`
     """
     folder = Path(path).resolve().parent
     while makes_folders and not folder.exists():
         folder = folder.parent
     if not folder.exists():
         raise ValueError(f"{path}: folder {folder} does not exist; create it first")
-    try:  # permissions do not tell: root has them all, in /proc too
-        with tempfile.TemporaryFile(dir=folder):
-            is_writable = not Path(path).is_dir()
+    try:  # permission bits do not answer this: root may write everywhere, but not in /proc
+        if Path(path).is_dir():
+            raise IsADirectoryError
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError:
-        is_writable = False
-    if not is_writable:
-        raise ValueError(f"{path}: not writable; choose another place")
+        raise ValueError(f"{path}: not writable; choose another place") from None
 
 
 def write_json(path, value):
-    """Write a value as JSON, indented, with `write_beside`."""
+    """Write a value as indented JSON, with `write_beside`."""
     write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
-def fill_in(path, name, text):
-    """Replace what stands between two marks of a Markdown file, <!-- name --> twice.
-
-    Raises ValueError for a file without these marks.
-    """
-    mark, old = f"<!-- {name} -->", Path(path).read_text()
-    if old.count(mark) != 2:
-        raise ValueError(
-            f"{path}: expected the mark {mark} twice, found it {old.count(mark)} times"
-        )
-    before, _, after = old.split(mark)
-    new = f"{before}{mark}\n{text}\n{mark}{after}"
-    write_beside(path, lambda p: p.write_text(new))
-
-
 def save_weights(path, tensors, cfg, made_by):
-    """Write a dict of tensors with its config and a dict that says how it was made."""
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
+    """Write a dict of tensors with its config and `made_by`, a dict that says how it was made."""
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}  # no slices
     metadata = {"config": json.dumps(cfg.to_dict()), "made_by": json.dumps(made_by)}
     write_beside(path, lambda p: save_file(tensors, p, metadata))
 
 
 def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
-    """Tensors, config and made_by of a file that `save_weights` wrote.
+    """Return tensors, config and made_by of a file that `save_weights` wrote.
 
-    Raises ValueError, in one line that names it, for a file that is missing, incomplete, not a
-    safetensors file, not of this project or of an earlier version, or that contains a NaN.
+    Raises ValueError, in one line with the path, for a file that is missing or incomplete, contains
+    NaN, or was not written by this version of the project.
     """
     tensors, metadata = read_tensors(path, device)
     if '"rope_dealing"' in metadata["config"]:  # a field of the earlier version's config
@@ -89,7 +74,7 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
             f"{path}: has the names of an earlier version; rename them: "
             f"python -m plumbing.rename {path}"
         )
-    for name, t in tensors.items():
+    for name, t in tensors.items():  # otherwise it would only show in the film
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
     try:
@@ -100,7 +85,7 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
 
 
 def read_tensors(path, device="cpu") -> tuple[dict, dict]:
-    """Tensors and metadata of a file of this project, of any version; errors as in `read_weights`."""
+    """Return tensors and metadata of a file of any version; errors as in `read_weights`."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -117,7 +102,7 @@ def read_tensors(path, device="cpu") -> tuple[dict, dict]:
 
 
 def read_config(text) -> Config:
-    """A config from its JSON.  Raises ValueError, which names no file yet, if it is none.
+    """Read a config from JSON.  Raises ValueError, without the path, if it is not a config.
 
     >>> read_config('{"num_layers": "four"}')
     Traceback (most recent call last):
@@ -125,7 +110,8 @@ def read_config(text) -> Config:
     """
     if not isinstance(values := json.loads(text), dict):
         raise ValueError(f"a config of {values!r}")
-    kinds = {float: (int, float), tuple[float, ...]: list}  # as JSON has them
+    # In JSON, a tuple is a list, and 1.0 may be written as 1.
+    kinds = {float: (int, float), tuple[float, ...]: list}
     for f in fields(Config):
         if f.name in values and not isinstance(values[f.name], kinds.get(f.type, f.type)):
             raise ValueError(f"{f.name}={values[f.name]!r}")
@@ -133,8 +119,8 @@ def read_config(text) -> Config:
 
 
 def check_config(path, theirs, ours):
-    """Raises ValueError, naming a field, if a file's config is not `ours`; names may differ."""
-    for name, value in ours.to_dict().items():
+    """Raise ValueError, naming a field, if the config of a file is not `ours`."""
+    for name, value in ours.to_dict().items():  # another name alone is no error
         if name != "name" and getattr(theirs, name) != value:
             raise ValueError(
                 f"{path}: made for config {theirs.name!r} with {name}={getattr(theirs, name)!r}; "
@@ -143,25 +129,27 @@ def check_config(path, theirs, ours):
 
 
 def fingerprint(tensors) -> str:
-    """A short hash of a dict of tensors, to notice that they are others.
+    """Return a short hash of a dict of tensors, to recognise them.
 
     >>> fingerprint({"x": torch.zeros(3)}) == fingerprint({"x": torch.ones(3)})
     False
     """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(tensors):  # the order of the dict must not matter
         digest.update(name.encode() + tensors[name].detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
 def load_into(module, tensors, path, assign=False):
-    """Fill a module with exactly these tensors; `assign` takes them over instead of copying.
+    """Load exactly these tensors into a module; with `assign`, it uses them without copying.
 
-    Raises ValueError that names the first tensor that is missing, unexpected or of another shape.
+    Raises ValueError, naming one tensor, if some are missing, unexpected or of another shape.
     """
+    # Our own checks: PyTorch's error lists all tensors, on many lines, without the path.
     want = module.state_dict()
-    for name in sorted(want.keys() ^ tensors.keys()):
-        raise ValueError(f"{path}: tensor {name} is {'missing' if name in want else 'unexpected'}")
+    if odd := sorted(want.keys() ^ tensors.keys()):
+        kind = "missing" if odd[0] in want else "unexpected"
+        raise ValueError(f"{path}: tensor {odd[0]} is {kind}")
     for name, t in tensors.items():
         if t.shape != want[name].shape:
             raise ValueError(

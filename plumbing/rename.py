@@ -33,23 +33,24 @@ def new_name(name) -> str:
     return name
 
 
-def rename(path):
-    """Rewrite one file in place."""
+def rename(path) -> bool:
+    """Rewrite one file in place; return False, and do nothing, if it has today's names already."""
     tensors, metadata = files.read_tensors(path)
-    tensors = {new_name(name): x for name, x in tensors.items()}
     cfg = json.loads(metadata["config"])
-    if "rope_dealing" in cfg:
-        cfg["rope_heads"] = HEADS[cfg.pop("rope_dealing")]
+    if "rope_dealing" not in cfg:
+        return False
+    cfg["rope_heads"] = HEADS[cfg.pop("rope_dealing")]
+    tensors = {new_name(name): x for name, x in tensors.items()}
     metadata = {**metadata, "config": json.dumps(cfg)}
     files.write_beside(path, lambda p: save_file(tensors, p, metadata))
+    return True
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("files", nargs="+", help="weight files, rewritten in place")
     for path in p.parse_args().files:
-        rename(path)
-        print(f"renamed {path}")
+        print(f"{path}: {'renamed' if rename(path) else 'has these names already'}")
 
 
 if __name__ == "__main__":

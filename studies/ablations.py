@@ -1,6 +1,6 @@
-"""How would other trainings turn out?  Short trainings of stage II, one change at a time.
+"""What would other trainings give?  Short trainings of stage II, one change at a time.
 
-evaluate.py and compare.py measure trained students; this file trains the students it measures.
+This file trains students and measures them. evaluate.py and compare.py train nothing.
 
     python -m studies.ablations sinks      with and without sinks, in both block layouts, with other
                                    attentions and in half precision: what happens to the gradients?
@@ -19,7 +19,7 @@ Columns of `sinks`:
     entropy     of A0's attention, in nats; mean over layers and heads
     share       of A0's attention that goes to the sinks; mean over layers and heads
 
-Max norm and loss are the paper's columns. The columns of `switches` are those of compare.py.
+The paper reports max norm and loss. evaluate.py explains the columns of `switches`.
 """
 
 import json
@@ -348,7 +348,7 @@ def switches(args) -> Callable:
 
 
 def check(args):
-    """Raises ValueError, before any work is done, for what cannot be trained or written."""
+    """Raises ValueError, before any work is done, for options that cannot work."""
     least = BURN_IN + 1 if args.ablation == "sinks" else 1  # norms count after BURN_IN only
     if args.steps < least:
         raise ValueError(f"--steps {args.steps}: expected at least {least}")
@@ -384,7 +384,7 @@ def main():
 
 
 def measure_variants(names, measure, args) -> dict:
-    """Return the rows of all variants; skip those that an interrupted run has measured."""
+    """Return the rows of all variants; do not measure a variant again after an interruption."""
     file, done = Path(args.run) / f"{args.ablation}.json", {}
     if file.exists() and (state := json.loads(file.read_text()))["command"] == args.command:
         done = state["rows"]

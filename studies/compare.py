@@ -1,7 +1,7 @@
-"""What does each part contribute?  Trained students, compared by one change at a time.
+"""What does each part contribute?  Trained students, compared with one change at a time.
 
-evaluate.py has one table of the stages as shipped; this file changes something about them, or
-compares them with students of other trainings. Nothing is trained here: ablations.py trains.
+This file changes how students are streamed, or compares students of different trainings.
+evaluate.py measures the released models as they are; ablations.py trains students of its own.
 
     python -m studies.compare drift     a minute of streaming by stages II and III: smaller and
                                     larger windows, fewer passes, no refresh, nothing pinned
@@ -20,9 +20,9 @@ compares them with students of other trainings. Nothing is trained here: ablatio
 
 Each writes results/NAME.json, .md and .png; the last two write only assets/NAME.png.
 
-The metrics are those of evaluate.py, compared with other clips: Frechet distances with the first
-five seconds of the ground-truth clips of the same captions, so they cannot be compared with those
-of evaluate.py; event rates and spread with these clips in the same seconds.
+evaluate.py defines the metrics. Two things differ here. Frechet distances are measured to the first
+five seconds of the ground-truth clips of the same captions, so do not compare them with the numbers
+of evaluate.py. Event rates and spread are relative to these clips in the same seconds.
 """
 
 import copy

@@ -1,13 +1,13 @@
 """The toy JavisBench: how good are the clips of a model, are they in sync, and for how long?
 
-This is the one table of all stages, and the metrics that compare.py and ablations.py use. Every row
-is measured on the same held-out captions by the same detectors. toy/detectors.py defines the
-detectors, F1, DeSync and wall; this file defines the other metrics:
+This file measures the released models of all stages in one table. compare.py and ablations.py use
+its metrics. Every row has the same held-out captions and the same detectors. toy/detectors.py
+defines the detectors, F1, DeSync and wall; this file defines the other metrics:
 
     F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
     DeSync    ms between the two, within 250 ms; `capped` counts a missing partner as 300 ms
     wall      the sound comes from the wall that was hit
-    impacts, onsets   event rates, divided by those of the ground-truth clips (first 5 s, same
+    impacts, onsets   event rates, divided by the rates of the ground-truth clips (first 5 s, same
               captions and seeds). F1 alone does not penalise missing events
     caption   colour, speed and material as in the caption (mean of the three; the JSON has each)
     whole     frames with exactly one ball of the right size

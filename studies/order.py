@@ -50,6 +50,7 @@ ORDER = (
     "studies/compare.py",
     "studies/ablations.py",
     "studies/reproduce.py",
+    "benchmarks/page.py",
     "benchmarks/bench_attention.py",
     "benchmarks/bench_generate.py",
     "benchmarks/bench_decode.py",

@@ -80,7 +80,7 @@ class Film:
 
 
 def draw_masks(cfg, blocks=4, window=None):
-    """Draw the four masks of a clip: the colour is that of the key's stream, lines mark blocks."""
+    """Draw the four masks of a clip, coloured by the stream of the key; lines mark blocks."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained")
     all_masks = masks.four_masks(cfg, blocks, window)
     video, audio = masks.video_token_blocks(blocks, cfg), masks.audio_token_blocks(blocks, cfg)

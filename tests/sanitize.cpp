@@ -13,7 +13,7 @@
 #define HEAD_SIZES(X) X(24) X(64)
 #endif
 #ifndef SOURCE
-#define SOURCE "../cache_append_attention.cu"
+#define SOURCE "../kernel/cache_append_attention.cu"
 #endif
 #include SOURCE
 

@@ -1,6 +1,5 @@
 """The attention benchmark runs at tiny shapes, counts right, and refuses what it cannot measure."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,24 +10,14 @@ from helpers import ROOT
 from torch.nn.attention import SDPBackend
 
 import kv_cache
-
-SCRIPT = ROOT / "benchmarks" / "bench_attention.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("bench_attention", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from benchmarks import bench_attention as bench
 
 
-def test_the_script_runs_on_a_cpu_at_tiny_shapes(bench, monkeypatch, tmp_path, capsys):
+def test_the_script_runs_on_a_cpu_at_tiny_shapes(monkeypatch, tmp_path, capsys):
     """Every way is timed beside its floor; the file says which path ran."""
     out = tmp_path / "bench.json"
-    command = [str(SCRIPT), "--device", "cpu", "--tiny", "--rounds", "2", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command)
+    args = ["--device", "cpu", "--tiny", "--rounds", "2", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench_attention.py", *args])
     monkeypatch.setattr(bench.kernel, "emulated", None)
     bench.main()
     result = json.loads(out.read_text())
@@ -41,13 +30,13 @@ def test_the_script_runs_on_a_cpu_at_tiny_shapes(bench, monkeypatch, tmp_path, c
     assert "chain / this" in capsys.readouterr().out
 
 
-def test_the_full_size_is_the_papers(bench):
+def test_the_full_size_is_the_papers():
     """Four sites, two windows; work and traffic of the video by hand."""
     shapes = {(s.site, s.window): s for s in bench.full_shapes()}
     assert len(shapes) == 8
     video = shapes["video_self", 5]
     assert (video.Q, video.T, video.K, video.H, video.D) == (1152, 1152, 384 + 6 * 1152, 32, 128)
-    assert video.multiplications() == 4 * 1152 * 7296 * 4096
+    assert video.operations() == 4 * 1152 * 7296 * 4096
     # q, k, v in; out, slots of k and v out; the 6144 other slots of k and v in; two bytes each
     assert video.bytes() == 2 * 4096 * (6 * 1152 + 2 * 6144)
     audio = shapes["audio_self", 15]
@@ -56,7 +45,7 @@ def test_the_full_size_is_the_papers(bench):
     assert (shapes["v2a", 5].Q, shapes["v2a", 5].K) == (25, 7296)
 
 
-def test_the_floor_is_the_slower_of_two(bench):
+def test_the_floor_is_the_slower_of_two():
     """800 TFLOP/s and 3 TB/s: the video is bound by products, the audio by bytes."""
     rate, shapes = {"operations": 800e12, "bytes": 3e12}, bench.full_shapes()
     floors = {(s.site, s.window): 1e6 * bench.floor(s, rate, 2) for s in shapes}
@@ -64,7 +53,7 @@ def test_the_floor_is_the_slower_of_two(bench):
     assert floors["audio_self", 5] == pytest.approx(2 * 2048 * (6 * 25 + 2 * 142) / 3e6)
 
 
-def test_ways_that_disagree_are_not_timed(bench):
+def test_ways_that_disagree_are_not_timed():
     """A fast wrong answer is no answer."""
     arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)
     wrong = {"chain": bench.chain, "other": lambda *a: bench.chain(*a) * 1.01}
@@ -73,7 +62,7 @@ def test_ways_that_disagree_are_not_timed(bench):
     bench.check_agreement({"chain": bench.chain, "cat": bench.cat}, arguments)
 
 
-def test_the_place_timed_is_the_last_of_a_full_ring(bench):
+def test_the_place_timed_is_the_last_of_a_full_ring():
     """So that the past is one slice, and `cat` copies no more than a real stream would."""
     for shape in [*bench.TINY, *bench.full_shapes()]:
         cache = kv_cache.RollingCache(shape.prefix, shape.T, shape.window + 1)
@@ -90,7 +79,7 @@ def made_up(us, floor_us=2.0):
     return found
 
 
-def test_the_table_shows_times_ratios_and_what_is_taken(bench):
+def test_the_table_shows_times_ratios_and_what_is_taken():
     """Eager and graph; bold is kv_cache.py's choice; a dash where a way cannot be timed."""
     times = {("chain", "eager"): 60, ("cat", "eager"): 75, ("append", "eager"): 50}
     times |= {(way, "graph"): t / 10 for (way, _), t in times.items()} | {("fused", "eager"): 20}
@@ -103,7 +92,7 @@ def test_the_table_shows_times_ratios_and_what_is_taken(bench):
     assert "| graph | 2.0 | 6.0 | 7.5 | **5.0** | – | 2.50 | – | 1.50 |" in graph
 
 
-def test_without_a_kernel_the_table_has_dashes(bench):
+def test_without_a_kernel_the_table_has_dashes():
     """On a CPU: nothing is bold, for nothing of the kernel was timed."""
     table = bench.table({"x": made_up({("chain", "eager"): 4, ("cat", "eager"): 5})})
     assert table.splitlines()[-1] == (
@@ -116,7 +105,7 @@ def test_the_page_has_a_place_for_the_table():
     assert (ROOT / "benchmarks" / "README.md").read_text().count("<!-- attention -->") == 2
 
 
-def test_attention_by_plain_mathematics_is_not_timed(bench, monkeypatch):
+def test_attention_by_plain_mathematics_is_not_timed(monkeypatch):
     """SDPA's last resort, which writes all scores down, would make every other way look good."""
     arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)
     assert bench.sdpa_backend(*arguments) == "FLASH_ATTENTION"
@@ -138,6 +127,7 @@ def test_attention_by_plain_mathematics_is_not_timed(bench, monkeypatch):
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(options, message):
     """One line and exit status 2."""
-    result = subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.bench_attention", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and message in result.stderr
     assert len(result.stderr.splitlines()) == 1

@@ -1,16 +1,12 @@
-"""The benchmark of decoding by pieces measures what it says."""
+"""The benchmark of chunked decoding measures what it says."""
 
 import json
-import sys
 
 import pytest
 import torch
-from helpers import ROOT, run_here
+from helpers import run_here
 
-from plumbing import files
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_decode  # noqa: E402
+from benchmarks import bench_decode, page
 
 
 def test_errors_are_told_apart_by_place():
@@ -42,7 +38,7 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(bench_decode, "LATENTS", [(4, 0), (4, 1)])
     monkeypatch.setattr(bench_decode, "MEL_FRAMES", [(16, 4)])
-    monkeypatch.setattr(files, "fill_in", None)
+    monkeypatch.setattr(page, "fill_in", None)
     args = "--device", "cpu", "--tiny", "--seconds", 3, "--out", tmp_path / "x.json"
     status, out, err = run_here(bench_decode, args, monkeypatch, capsys)
     assert status == 0, err
@@ -51,7 +47,7 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     assert plain["border"] > 1.1 * ahead["border"] and plain["seconds_later"] == 0
     assert sound["seam"] < 0.1 and plain["seam"] is None
     assert out.count("| video |") == 2 and "%" in out
-    times = bench_decode.table(bench_decode.times_alone([plain, sound]))
+    times = bench_decode.table(bench_decode.without_errors([plain, sound]))
     assert "%" not in times and times.count("| – | – | – |") == 2 and "2 blocks" in times
 
 
@@ -64,10 +60,10 @@ def test_bad_input_is_refused(monkeypatch, capsys):
 
 def test_a_table_is_filled_in_between_its_marks(tmp_path):
     """Everything else of the file stays; without marks it is refused."""
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- x -->\nnot measured\n<!-- x -->\nafter\n")
-    files.fill_in(page, "x", "| 1 |")
-    files.fill_in(page, "x", "| 2 |")
-    assert page.read_text() == "before\n<!-- x -->\n| 2 |\n<!-- x -->\nafter\n"
+    path = tmp_path / "page.md"
+    path.write_text("before\n<!-- x -->\nnot measured\n<!-- x -->\nafter\n")
+    page.fill_in("x", "| 1 |", path)
+    page.fill_in("x", "| 2 |", path)
+    assert path.read_text() == "before\n<!-- x -->\n| 2 |\n<!-- x -->\nafter\n"
     with pytest.raises(ValueError, match="expected the mark <!-- y --> twice, found it 0 times"):
-        files.fill_in(page, "y", "")
+        page.fill_in("y", "", path)

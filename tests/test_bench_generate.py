@@ -8,26 +8,35 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, ROOT, random_decoders, random_model, random_text, tiny
+from helpers import PAPER, ROOT, random_model, random_text, run_here, tiny
 from tape import Tape
 
 import config
+import generate
 import model
 import rollout
+from benchmarks import bench_decode, bench_generate
+from full_size import faster, text
+from kv_cache import CachedView
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_generate  # noqa: E402
+CPU = torch.device("cpu")
+
+
+def subject(net, nets=None):
+    """A net with random features of a prompt, and perhaps decoders."""
+    features = text.random_features(["x"], net.cfg, dtype=torch.float32)["x"]
+    return bench_generate.Subject(net, features, nets, CPU)
 
 
 def test_the_textbook_gives_the_same_stream():
     """The baseline is slower, not different: bitwise, over four blocks without a window."""
     net = random_model(tiny(PAPER))
-    text = random_text(net, net.cfg)
+    prompt = random_text(net, net.cfg)
 
     def clip(view=None):
         g = torch.Generator().manual_seed(0)
         return rollout.whole_clip(
-            rollout.rollout(net, lambda k: text, 4, (1.0, 0.5, 0.0), g, view=view)
+            rollout.rollout(net, lambda k: prompt, 4, (1.0, 0.5, 0.0), g, view=view)
         )
 
     for a, b in zip(clip(), clip(bench_generate.TextbookView())):
@@ -41,11 +50,17 @@ def test_operations_are_those_of_matrices_and_attention():
     one, two = (bench_generate.flops_of_block(c, window) for c in (cfg, layers))
     v, a, T, F = cfg.video_width, cfg.audio_width, cfg.video_tokens_per_block, 25
     K_v, K_a = 16 + 3 * T, 1 + 3 * F  # keys: the prefix and a window of two besides this block
-    text = bench_generate.captions.TOKENS
     linear = T * v * v * 4 + F * a * a * 4 + T * v * v * 2 + F * a * a * 2  # self; text
     linear += T * v * a * 2 + F * a * a * 2 + F * a * a * 2 + T * v * a * 2  # A2V; V2A
     linear += 8 * (T * v * v + F * a * a)  # MLPs
-    scores = T * K_v * v + F * K_a * a + T * K_a * a + F * K_v * a + T * text * v + F * text * a
+    scores = (
+        T * K_v * v
+        + F * K_a * a
+        + T * K_a * a
+        + F * K_v * a
+        + T * text.TOKENS * v
+        + F * text.TOKENS * a
+    )
     assert two - one == 2 * (linear + 2 * scores) * len(cfg.sigmas)
 
 
@@ -63,13 +78,13 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     bench_generate.main()
     result = json.loads(out.read_text())
     (row,), ladder = result["rows"], result["ladder"]
-    assert [rung["speed_up"] for rung in ladder] == ["qkv", "merge"]
+    assert [rung["speed_up"] for rung in ladder] == ["qkv"]
     assert all(rung["before_seconds"] > 0 < rung["after_seconds"] for rung in ladder)
     assert 0 < row["share_of_floor"] < 1 and row["textbook_over_ours"] > 0
     fastest = bench_generate.frames_per_second(1, config.FULL) / row["passes_fps"]
     assert row["textbook_over_fastest"] == pytest.approx(row["textbook_seconds"] / fastest)
     assert row["passes_fps"] == pytest.approx(row["floor_fps"] * row["share_of_floor"])
-    assert "| `merge` | passes | " in capsys.readouterr().out
+    assert "| `qkv` | passes | " in capsys.readouterr().out
     assert bench_generate.window_table([row]).count("FPS") == 2
 
 
@@ -81,7 +96,7 @@ def test_it_goes_on_behind_what_was_measured(tmp_path, monkeypatch, capsys):
         climbs.append(len(rungs))
         rungs[:] = [bench_generate.rung("qkv", "passes", [(2, 1)])]
 
-    def bench_window(net, nets, features, window, *_):
+    def bench_window(subject, window, *_):
         windows.append(window)
         return {"window_seconds": window}
 
@@ -100,13 +115,13 @@ def test_it_goes_on_behind_what_was_measured(tmp_path, monkeypatch, capsys):
 
 
 def test_a_finished_stream_leaves_no_caches_behind():
-    """A recorded net lets go of the last stream's memory when the next one begins."""
+    """A recorded net frees the caches of the last stream when the next one begins."""
     net = random_model(tiny(PAPER), torch.float32)
     features = [torch.randn(1, 3, net.cfg.caption_width)] * 2
-    recorded = bench_generate.parts.graphs.Recorded(net, lambda: Tape.record)
-    bench_generate.time_passes(recorded, 5, 1, features, torch.device("cpu"))
-    keys = weakref.ref(recorded.memory[0]["video_self"].k)
-    next(bench_generate.generate.stream(recorded, "x", 5, read=lambda _: features, window=1))
+    recorded = faster.Recorded(net, lambda: Tape.record)
+    bench_generate.time_passes(recorded, features, 5, 1, CPU)
+    keys = weakref.ref(recorded.caches[0]["video_self"].k)
+    next(generate.stream(recorded, "x", 5, read=lambda _: features, window=1))
     gc.collect()
     assert keys() is None
 
@@ -114,21 +129,21 @@ def test_a_finished_stream_leaves_no_caches_behind():
 def test_a_film_is_measured_with_its_decoders():
     """Stages, the speed of full blocks, and both layouts of the decoder; the net is as it was."""
     pytest.importorskip("diffusers")
-    cfg = replace(config.FULL, caption_width=8, **bench_generate.TINY)
-    net, nets = random_model(cfg, torch.float32), random_decoders()
-    features = bench_generate.captions.random_features(["x"], cfg, "cpu", torch.float32)["x"]
-    film = bench_generate.bench_film(net, nets, features, 1, 9, torch.device("cpu"))
+    cfg = bench_generate.tiny(replace(config.FULL, caption_width=8))
+    measured = subject(random_model(cfg, torch.float32), bench_decode.tiny_decoders())
+    film = bench_generate.bench_film(measured.with_speedups(()), measured, 1, 9)
     stages = {"denoise", "refresh", "video decoder", "vocoder", "write"}
     assert stages <= film["stage_seconds"].keys() and all(film["stage_seconds"].values())
-    assert film["full_blocks_fps"] > 0 and "forward" not in vars(net)
+    assert film["full_blocks_fps"] > 0
+    assert not measured.net._forward_hooks and not measured.net._forward_pre_hooks
     assert 0 < film["ttfc_passes_seconds"] < film["ttfc_seconds"] and len(film["peaks_mb"]) == 10
-    found = bench_generate.layout_rung(nets, cfg, torch.device("cpu"), rounds=1)
+    found = bench_generate.layout_rung(measured, rounds=1)
     assert found["speed_up"] == "channels-last" and found["after_seconds"] > 0
-    row = dict(window_seconds=1, floor_fps=9, passes_fps=8, share_of_floor=0.8, film=film)
-    row |= dict(
+    row = dict(
+        window_seconds=1, floor_fps=9, passes_fps=8, share_of_floor=0.8, film=film,
         first_and_last_full_block_seconds=[0.2, 0.3],
-        **bench_generate.beside_plan(film, net, 1, ()),
-    )
+        **bench_generate.beside_plan(film, measured, 1, ()),
+    )  # fmt: skip
     assert "| 200, 300 ms |" in (table := bench_generate.window_table([row]))
     assert f" GB | {row['plan_gb']:.1f} GB | – |" in table
     row["film"]["is_written"] = False
@@ -147,9 +162,9 @@ def test_a_block_is_timed_behind_its_past():
     """Both caches end at the same place, with the same number of keys in each attention."""
     net = random_model(tiny(PAPER), torch.float32)
     features = [torch.randn(1, 3, net.cfg.caption_width)] * 2
-    ours, book = bench_generate.CachedView(net.cfg, 4), bench_generate.TextbookView()
+    ours, book = CachedView(net.cfg, 4), bench_generate.TextbookView()
     for view in (ours, book):
-        assert bench_generate.time_block(net, view, 3, features, torch.device("cpu"), 1) > 0
+        assert bench_generate.time_block(net, features, view, 3, CPU, times=1) > 0
     assert ours.block == book.block == 3
     for (layer, site), (keys, _) in book.past.items():
         cache = ours.layers[layer][site]
@@ -158,18 +173,22 @@ def test_a_block_is_timed_behind_its_past():
 
 def test_the_page_has_a_row_for_every_speed_up_and_a_place_for_every_table():
     """What generate.py offers is explained, and what is measured is filled in between its marks."""
-    page = (bench_generate.ROOT / "benchmarks" / "README.md").read_text()
-    assert all(f"\n| `{name}` | " in page for name in bench_generate.faster.SPEEDUPS)
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(f"\n| `{name}` | " in page for name in faster.SPEEDUPS)
     assert all(page.count(f"<!-- {mark} -->") == 2 for mark in ("ladder", "windows", "decode"))
 
 
 def test_a_rung_is_set_up_and_taken_down_again():
-    """Each measurement has the speed-ups that it names and no other."""
-    net = random_model(tiny(PAPER))
-    sites = [m for m in net.modules() if isinstance(m, model.Attention)]
-    for names in (("qkv",), (), ("qkv", "merge")):
-        assert bench_generate.set_up(net, names, torch.device("cpu")) is net
-        assert {site.joined for site in sites} == {"qkv" in names}
+    """Each measurement has the speed-ups that it names and no other, and nobody copies weights."""
+    measured = subject(random_model(tiny(PAPER), torch.float32))
+    view = CachedView(measured.net.cfg, 2)
+    for names in (("qkv",), (), ("qkv",)):
+        net = measured.with_speedups(names)
+        sites = [m for m in net.modules() if isinstance(m, model.Attention)]
+        assert sites and {isinstance(s, faster.JoinedAttention) for s in sites} == {"qkv" in names}
+        pairs = zip(net.parameters(), measured.net.parameters(), strict=True)
+        assert all(mine is shared for mine, shared in pairs)
+        bench_generate.time_block(net, measured.features, view, 0, CPU, times=1)
     ratio = bench_generate.rung("x", "passes", [(2, 1), (9, 3), (8, 2)])
     assert ratio["before_over_after"] == 3 and ratio["after_seconds"] == 2
 
@@ -186,7 +205,5 @@ def test_what_cannot_be_measured_is_refused(args, message, monkeypatch, capsys):
     """One line, exit status 2."""
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(sys, "argv", ["bench_generate.py", *args])
-    with pytest.raises(SystemExit, match="2"):
-        with_errors(bench_generate.main)
-    assert message in capsys.readouterr().err
+    status, _, err = run_here(bench_generate, args, monkeypatch, capsys)
+    assert status == 2 and message in err

@@ -1,21 +1,16 @@
-"""The toy's benchmark counts right and says with how many threads; run here on a model of noise."""
-
-import sys
+"""The benchmark of the toy counts right; run here on a random model."""
 
 import torch
-from helpers import PAPER, ROOT, random_model, tiny
+from helpers import PAPER, random_model, tiny
 
 import config
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import bench_generate  # noqa: E402
-import bench_toy  # noqa: E402
+from benchmarks import bench_generate, bench_toy
 
 
 def test_operations_are_counted_by_the_layer():
     """As those of all layers at once; a shorter caption is less work."""
     cfg, window = config.TOY, bench_toy.WINDOW
-    net = bench_generate.empty(cfg, cfg.num_layers)
+    net = bench_generate.meta_net(cfg, cfg.num_layers)
     counted = bench_generate.flops_of_pass(net, window) * len(cfg.sigmas)
     assert counted == bench_generate.flops_of_block(cfg, window)
     assert 0 < bench_generate.flops_of_block(cfg, window, tokens=3) < counted

@@ -36,7 +36,7 @@ import rope
 from full_size.faster import join_projections
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, Heads, RollingCache, attention, cache_append_attention
-from model import draw_noise
+from model import draw_noise, ropes_of
 from rollout import rollout, whole_clip
 
 HERE = Path(__file__).parent
@@ -323,6 +323,7 @@ COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::re
 def copies_of_a_pass(layers, joined):
     """Count the copying operators in one pass with a full window."""
     cfg = tiny(PAPER, num_layers=layers, num_heads=1, video_width=40, audio_width=24)
+    ropes_of.cache_clear()  # so that every call computes the tables, whatever ran before
     net = random_model(cfg, torch.float32)
     if joined:
         join_projections(net)

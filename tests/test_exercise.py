@@ -1,11 +1,12 @@
-"""Coursework: skeletons earn nothing, the modules everything, and mistakes are named.
+"""Exercises: a skeleton earns nothing, the module itself everything, and each mistake is named.
 
-A grader is trusted for what it refuses. So every exercise is graded here as a student's would be,
-by `pytest --exercise` in this process: empty, half done, right, and wrong in plausible ways.
+A grader is trusted for what it rejects. So every exercise is graded here by `pytest --exercise`, as
+a student would do it, but in this process: empty, half done, right, and wrong in plausible ways.
 """
 
 import ast
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -18,70 +19,71 @@ from helpers import run_here
 from wrong_answers import WRONG
 
 import kv_cache
-import masks
-import rope
-from exercises import coursework as exercise
+from exercises import __main__ as command
+from exercises import coursework
 from exercises.coursework import EXERCISES
 
-# plugins that must not run twice in a process, or that collect garbage for longer than a test takes
+# plugins that must not run twice in a process, or whose garbage collection takes longer than a test
 OFF = ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
+INSTRUCTORS = (coursework.ROOT / "exercises" / "README.md").read_text()
 
 
 def source_of(name):
-    return (exercise.ROOT / f"{name}.py").read_text()
+    return EXERCISES[name].file.read_text()
 
 
 def pytest_here(*args):
-    """Run pytest in this process: -> exit status and what it printed."""
+    """Run pytest in this process: -> exit status and its output."""
     off = [option for p in OFF for option in ("-p", f"no:{p}")]
-    settings = ["-c", str(exercise.ROOT / "pyproject.toml"), "--capture=no", "--color=no", *off]
+    settings = ["-c", str(coursework.ROOT / "pyproject.toml"), "--capture=no", "--color=no", *off]
     with contextlib.redirect_stdout(io.StringIO()) as out:
         with contextlib.redirect_stderr(out):
-            status = pytest.main([*settings, *args, str(exercise.ROOT)])
+            status = pytest.main([*settings, *args, str(coursework.ROOT)])
     return int(status), out.getvalue()
 
 
 def grade(name, source, folder):
-    """The score of an answer as it is written for the instructor, and what the student is told."""
+    """Grade an answer: -> the score as it is written, and the output that the student sees."""
     (folder / f"{name}.py").write_text(source)
     _, told = pytest_here(f"--exercise={name}", f"--answers={folder}")
     return json.loads((folder / f"{name}.score.json").read_text()), told
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_a_skeleton_earns_nothing_and_says_what_is_missing(name, tmp_path):
-    """No test passes by accident: each fails because the function it grades is not written."""
-    score, _ = grade(name, exercise.skeleton(name, source_of(name)), tmp_path)
-    assert score["points"] == 0 and len(score["tests"]) == len(exercise.graded_tests(name))
+def test_a_skeleton_earns_nothing_and_names_what_is_missing(name, tmp_path):
+    """No test passes by accident: each fails because the function that it grades is missing."""
+    score, _ = grade(name, coursework.skeleton(name, source_of(name)), tmp_path)
+    assert score["points"] == 0 and len(score["tests"]) == len(coursework.graded_tests(name))
     for row in score["tests"]:
         assert row["reason"] == f"{row['function']} is not written yet", row["test"]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_the_module_itself_earns_everything(name, tmp_path):
-    """The reference is a perfect answer."""
+    """The module is a perfect answer."""
     score, told = grade(name, source_of(name), tmp_path)
     assert score["points"] == score["max"] == EXERCISES[name].points, told
 
 
 @pytest.mark.parametrize("name", EXERCISES)
-def test_a_function_is_graded_with_the_help_of_those_before_it_only(name, tmp_path):
+def test_a_function_needs_only_the_functions_before_it(name, tmp_path):
     """With the first k functions written, exactly their points are earned, for every k."""
     tasks = EXERCISES[name].tasks
     for k in range(1, len(tasks)):
         folder = tmp_path / str(k)
         folder.mkdir()
-        score, told = grade(name, exercise.skeleton(name, source_of(name), solved=k), folder)
+        score, told = grade(name, coursework.skeleton(name, source_of(name), solved=k), folder)
         assert score["points"] == sum(task.points for task in tasks[:k]), told
 
 
 @pytest.mark.parametrize("name, mistake", [(n, m) for n in WRONG for m in WRONG[n]])
 def test_a_plausible_mistake_costs_points_and_is_named(name, mistake, tmp_path):
-    """A single slip in the reference fails some test, whose message says what it means."""
+    """One mistake in the module fails a test, and its message says what is wrong."""
     right, wrong, phrase = WRONG[name][mistake]
     assert source_of(name).count(right) == 1
     score, told = grade(name, source_of(name).replace(right, wrong), tmp_path)
-    assert 0 < score["points"] < score["max"]
+    assert score["points"] < score["max"]
+    assert score["points"] > 0 or len(EXERCISES[name].tasks) == 1
     assert phrase in told and any(phrase in (row["reason"] or "") for row in score["tests"]), told
 
 
@@ -90,45 +92,46 @@ def test_a_plausible_mistake_costs_points_and_is_named(name, mistake, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run exercises/coursework.py with answers in an empty folder: -> exit status, stdout, stderr."""
-    monkeypatch.setattr(exercise, "ANSWERS", tmp_path)
+    """Run `python -m exercises` with answers in an empty folder: -> exit status, stdout, stderr."""
+    monkeypatch.setattr(coursework, "ANSWERS", tmp_path)
 
     def main(*args):
-        return run_here(exercise, args, monkeypatch, capsys)
+        return run_here(command, args, monkeypatch, capsys)
 
     return main
 
 
 def test_table_modules_and_tests_agree(run):
-    """Every function exists, every test is marked, and points add up."""
+    """Every function exists, every test has its points, and points add up."""
     status, out, _ = run("--check")
-    assert status == 0 and "10 exercises: table, modules and tests agree" in out
+    assert status == 0 and "11 exercises: table, modules and tests agree" in out
 
 
-def test_a_table_that_does_not_fit_is_refused(run, monkeypatch):
-    """A renamed function, other points and a missing module are each told in the one line."""
+def test_a_table_that_does_not_fit_is_an_error(run, monkeypatch):
+    """A renamed function, other points and a missing module are each named, on one line."""
     right = EXERCISES["masks"]
     renamed = right.tasks[0]._replace(function="block_of_latent")
     heavier = right.tasks[3]._replace(points=7)
     wrong = right._replace(tasks=[renamed, *right.tasks[1:3], heavier, right.tasks[4]])
-    monkeypatch.setattr(exercise, "EXERCISES", {"masks": wrong, "ropes": EXERCISES["rope"]})
+    missing = EXERCISES["rope"]._replace(module="film.ropes")
+    monkeypatch.setattr(coursework, "EXERCISES", {"masks": wrong, "ropes": missing})
     status, _, err = run("--check")
     assert status == 2 and err.count("\n") == 1
     for part in (
         "masks: there is no function block_of_latent",
         "grades block_of_frame, which is not in the table",
         "may_attend has 7 points in the table, 4 in its tests",
-        "ropes: there is no ropes.py and no tests/test_graded_ropes.py",
+        "ropes: there is no film/ropes.py and no tests/test_graded_ropes.py",
     ):
         assert part in err
 
 
-def test_a_started_exercise_is_the_module_but_for_its_bodies(run, tmp_path):
-    """Everything else stands as it was, line by line; docstrings, too."""
+def test_a_started_exercise_is_the_module_without_some_bodies(run, tmp_path):
+    """Everything else is unchanged, line by line, and so are the docstrings."""
     assert run("kv_cache")[0] == 0
     answer, module = (tmp_path / "kv_cache.py").read_text(), source_of("kv_cache")
     holes = {task.function for task in EXERCISES["kv_cache"].tasks}
-    ours, theirs = exercise.functions_in(module), exercise.functions_in(answer)
+    ours, theirs = coursework.functions_in(module), coursework.functions_in(answer)
     assert list(ours) == list(theirs)
     for name in ours:
         assert ast.get_docstring(ours[name]) == ast.get_docstring(theirs[name])
@@ -138,31 +141,31 @@ def test_a_started_exercise_is_the_module_but_for_its_bodies(run, tmp_path):
     added = [line.strip() for line in answer.splitlines() if line not in kept]
     assert all(line.startswith(("#", "raise NotImplementedError")) for line in added)
     assert max(map(len, answer.splitlines())) <= 100
-    assert exercise.skeleton("kv_cache", answer) == answer
+    assert coursework.skeleton("kv_cache", answer) == answer
 
 
 def test_work_is_not_overwritten(run, tmp_path):
-    """Without --force the second start is refused, and --all goes round what is started."""
+    """A second start is an error without --force, and --all leaves started exercises alone."""
     (tmp_path / "masks.py").write_text("my work")
     status, _, err = run("masks")
-    assert status == 2 and "masks.py is there already; --force overwrites your work" in err
+    assert status == 2 and "masks.py exists already; --force overwrites your work" in err
     run("--all")
     assert {p.stem for p in tmp_path.iterdir()} == set(EXERCISES)
     assert (tmp_path / "masks.py").read_text() == "my work"
     assert run("masks", "--force")[0] == 0 and "may_attend" in (tmp_path / "masks.py").read_text()
 
 
-def test_hints_grow(run):
-    """Three for every function, each another; the first is the default and in the skeleton."""
-    for name, exercises in EXERCISES.items():
-        for task in exercises.tasks:
+def test_hints_become_clearer(run):
+    """There are three different ones per function; the first is the default."""
+    for exercise in EXERCISES.values():
+        for task in exercise.tasks:
             assert len(set(task.hints)) == 3 and all(task.hints)
     first, second = (run("--hint", "rollout.denoise", *depth)[1] for depth in ((), ("2",)))
-    assert (first.strip(), second.strip()) == tuple(EXERCISES["dmd"].tasks[3].hints[:2])
+    assert (first.strip(), second.strip()) == tuple(EXERCISES["rollout"].tasks[3].hints[:2])
 
 
-def test_the_list_tells_how_far_one_is(run, tmp_path):
-    """Not started, not graded, the latest score, and whether the answer is newer than that."""
+def test_the_list_shows_the_progress(run, tmp_path):
+    """Not started, not graded, the latest score, and whether the answer was edited after it."""
     for name in ("rope", "model", "dmd"):
         run(name)
     for name in ("model", "dmd"):
@@ -171,7 +174,7 @@ def test_the_list_tells_how_far_one_is(run, tmp_path):
     _, out, _ = run("--list")
     for told in ("kv_cache", "not started"), ("rope", "not graded"), ("dmd", "7/12, edited since"):
         assert re.search(rf"^{told[0]} .*\({told[1]}\)$", out, re.MULTILINE), out
-    assert re.search(r"^model .* 12 points .*\(7/12\)$", out, re.MULTILINE)
+    assert re.search(r"^model .* 13 points .*\(7/12\)$", out, re.MULTILINE)
 
 
 BAD = {
@@ -180,14 +183,14 @@ BAD = {
     "unknown hint": (["--hint", "m.x"], "exercise 'm': unknown"),
     "depth": (["--hint", "masks.may_attend", "4"], "expected a depth of 1, 2, 3"),
     "two depths": (["--hint", "rollout.denoise", "2", "3"], "denoise 2 3: expected one depth"),
-    "handout": (["--handout", exercise.ROOT], "not empty"),
+    "handout": (["--handout", coursework.ROOT], "not empty"),
     "flag": (["--solve"], "unrecognized arguments: --solve"),
 }
 
 
 @pytest.mark.parametrize("args, message", BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(run, args, message):
-    """Exit status 2, and what would have been right."""
+    """Exit status 2, and the expected input."""
     status, out, err = run(*args)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
 
@@ -202,25 +205,24 @@ def test_bad_input_ends_in_one_line(run, args, message):
         ("masks", None, "masks.py: no such file; start with python -m exercises masks"),
         ("masks", "def f(:\n", "masks.py, line 1: invalid syntax"),
         ("masks", "x = 1\n", "no function block_of_frame; keep the skeleton's names"),
-        (
-            "masks",
-            "import config_\n" + source_of("masks"),
-            "masks.py cannot be imported: ModuleNotFoundError",
-        ),
+        ("masks", "import config_\n{}", "masks.py cannot be imported: ModuleNotFoundError"),
+        ("decoders", "import config_\n{}", "decoders.py cannot be imported: ModuleNotFoundError"),
     ],
 )
-def test_what_cannot_be_graded_ends_in_one_line(name, answer, message, tmp_path):
+def test_a_file_that_cannot_be_graded_ends_in_one_line(name, answer, message, tmp_path):
     """Exit status 4, no score, and the modules of the project are back in their places."""
+    before = dict(sys.modules)
     if answer:
-        (tmp_path / f"{name}.py").write_text(answer)
+        (tmp_path / f"{name}.py").write_text(answer.replace("{}", source_of(name)))
     status, told = pytest_here(f"--exercise={name}", f"--answers={tmp_path}")
     assert status == 4 and told.strip().count("\n") == 0 and message in told
     assert not list(tmp_path.glob("*.json"))
-    assert sys.modules["masks"] is masks and sys.modules["kv_cache"] is kv_cache
+    for module in ("masks", "kv_cache", "film", "film.decoders", "exercises.coursework"):
+        assert sys.modules.get(module) is before.get(module)
 
 
-def test_an_error_in_an_answer_is_told_with_its_line(tmp_path):
-    """Where it happened and what Python says, in the table of points."""
+def test_an_error_in_an_answer_is_reported_with_its_line(tmp_path):
+    """The table of points has the line number and Python's message."""
     source = source_of("masks").replace("allowed = k <= q", "allowed = k <= query")
     line = 1 + source[: source.index("k <= query")].count("\n")
     score, told = grade("masks", source, tmp_path)
@@ -228,8 +230,8 @@ def test_an_error_in_an_answer_is_told_with_its_line(tmp_path):
     assert score["points"] == 4  # all before may_attend, which four_masks needs as well
 
 
-def test_an_answer_without_what_its_tests_import_is_no_score(tmp_path):
-    """The tests cannot even be collected: the reason is told, nothing is written."""
+def test_an_answer_without_the_names_that_tests_import_has_no_score(tmp_path):
+    """The tests cannot be collected: the reason is printed, nothing is written."""
     (tmp_path / "kv_cache.py").write_text(source_of("kv_cache").replace("Heads", "Head"))
     status, told = pytest_here("--exercise=kv_cache", f"--answers={tmp_path}")
     assert status == 2 and "nothing is graded: ImportError: cannot import name 'Heads'" in told
@@ -241,52 +243,74 @@ def test_a_partial_run_writes_no_score(only, tmp_path):
     """Choosing tests, or stopping at the first failure, is for work in progress."""
     (tmp_path / "masks.py").write_text(source_of("masks").replace("k <= q", "k < q"))
     _, told = pytest_here("--exercise=masks", f"--answers={tmp_path}", *only.split())
-    assert "not all tests ran: not written" in told
+    assert "not written, because not all tests ran" in told
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_other_modules_get_the_answer_too(tmp_path):
-    """Whoever imports rope while rope is graded gets the student's; afterwards, the original."""
-    source = source_of("rope") + "\nimport kv_cache\nassert kv_cache.rope.__file__ == __file__\n"
-    score, told = grade("rope", source, tmp_path)
+@pytest.mark.parametrize(
+    "name, check",
+    [
+        ("rope", "import kv_cache\nassert kv_cache.rope.__file__ == __file__\n"),
+        (
+            "decoders",
+            "import film.decoders\nfrom film import decoders\nfrom toy import source\n"
+            "assert film.decoders.__file__ == decoders.__file__ == __file__\n"
+            "assert source.ToyDecoder is ToyDecoder\n",
+        ),
+    ],
+)
+def test_other_modules_get_the_answer_too(name, check, tmp_path):
+    """All importers of the module get the student's file while it is graded, then the original."""
+    module = importlib.import_module(EXERCISES[name].module)
+    score, told = grade(name, f"{source_of(name)}\n{check}", tmp_path)
     assert score["points"] == score["max"], told
-    assert sys.modules["kv_cache"] is kv_cache and kv_cache.rope.__file__ == rope.__file__
-    assert sys.modules["rope"] is rope
+    assert importlib.import_module(EXERCISES[name].module) is module
+    room, _, short = EXERCISES[name].module.rpartition(".")
+    assert not room or getattr(sys.modules[room], short) is module
+    assert sys.modules["kv_cache"] is kv_cache
 
 
 # ---- for instructors ----
 
 
-def test_a_handout_has_no_solutions_from_the_exercise_on_and_grades(run, tmp_path):
-    """From kv_cache on: earlier modules are whole, later ones blank, and grading works there."""
+@pytest.mark.parametrize("first", ["kv_cache", "decoders"])
+def test_a_handout_has_no_later_solutions_and_can_be_graded(first, run, tmp_path):
+    """Earlier modules are complete, the others blank, and a right answer gets a full score."""
     folder = tmp_path / "course"
-    assert run("kv_cache", "--handout", folder)[0] == 0
+    assert run(first, "--handout", folder)[0] == 0
     names = list(EXERCISES)
-    for name in names:
-        is_whole = (folder / f"{name}.py").read_text() == source_of(name)
-        assert is_whole == (names.index(name) < names.index("kv_cache"))
+    for name, exercise in EXERCISES.items():
+        text = (folder / exercise.file.relative_to(coursework.ROOT)).read_text()
+        is_complete = text == source_of(name)
+        assert is_complete == (names.index(name) < names.index(first)), name
     told = "".join(path.read_text() for path in folder.glob("**/*.py"))
-    assert "torch.set_grad_enabled(" not in told  # of rollout.denoise
-    assert not (folder / "INSTRUCTORS.md").exists() and not (folder / ".git").exists()
-    (folder / "exercises").mkdir()
-    (folder / "exercises" / "kv_cache.py").write_text(source_of("kv_cache"))
-    command = [sys.executable, "-m", "pytest", "--exercise", "kv_cache"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0 and "15/15   exercises/kv_cache.score.json" in done.stdout
+    assert ("torch.set_grad_enabled(" in told) == (first == "decoders")  # in rollout.denoise
+    for absent in ("exercises/README.md", "notebooks", "tests/test_kv_cache.py", ".git"):
+        assert not (folder / absent).exists(), absent
+
+    def python(*args):
+        done = subprocess.run([sys.executable, *args], cwd=folder, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    assert python("-m", "exercises", first)[0] == 0
+    answer = folder / "answers" / f"{first}.py"
+    assert answer.read_text() == coursework.skeleton(first, source_of(first))
+    answer.write_text(source_of(first))
+    status, told = python("-m", "pytest", "--exercise", first)
+    points = EXERCISES[first].points
+    assert status == 0 and f"{points}/{points}   answers/{first}.score.json" in told, told
 
 
-def test_the_instructors_table_is_the_scripts():
-    """Ideas, points and minutes of INSTRUCTORS.md are those of exercises/table.toml."""
-    text = (exercise.ROOT / "INSTRUCTORS.md").read_text()
+def test_the_table_of_the_instructors_page_is_complete():
+    """Ideas, points and minutes of exercises/README.md are those of exercises/table.toml."""
     for name, ex in EXERCISES.items():
         worth = ", ".join(f"`{task.function}` {task.points}" for task in ex.tasks)
         row = f"| `{name}` | {ex.idea} | {ex.points} | {ex.minutes} | {worth} |"
-        assert row in text, f"INSTRUCTORS.md should have the line\n{row}"
+        assert row in INSTRUCTORS, f"exercises/README.md should have the line\n{row}"
 
 
-def test_the_instructors_options_exist(run):
-    """Every option on the page is known to exercises/coursework.py or to pytest."""
+def test_the_options_of_the_instructors_page_exist(run):
+    """Every option on the page is an option of `python -m exercises` or of pytest."""
     _, ours, _ = run("--help")
     _, pytests = pytest_here("--help")
-    text = (exercise.ROOT / "INSTRUCTORS.md").read_text()
-    assert set(re.findall(r"--\w+", text)) <= set(re.findall(r"--\w+", ours + pytests))
+    assert set(re.findall(r"--\w+", INSTRUCTORS)) <= set(re.findall(r"--\w+", ours + pytests))

@@ -62,7 +62,7 @@ def test_the_cache_fills_up_and_then_stays_full():
 
 @pytest.mark.points(2, "RollingCache.slots")
 def test_a_new_block_overwrites_the_oldest():
-    """Block 0 always stays at the front. The ring after it is filled, then overwritten, in order."""
+    """Block 0 stays at the front. The ring after it is filled, then overwritten, in order."""
     cache, places = RollingCache(PREFIX, BLOCK, RING), [None] * RING
     for cache.block in range(8):
         block, found = cache.block, (cache.slots.start, cache.slots.stop)
@@ -94,7 +94,9 @@ def test_a_block_attends_to_the_prefix_the_latest_blocks_and_itself():
         assert sorted(found) == [b for b in right for _ in range(tokens_of(b))], (
             f"{during}, {len(found)} keys; expected blocks {right}, with every token once"
         )
-        assert (v.flatten() >= 100).sum() == tokens_of(block), "the values are not in the same slots"
+        assert (v.flatten() >= 100).sum() == tokens_of(block), (
+            "values and keys differ in their slots"
+        )
 
 
 @pytest.mark.points(1, "RollingCache.append")
@@ -210,7 +212,7 @@ def test_a_block_attends_to_the_history_and_to_itself_in_one_call():
 
 
 def filled_view(blocks, **options):
-    """Make a view of random keys and finish some blocks; also return layer 0's first pinned keys."""
+    """Make a view of random keys that has finished some blocks; return layer 0's first keys too."""
     torch.manual_seed(0)
     view = CachedView(CFG, 20, **options)
     for layer in view.layers:

@@ -209,8 +209,8 @@ def test_each_attention_has_its_own_site_and_rotations():
         assert modulation == f"modulation of {name}", f"{name}: self attention gets {modulation}"
         _, _, modulation, *rotations, found = halves[name].steps[2].given
         assert found[:2] == (7, site), (
-            f"{name} attends to the other stream at {found[:2]}, not at {(7, site)}: in {site}, the "
-            f"queries come from {name}"
+            f"{name} attends to the other stream at {found[:2]}, not at {(7, site)}: queries of "
+            f"{site} come from {name}"
         )
         right = [f"{name}_cross", f"{SWAPPED[name]}_cross"]
         assert rotations == right, f"{name}: rotations of (queries, keys) are {rotations}"

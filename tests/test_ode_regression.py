@@ -163,7 +163,9 @@ def test_windows_are_drawn_batch_by_batch(walk):
     net = Student([x[:2] for x in ends(walk)], CFG)
     data = {"tokens": torch.tensor([[1, 5, 7]] * 2), "video": walk[1][:2], "audio": walk[2][:2]}
     windows = 0, 2, None
-    losses = ode.make_losses(net, data, trainer.Recipe(steps=1, batch=2), TOY_PROMPTS, windows=windows)
+    losses = ode.make_losses(
+        net, data, trainer.Recipe(steps=1, batch=2), TOY_PROMPTS, windows=windows
+    )
     masks = [four_masks(CFG, BLOCKS, window)["a2v"] for window in windows]
     drawn = []
     for step in range(24):

@@ -2,11 +2,13 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import ROOT, help_of, options_of
 
+from benchmarks import training_memory
 from studies.order import ORDER
 
 PAGES = (
@@ -188,6 +190,14 @@ def test_benchmark_numbers_are_the_scripts():
         quoted.append(f"block {k} {'would take ' if k == 10 else ''}{ratio:.1f} times")
     flat = " ".join(RESULTS.split())
     assert not [text for text in quoted if text not in flat]
+
+
+@pytest.mark.slow
+def test_the_training_table_is_the_scripts(monkeypatch, capsys):
+    """full_size/README.md has what `python -m benchmarks.training_memory` prints."""
+    monkeypatch.setattr(sys, "argv", ["training_memory.py"])
+    training_memory.main()
+    assert capsys.readouterr().out.strip() in TEXTS["full_size/README.md"]
 
 
 def test_the_minutes_of_the_tests_are_measured():

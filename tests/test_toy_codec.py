@@ -1,6 +1,6 @@
-"""The codec and the vocoder: rates, the first-frame rule, faithfulness, no seams."""
+"""The codec and the vocoder: rates, the first-frame rule, fidelity, no seams."""
 
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,21 +38,21 @@ def psnr(x, y):
 
 
 def test_a_second_is_48_video_tokens_and_25_audio_tokens(codec):
-    """As in LTX-2, video is the dense stream: one second more is 48 against 25 tokens."""
+    """As in LTX-2, video is the dense stream: one more second adds 48 tokens, 25 for audio."""
     one, two = (toy_codec.encode_clips(codec, world.draw_clips([0]), s) for s in (1, 2))
     assert [y.shape[1] - x.shape[1] for x, y in zip(one, two)] == [48, 25]
 
 
 def test_encoding_and_decoding_have_the_shapes_of_the_config(codec, clip, latents):
-    """16 latent frames of 16 tokens, 126 audio latents, and the clip's shapes again."""
+    """16 latent frames of 16 tokens, 126 audio latents; decoding gives the shapes of the clip."""
     assert latents[0].shape == (24, 16 * 16, config.TOY.video_channels)
     assert latents[1].shape == (24, 126, config.TOY.audio_channels)
     assert codec.decode_video(latents[0], True).shape == clip[0].shape
     assert codec.decode_audio(latents[1], True).shape == clip[1].shape
 
 
-def test_the_first_latent_covers_one_frame_and_knows_no_other(codec, clip):
-    """Changing all later frames leaves the first latents bitwise equal, and the reverse."""
+def test_the_first_latent_depends_on_the_first_frame_only(codec, clip):
+    """Changing all later frames leaves the first latents bitwise equal, and vice versa."""
     video, sound = (x[:2].clone() for x in clip)
     before = codec.encode(video, sound)
     video[:, 1:], sound[:, 1:] = 0.5, 0.5
@@ -65,20 +65,20 @@ def test_the_first_latent_covers_one_frame_and_knows_no_other(codec, clip):
 
 
 def test_a_first_latent_alone_decodes_to_one_frame(codec, latents):
-    """A stream can begin at once: block 0 is one picture and one mel frame."""
+    """A stream can begin at once: block 0 is one frame and one mel frame."""
     assert codec.decode_video(latents[0][:, :16], True).shape[1] == 1
     assert codec.decode_audio(latents[1][:, :1], True).shape[1] == 1
 
 
 def test_a_later_latent_alone_decodes_to_8_frames_and_4_mel_frames(codec, latents):
-    """Every latent after the first covers the stride of its stream."""
+    """Every latent after the first covers as many frames as the stride of its stream."""
     assert codec.decode_video(latents[0][:, 16:32], False).shape[1] == 8
     assert codec.decode_audio(latents[1][:, 1:2], False).shape[1] == 4
 
 
 @pytest.mark.parametrize("frames", [1, 8])
 def test_patches_invert(frames):
-    """Cutting a video into patches loses nothing, also on a grid that is not square."""
+    """Cutting a video into patches can be undone, also on a grid that is not square."""
     video = torch.rand(2, 2 * frames, 3, 16, 24)
     x = toy_codec.video_patches(video, 8, frames)
     assert x.shape == (2, 2, 6, frames * 3 * 64)
@@ -86,18 +86,18 @@ def test_patches_invert(frames):
 
 
 def test_patches_are_in_order_of_rows_then_columns():
-    """Token 1 is the patch to the right of token 0, token 3 the one below (grid 2 x 3)."""
+    """Token 1 is to the right of token 0, token 3 is below it (grid 2 x 3)."""
     video = torch.zeros(1, 1, 3, 16, 24)
     video[..., :8, 8:16], video[..., 8:, :8] = 1, 2
     means = toy_codec.video_patches(video, 8, 1).mean(-1).flatten()
     assert means.tolist() == [0, 1, 0, 2, 0, 0]
 
 
-# ---- faithfulness ----
+# ---- fidelity ----
 
 
 def test_decoding_block_by_block_equals_decoding_the_clip(codec, latents):
-    """A latent decodes alone, so streaming changes not one bit."""
+    """Every latent is decoded alone, so streaming gives the same bits."""
     video, audio = latents
     blocks_v = [video[:, :16], *video[:, 16:].split(48, dim=1)]
     blocks_a = [audio[:, :1], *audio[:, 1:].split(25, dim=1)]
@@ -108,19 +108,19 @@ def test_decoding_block_by_block_equals_decoding_the_clip(codec, latents):
 
 
 def test_latents_of_the_shipped_codec_have_unit_rms(latents):
-    """Within 10 % on clips it was not fitted on, for both streams: what flow matching expects."""
+    """Within 10 % on held-out clips, for both streams, as flow matching expects."""
     for x in latents:
         assert float(x.square().mean().sqrt()) == pytest.approx(1, abs=0.1)
 
 
 def test_the_shipped_codec_is_faithful(codec, clip, latents):
-    """On held-out clips more than 33 dB in the picture (measured 34.2) and 42 in sound (44.3)."""
+    """On held-out clips, PSNR above 33 dB for video (measured 34.2) and 42 dB for audio (44.3)."""
     assert psnr(clip[0], codec.decode_video(latents[0], True)) > 33
     assert psnr(clip[1], codec.decode_audio(latents[1], True)) > 42
 
 
 def test_decoded_pixels_and_levels_stay_in_range(codec):
-    """Whatever a model dreams up, pixels lie in [0, 1] and levels are not negative."""
+    """For any latents, pixels lie in [0, 1] and levels are not negative."""
     video, audio = 5 * torch.randn(2, 256, 48), 5 * torch.randn(2, 126, 20)
     pixels, levels = codec.decode_video(video, True), codec.decode_audio(audio, True)
     assert (pixels.min(), pixels.max()) == (0, 1)
@@ -128,7 +128,7 @@ def test_decoded_pixels_and_levels_stay_in_range(codec):
 
 
 def test_components_recover_what_lies_in_their_span():
-    """Data of 3 dimensions is kept exactly by 3 components, and each has its own size."""
+    """Three components reproduce 3-dimensional data exactly, and each has its own size."""
     torch.manual_seed(0)
     x = torch.randn(500, 3) @ torch.randn(3, 10) + 1
     components = toy_codec.Components(10, 3)
@@ -136,7 +136,7 @@ def test_components_recover_what_lies_in_their_span():
     z = components.encode(x)
     torch.testing.assert_close(components.decode(z), x, atol=1e-4, rtol=0)  # float32, values to 10
     assert float(z.square().mean()) == pytest.approx(1, abs=1e-3)
-    # half whitened: the variance of z falls like the standard deviation of the data
+    # Half whitened: the variance of z is proportional to the standard deviation of the data.
     std = (z * components.scale).std(0)
     torch.testing.assert_close(z.var(0) / std, (z.var(0) / std).mean().expand(3), rtol=0.01, atol=0)
 
@@ -145,7 +145,7 @@ def test_components_recover_what_lies_in_their_span():
 
 
 def test_sound_in_chunks_equals_sound_in_one_piece(clip):
-    """Three chunks, each from the last mel frame of the one before, have no seam: bitwise."""
+    """Three chunks, each from the last mel frame of the one before, give the same bits."""
     levels = clip[1][0]
     cuts = [0, 1, 137, 500]
     chunks = [toy_codec.synthesise(levels[a : b + 1], a) for a, b in zip(cuts, cuts[1:])]
@@ -153,7 +153,7 @@ def test_sound_in_chunks_equals_sound_in_one_piece(clip):
 
 
 def test_an_hour_into_a_stream_the_vocoder_is_still_exact():
-    """The same levels an hour of whole periods later sound the same: phases do not lose bits."""
+    """The same levels sound the same an hour of whole periods later: phases do not lose bits."""
     levels = torch.zeros(51, 16)
     levels[:, [0, 5, 10, 15]] = 1.0  # 196, 392, 784 and 1568 Hz: whole periods in an hour
     now, later = (toy_codec.synthesise(levels, start) for start in (0, 360000))
@@ -162,7 +162,7 @@ def test_an_hour_into_a_stream_the_vocoder_is_still_exact():
 
 @pytest.mark.parametrize("band", [0, 4, 11, 15])
 def test_a_band_sounds_at_its_pitch(band):
-    """The strongest frequency of one second of a single band is 196 Hz x 2^(band / 5)."""
+    """The strongest frequency of a single band is 196 Hz x 2^(band / 5)."""
     levels = torch.zeros(101, 16)
     levels[:, band] = 1.0
     spectrum = torch.fft.rfft(toy_codec.synthesise(levels)).abs()
@@ -170,7 +170,7 @@ def test_a_band_sounds_at_its_pitch(band):
 
 
 def test_a_louder_band_sounds_louder_and_silence_is_silent():
-    """Level 0 is exactly 0; level .4 has twice the amplitude of .2 while tanh is straight."""
+    """Level 0 is exactly 0; level .4 has twice the amplitude of .2, where tanh is linear."""
     one = torch.zeros(11, 16)
     assert toy_codec.synthesise(one).abs().max() == 0
     one[:, 3] = 0.2
@@ -179,33 +179,34 @@ def test_a_louder_band_sounds_louder_and_silence_is_silent():
 
 
 def test_samples_never_leave_the_range():
-    """240 samples a mel frame, within [-1, 1] even when every band shouts."""
+    """240 samples per mel frame, within [-1, 1] even if every band is loud."""
     sound = toy_codec.synthesise(10 * torch.rand(101, 16))
     assert sound.shape == (24000,) and sound.abs().max() <= 1
 
 
+# ---- the command line ----
+
+
 def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
-    """--help and an unknown flag write nothing, nor does looking; --fit --out writes elsewhere."""
+    """Only --fit writes: to runs/, or to --out; never over the shipped codec."""
+    shipped = toy_codec.FILE.read_bytes()
     monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
-    monkeypatch.setattr(sys, "argv", ["toy/codec.py"])
-    with_errors(toy_codec.main)
-    shown = capsys.readouterr().out.splitlines()
-    assert [line.split(" PSNR ")[0] for line in shown] == ["video:", "audio:"]
-    shipped = tmp_path / "toy_codec.safetensors"
-    monkeypatch.setattr(toy_codec, "FILE", shipped)
-    for arguments, status in ((["--help"], 0), (["--fast"], 2)):
-        monkeypatch.setattr(sys, "argv", ["toy/codec.py", *arguments])
-        with pytest.raises(SystemExit) as left:
-            with_errors(toy_codec.main)
-        assert left.value.code == status and not shipped.exists()
-    mine = tmp_path / "mine.safetensors"
-    monkeypatch.setattr(sys, "argv", ["toy/codec.py", "--fit", "--out", str(mine)])
-    with_errors(toy_codec.main)
-    assert mine.exists() and not shipped.exists()
+    monkeypatch.chdir(tmp_path)
+    status, shown, _ = run_here(toy_codec, [], monkeypatch, capsys)
+    assert status == 0
+    assert [line.split(" PSNR ")[0] for line in shown.splitlines()] == ["video:", "audio:"]
+    for argument, expected in (("--help", 0), ("--fast", 2)):
+        assert run_here(toy_codec, [argument], monkeypatch, capsys)[0] == expected
+    assert not any(tmp_path.iterdir())
+    for arguments, name in (([], "runs/toy_codec.safetensors"), (["--out", "mine"], "mine")):
+        assert run_here(toy_codec, ["--fit", *arguments], monkeypatch, capsys)[0] == 0
+        assert Path(name).is_file()
+        monkeypatch.setattr(toy_codec.ToyCodec, "fit", lambda *_: None)  # once is enough
+    assert toy_codec.FILE.read_bytes() == shipped
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_fit(tmp_path, monkeypatch, capsys):
-    """A file where a folder should be: one line, and no clip has been drawn."""
+    """A file where a folder should be: an error in one line, before any clip is drawn."""
     (tmp_path / "file").touch()
     monkeypatch.setattr(world, "draw_clips", None)
     out = tmp_path / "file" / "x.safetensors"
@@ -213,8 +214,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_fit(tmp_path, monk
     assert status == 2 and err == f"toy/codec.py: {out}: not writable; choose another place\n"
 
 
-def test_a_codec_that_is_not_whole_is_refused_in_one_line(tmp_path, monkeypatch):
-    """Cut short: the file is named."""
+def test_an_incomplete_codec_is_refused_in_one_line(tmp_path, monkeypatch):
+    """The error names the truncated file."""
     cut = tmp_path / "toy_codec.safetensors"
     cut.write_bytes(toy_codec.FILE.read_bytes()[:-100])
     monkeypatch.setattr(toy_codec, "FILE", cut)

@@ -1,4 +1,4 @@
-"""Eyes and ears: they agree with the truth, survive the codec, and notice what is wrong."""
+"""The detectors agree with the truth, also after the codec, and notice errors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CLIPS = world.draw_clips(range(world.HELD_OUT, world.HELD_OUT + N))
 
 
 class Observed:
-    """What the detectors make of a batch of clips."""
+    """A batch of clips and what the detectors find in it."""
 
     def __init__(self, video, sound):
         self.video, self.sound = video, sound
@@ -48,14 +48,16 @@ def desync_ms(seen, heard):
     return 1000 * m.offsets / m.near
 
 
-def shifted(events, seconds):
-    return [e._replace(times=e.times + seconds) for e in events]
+def true_events(b):
+    """The analytic impacts of a clip."""
+    real = world.impacts(world.Clips(*(x[b : b + 1] for x in CLIPS)), 0, SECONDS)
+    return detectors.Events(real.times[0].float(), real.walls[0])
 
 
 # ---- truth ----
 
 
-def test_the_true_world_is_in_sync(truth):
+def test_real_clips_are_in_sync(truth):
     """F1 of at least .99 and DeSync of at most 5 ms on 64 held-out clips, always the right wall."""
     m = total(truth.seen, truth.heard)
     assert m.impacts > 250
@@ -70,76 +72,72 @@ def test_the_codec_costs_little(truth, after_codec):
 
 
 def test_shuffled_pairs_are_out_of_sync(truth):
-    """Pictures with the sound of another clip score at most .2 and rarely the right wall."""
+    """Video with the sound of another clip has an F1 of at most .2, and often the wrong wall."""
     m = total(truth.seen, truth.heard[1:] + truth.heard[:1])
     assert m.hits / (m.impacts + m.onsets) <= 0.2
     assert m.right_wall < 0.6 * m.pairs
 
 
 def test_impacts_are_seen_when_they_happen(truth):
-    """Away from the ends, picture and analytic truth have the same impacts within 20 ms."""
+    """Away from the ends, the impacts in the video are the analytic ones, within 20 ms."""
     for b, seen in enumerate(truth.seen):
-        real = world.impacts(world.Clips(*(x[b : b + 1] for x in CLIPS)), 0, SECONDS)
-        events = detectors.Events(real.times[0].float(), real.walls[0])
-        m = detectors.match(seen, events, *INSIDE)
+        m = detectors.match(seen, true_events(b), *INSIDE)
         assert m.hits == m.impacts + m.onsets and m.right_wall == m.pairs
         assert m.offsets <= 0.020 * m.near
 
 
 def test_onsets_are_heard_when_they_happen(truth):
-    """Away from the ends, sound and analytic truth have the same events, 3 ms apart on average."""
-    real = []
-    for b in range(N):
-        hits = world.impacts(world.Clips(*(x[b : b + 1] for x in CLIPS)), 0, SECONDS)
-        real.append(detectors.Events(hits.times[0].float(), hits.walls[0]))
+    """Away from the ends, the onsets are the analytic impacts, 3 ms apart on average."""
+    real = [true_events(b) for b in range(N)]
     assert f1(real, truth.heard) >= 0.99
     assert desync_ms(real, truth.heard) <= 3
 
 
 def test_caption_words_are_read_off_the_clip(truth, after_codec):
-    """Colour, speed and material are all read correctly, on truth and after the codec."""
-    for o in (truth, after_codec):
-        assert torch.equal(detectors.read_words(o.ball, o.sound, o.heard), CLIPS.words)
+    """Colour, speed and material are all read correctly, before and after the codec."""
+    for clips in (truth, after_codec):
+        words = detectors.read_words(clips.ball, clips.sound, clips.heard)
+        assert torch.equal(words, CLIPS.words)
 
 
 def test_the_ball_persists(truth, after_codec):
-    """There is one whole ball in every frame of the truth and of the codec's clips."""
+    """Every frame shows exactly one ball; after the codec, 99 % of the frames."""
     assert detectors.persistence(truth.ball).all()
     assert detectors.persistence(after_codec.ball).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("part", [0, 1, 2], ids=["hue", "radius", "pitch"])
 def test_identity_is_measured(truth, after_codec, part):
-    """What the caption does not tell is read off the clip: correlation with the truth above .95."""
-    for o in (truth, after_codec):
-        measured = detectors.identity(o.ball, o.sound, o.heard)[:, part].double()
+    """The facts outside the caption are measured: correlation with the truth above .95."""
+    for clips in (truth, after_codec):
+        measured = detectors.identity(clips.ball, clips.sound, clips.heard)[:, part].double()
         pair = torch.stack([measured, CLIPS.identity[:, part]])
         pair = pair[:, pair.isfinite().all(0)]
         assert pair.shape[1] > 0.9 * N and torch.corrcoef(pair)[0, 1] > 0.95
 
 
-# ---- what is wrong is noticed ----
+# ---- errors are noticed ----
 
 
 @pytest.mark.parametrize("ms", [-40, 40])
 def test_a_sound_40_ms_off_is_measured_as_40_ms(truth, ms):
-    """Moving the sound by 4 mel frames is found as 40 ms, give or take the 3 ms of truth."""
+    """Sound that is shifted by 4 mel frames has a DeSync of 40 ms, up to the 3 ms of the truth."""
     late = torch.roll(truth.sound, ms // 10, dims=1)
     late[:, : max(0, ms // 10)] = 0
     heard = detectors.find_onsets(late)
     assert desync_ms(truth.seen, heard) == pytest.approx(40, abs=3)
-    assert f1(truth.seen, heard) > 0.95  # 40 ms still counts as in time
+    assert f1(truth.seen, heard) > 0.95  # 40 ms is still a match
 
 
-def test_a_sound_100_ms_off_does_not_count_as_in_time(truth):
-    """Beyond 60 ms events are no pairs, but DeSync still measures the 100 ms."""
-    heard = shifted(truth.heard, 0.1)
+def test_a_sound_100_ms_off_is_no_match(truth):
+    """Events more than 60 ms apart are no pairs, but DeSync still measures the 100 ms."""
+    heard = [e._replace(times=e.times + 0.1) for e in truth.heard]
     assert f1(truth.seen, heard) < 0.1
     assert desync_ms(truth.seen, heard) == pytest.approx(100, abs=10)
 
 
 def test_silence_lowers_the_number_of_events_and_not_f1(truth):
-    """With the last two seconds silent, onsets go missing; F1 over what is left hardly tells."""
+    """With the last two seconds silent, onsets are missing: fewer events, more misses."""
     quiet = truth.sound.clone()
     quiet[:, 300:] = 0
     full, less = total(truth.seen, truth.heard), total(truth.seen, detectors.find_onsets(quiet))
@@ -150,7 +148,7 @@ def test_silence_lowers_the_number_of_events_and_not_f1(truth):
 
 
 def test_the_sound_of_the_wrong_wall_is_noticed(truth):
-    """Exchanging left and right in the sound keeps the times and loses those walls."""
+    """With left and right exchanged in the sound, times agree but those walls do not."""
     swap = torch.tensor([1, 0, 2, 3])
     heard = [e._replace(walls=swap[e.walls]) for e in truth.heard]
     m = total(truth.seen, heard)
@@ -161,28 +159,28 @@ def test_the_sound_of_the_wrong_wall_is_noticed(truth):
     assert m.right_wall / m.pairs == pytest.approx(1 - sideways, abs=0.1)
 
 
-def test_a_static_picture_has_no_impacts(truth):
-    """A frame repeated for the whole clip shows a ball that never hits anything."""
+def test_a_static_video_has_no_impacts(truth):
+    """A frame that is repeated for the whole clip shows no impact."""
     still = truth.video[:, :1].expand(-1, 121, -1, -1, -1)
     assert all(len(e.times) == 0 for e in detectors.find_impacts(detectors.see_ball(still)))
 
 
 def test_an_empty_room_has_no_ball_and_no_impacts():
-    """Background alone: nothing persists, nothing is hit."""
+    """Background alone: no frame shows a ball, and no wall is hit."""
     ball = detectors.see_ball(torch.full((2, 121, 3, 32, 32), world.BACKGROUND))
     assert not detectors.persistence(ball).any()
     assert all(len(e.times) == 0 for e in detectors.find_impacts(ball))
 
 
 @pytest.mark.parametrize("frames", [1, 3, 7])
-def test_a_clip_too_short_for_lines_shows_no_impacts(truth, frames):
-    """A stream that was stopped after its first frame can still be looked at."""
+def test_a_clip_too_short_for_lines_has_no_impacts(truth, frames):
+    """A stream that was stopped after its first frames gives no error."""
     seen = detectors.find_impacts(detectors.see_ball(truth.video[:, :frames]))
     assert len(seen) == N and all(len(e.times) == 0 for e in seen)
 
 
-def test_a_turn_in_mid_air_is_no_impact(truth):
-    """Played forwards and then backwards, the ball turns round in the air: no impact is seen."""
+def test_a_reversal_in_mid_air_is_no_impact(truth):
+    """Played forwards, then backwards, the ball reverses far from any wall: no impact is seen."""
     there = truth.video[:, :13]
     back_and_forth = torch.cat([there, there.flip(1)[:, 1:]], 1)
     places = detectors.see_ball(there).place[:, -1]
@@ -192,18 +190,33 @@ def test_a_turn_in_mid_air_is_no_impact(truth):
         assert ((e.times - 0.5).abs() > 0.1).all()
 
 
-def test_two_balls_are_not_persistent(truth):
-    """A second ball far from the first is too much mass, widely spread."""
+@pytest.fixture(scope="module")
+def second_ball(truth):
+    """A video with the ball elsewhere, and the frames in which the two are far apart."""
     other = truth.video.flip(-1, -2)
-    both = torch.maximum(truth.video, other)
-    apart = (truth.ball.place - detectors.see_ball(other).place).norm(dim=-1) > 12
+    return other, (truth.ball.place - detectors.see_ball(other).place).norm(dim=-1) > 12
+
+
+def test_two_balls_are_not_persistent(truth, second_ball):
+    """A second ball far from the first: too much mass, widely spread."""
+    other, apart = second_ball
     assert apart.sum() > 1000
-    assert not detectors.persistence(detectors.see_ball(both))[apart].any()
+    both = detectors.see_ball(torch.maximum(truth.video, other))
+    assert not detectors.persistence(both)[apart].any()
+
+
+def test_two_half_balls_are_not_persistent(truth, second_ball):
+    """The mass of one ball in two places: only its spread differs."""
+    other, apart = second_ball
+    ball = detectors.see_ball((truth.video + other) / 2)
+    apart = apart & (ball.mass > 0.6) & (ball.mass < 1.5)
+    assert apart.sum() > 1000
+    assert not detectors.persistence(ball)[apart].any()
 
 
 @pytest.mark.parametrize("strength", [0.2, 3.0])
 def test_a_ball_that_fades_or_grows_is_not_persistent(truth, strength):
-    """A fifth of the brightness is no whole ball, nor is one of three times the area."""
+    """A ball with a fifth of the brightness does not count, nor one with three times the area."""
     clips = world.Clips(*(x[:4].clone() for x in CLIPS))
     if strength < 1:
         video = world.BACKGROUND + strength * (truth.video[:4] - world.BACKGROUND)
@@ -211,17 +224,6 @@ def test_a_ball_that_fades_or_grows_is_not_persistent(truth, strength):
         clips.identity[:, 1] = (strength**0.5 - 1) / world.RADIUS_RANGE
         video = world.render_video(clips, 1)
     assert not detectors.persistence(detectors.see_ball(video)).any()
-
-
-def test_two_half_balls_are_not_persistent(truth):
-    """The mass of one ball, but in two places: only its spread tells."""
-    other = truth.video.flip(-1, -2)
-    halves = (truth.video + other) / 2
-    apart = (truth.ball.place - detectors.see_ball(other).place).norm(dim=-1) > 12
-    ball = detectors.see_ball(halves)
-    apart &= (ball.mass > 0.6) & (ball.mass < 1.5)
-    assert apart.sum() > 1000
-    assert not detectors.persistence(ball)[apart].any()
 
 
 # ---- how events are paired ----
@@ -232,21 +234,21 @@ def events(*times, wall=0):
 
 
 def test_each_event_has_at_most_one_partner():
-    """One onset between two impacts belongs to the nearer, the other is missed."""
+    """One onset between two impacts belongs to the nearer one; the other impact is a miss."""
     m = detectors.match(events(1.00, 1.04), events(1.03), 0, 2)
     assert (m.pairs, m.impacts, m.onsets, m.hits, m.missed) == (1, 2, 1, 2, 1)
     assert m.offsets == pytest.approx(0.01, abs=1e-6)
 
 
 def test_in_a_corner_the_wall_decides():
-    """Two impacts 10 ms apart go to the onsets of their own walls, not to the nearest ones."""
+    """Two impacts 10 ms apart are paired with the onsets of their walls, not with the nearest."""
     seen = detectors.Events(torch.tensor([1.000, 1.010]), torch.tensor([0, 2]))
     heard = detectors.Events(torch.tensor([1.001, 1.011]), torch.tensor([2, 0]))
     assert detectors.match(seen, heard, 0, 2).right_wall == 2
 
 
-def test_events_outside_the_stretch_need_no_partner_but_may_be_one():
-    """Asked about [1, 2): events before and after are not missed, yet 0.99 can answer 1.01."""
+def test_events_outside_the_interval_need_no_partner_but_may_be_one():
+    """In [1, 2): events before and after are no misses, but an onset at 0.99 can match 1.01."""
     m = detectors.match(events(0.1, 0.9, 2.0), events(0.4), 1, 2)
     assert (m.impacts, m.onsets, m.missed) == (0, 0, 0)
     m = detectors.match(events(1.01), events(0.99), 1, 2)
@@ -254,6 +256,6 @@ def test_events_outside_the_stretch_need_no_partner_but_may_be_one():
 
 
 def test_hues_are_averaged_round_the_circle():
-    """The median of 350 and 10 degrees and 0 is 0, not 10."""
+    """The median of 350, 10 and 0 degrees is 0, not 10."""
     median = detectors.circular_median(torch.tensor([[350.0, 10.0, 0.0]]))
     assert float((median + 180) % 360 - 180) == pytest.approx(0, abs=1e-3)

@@ -1,26 +1,18 @@
-"""Pixels and sound to latents and back: a linear codec, and a vocoder that makes it audible.
+"""From pixels and sound to latents and back: a linear codec, and a vocoder that makes it audible.
 
-It stands in for LTX-2's two VAEs and keeps what matters of them: the rates (3 video and 25 audio
-latents a second) and the first-frame rule. The first latent of either stream covers one frame, so
-that a stream can begin at once; every later one covers 8 frames or 4 mel frames.
+It stands in for the two VAEs of LTX-2 and keeps two of their properties: the rates (3 video and 25
+audio latents per second) and the first-frame rule. The first latent of either stream covers one
+frame, so that a stream can begin at once. Every later one covers 8 frames or 4 mel frames.
 
     video   8 x 8 pixel patches: (1 or 8 frames) x 3 x 8 x 8 numbers -> 48 channels
     audio   (1 or 4 mel frames) x 16 bands -> 20 channels
 
 Each of these four kinds of patch has its own principal components, x ~ mean + basis (scale z). They
-are half whitened: a component is divided by the root of its standard deviation, not by all of it.
-So components keep an order of size, and noise in z hides the small ones before the large ones. Then
-all are scaled by one factor to E[z^2] = 1, as flow matching expects.
+are half whitened, so that they keep an order of size: noise in z hides the small components before
+the large ones.
 
-# Simpler: LTX-2's VAEs are convolutional and see neighbouring latents; here a latent decodes alone,
-# so a block can be decoded as soon as it exists, without look-ahead.
-
-# Trap: a component has no sign of its own. A fit with another number of threads, or on another
-# machine, may turn some around (the shipped one was made with two), and then models trained on the
-# old latents do not understand the new ones: train them anew as well.
-
-    python -m toy.codec             how well the shipped one keeps pictures and sound
-    python -m toy.codec --fit       fits it anew, over weights/toy_codec.safetensors or to --out
+    python -m toy.codec             quality of the shipped codec
+    python -m toy.codec --fit       fits a new one and writes it to runs/, or to --out
 """
 
 from pathlib import Path
@@ -30,12 +22,12 @@ from torch import nn
 
 import config
 from plumbing import cli, files
-from toy import world as toy_world
+from toy import world
 
 FILE = Path(__file__).parent.parent / "weights" / "toy_codec.safetensors"
-FIT_CLIPS, FIT_SECONDS = 384, 5  # what it is fitted on: the clips of seeds 0 to 383
+FIT_CLIPS, FIT_SECONDS = 384, 5  # fitted on the clips of seeds 0 to 383
 
-SAMPLE_RATE = 24000  # samples per second, as LTX-2's vocoder
+SAMPLE_RATE = 24000  # samples per second, as in LTX-2
 LOWEST_PITCH = 196.0  # Hz, band 0
 BANDS_PER_OCTAVE = 5
 LOUDNESS = 0.25  # amplitude of a band at level 1
@@ -54,28 +46,31 @@ class Components(nn.Module):
         self.register_buffer("scale", torch.ones(channels))
 
     def encode(self, x):
-        """(..., numbers) -> (..., channels)."""
+        """Turn (..., numbers) into (..., channels)."""
         return (x - self.mean) @ self.basis / self.scale
 
     def decode(self, z):
-        """(..., channels) -> (..., numbers)."""
+        """Turn (..., channels) into (..., numbers)."""
         return self.mean + (z * self.scale) @ self.basis.T
 
     def fit(self, x):
-        """Principal components of (..., numbers); channels beyond `numbers` stay 0."""
+        """Set the components to those of (..., numbers); channels beyond `numbers` stay 0."""
+        # Trap: the sign of a component is arbitrary. A fit on another machine, or with another
+        # number of threads (the shipped codec: two), may flip some. Models that were trained on the
+        # old latents do not understand the new ones and must be trained again.
         x = x.flatten(0, -2)
         self.mean.copy_(x.mean(0))
         x = x - self.mean
-        variance, basis = torch.linalg.eigh((x.T @ x / len(x)).double())
+        variance, basis = torch.linalg.eigh((x.T @ x / len(x)).double())  # in ascending order
         n = min(self.basis.shape)
         variance, basis = variance.flip(0)[:n].clamp(min=1e-12), basis.flip(1)[:, :n]
-        half_white = variance**0.25
-        unit = (variance / half_white**2).mean().sqrt()
+        half_white = variance**0.25  # the root of the standard deviation; all of it would whiten
+        unit = (variance / half_white**2).mean().sqrt()  # makes E[z^2] = 1, for flow matching
         self.basis[:, :n], self.scale[:n] = basis.float(), (half_white * unit).float()
 
 
 def video_patches(video, patch, frames):
-    """(B, P, 3, H, W) -> (B, P/frames, rows * columns, frames * 3 * patch * patch).
+    """Cut (B, P, 3, H, W) into (B, P/frames, rows * columns, frames * 3 * patch * patch).
 
     >>> video_patches(torch.zeros(2, 24, 3, 32, 32), 8, 8).shape
     torch.Size([2, 3, 16, 1536])
@@ -86,14 +81,14 @@ def video_patches(video, patch, frames):
 
 
 def video_from_patches(x, patch, frames, grid):
-    """Inverse of `video_patches`."""
+    """Invert `video_patches`; grid: (rows, columns)."""
     x = x.unflatten(-1, (frames, 3, patch, patch)).unflatten(2, grid)  # B F h w f C p p
     x = x.permute(0, 1, 4, 5, 2, 6, 3, 7)  # B F f C h p w p
     return x.flatten(6).flatten(4, 5).flatten(1, 2)
 
 
 class ToyCodec(nn.Module):
-    """Both codecs. Latents are tokens as the transformer wants them."""
+    """The codecs of both streams.  Latents are tokens, in the order that the transformer reads."""
 
     def __init__(self, cfg=config.TOY):
         super().__init__()
@@ -101,57 +96,61 @@ class ToyCodec(nn.Module):
         pixels = 3 * cfg.pixel_stride**2
         self.video_first = Components(pixels, cfg.video_channels)
         self.video_later = Components(cfg.video_stride * pixels, cfg.video_channels)
-        self.audio_first = Components(toy_world.BANDS, cfg.audio_channels)
-        self.audio_later = Components(cfg.audio_stride * toy_world.BANDS, cfg.audio_channels)
+        self.audio_first = Components(world.BANDS, cfg.audio_channels)
+        self.audio_later = Components(cfg.audio_stride * world.BANDS, cfg.audio_channels)
 
-    def _video_kinds(self, video):
+    def _video_patches(self, video):
         patch, stride = self.cfg.pixel_stride, self.cfg.video_stride
         return video_patches(video[:, :1], patch, 1), video_patches(video[:, 1:], patch, stride)
 
-    def _audio_kinds(self, sound):
+    def _audio_patches(self, sound):
         return sound[:, :1], sound[:, 1:].unflatten(1, (-1, self.cfg.audio_stride)).flatten(2)
 
     def encode(self, video, sound):
-        """(B, 8k + 1, 3, H, W), (B, 4m + 1, 16) -> (B, (k+1) rows columns, 48), (B, m + 1, 20)."""
-        first, later = self._video_kinds(video)
+        """Encode (B, 8k + 1, 3, H, W) and (B, 4m + 1, 16).
+
+        Returns (B, (k + 1) rows columns, 48) and (B, m + 1, 20).
+        """
+        first, later = self._video_patches(video)
         v = torch.cat([self.video_first.encode(first), self.video_later.encode(later)], 1)
-        first, later = self._audio_kinds(sound)
+        first, later = self._audio_patches(sound)
         a = torch.cat([self.audio_first.encode(first), self.audio_later.encode(later)], 1)
         return v.flatten(1, 2), a
 
     def decode_video(self, tokens, starts_clip):
-        """Tokens of consecutive latent frames -> (B, P, 3, H, W) in [0, 1].
+        """Decode the tokens of consecutive latent frames to (B, P, 3, H, W) in [0, 1].
 
-        starts_clip   is the clip's first latent, which covers one frame, among them?
+        starts_clip   whether the first latent is the first of the clip, which covers one frame
         """
-        cfg = self.cfg
+        # Simpler: the VAEs of LTX-2 are convolutional and see neighbouring latents. Here a latent
+        # is decoded alone, so a block can be decoded as soon as it exists, without look-ahead.
+        cfg, n = self.cfg, int(starts_clip)
         z = tokens.unflatten(1, (-1, cfg.tokens_per_frame))
-        n = int(starts_clip)
         first = video_from_patches(self.video_first.decode(z[:, :n]), cfg.pixel_stride, 1, cfg.grid)
         later = self.video_later.decode(z[:, n:])
         later = video_from_patches(later, cfg.pixel_stride, cfg.video_stride, cfg.grid)
         return torch.cat([first, later], 1).clamp(0, 1)
 
     def decode_audio(self, tokens, starts_clip):
-        """(B, F_a, 20) tokens of consecutive latents -> (B, M, 16) levels, not negative."""
+        """Decode the tokens (B, F_a, 20) of consecutive latents to levels (B, M, 16), all >= 0."""
         n = int(starts_clip)
         first = self.audio_first.decode(tokens[:, :n])
-        later = self.audio_later.decode(tokens[:, n:]).unflatten(-1, (-1, toy_world.BANDS))
+        later = self.audio_later.decode(tokens[:, n:]).unflatten(-1, (-1, world.BANDS))
         return torch.cat([first, later.flatten(1, 2)], 1).clamp(min=0)
 
     @torch.no_grad()
     def fit(self, video, sound):
-        """Fit all four kinds to true clips, shaped as for `encode`."""
-        for components, x in zip((self.video_first, self.video_later), self._video_kinds(video)):
-            components.fit(x)
-        for components, x in zip((self.audio_first, self.audio_later), self._audio_kinds(sound)):
+        """Fit all four kinds of patches to real clips, shaped as for `encode`."""
+        kinds = self.video_first, self.video_later, self.audio_first, self.audio_later
+        patches = *self._video_patches(video), *self._audio_patches(sound)
+        for components, x in zip(kinds, patches):
             components.fit(x)
 
 
 def load(cfg=config.TOY) -> ToyCodec:
-    """The codec that the shipped models were trained with, from FILE.
+    """Load the codec that the shipped models were trained with.
 
-    Raises ValueError, in one line, if the file is not whole.
+    Raises ValueError, in one line, if the file is incomplete.
     """
     codec = ToyCodec(cfg)
     files.load_into(codec, files.read_weights(FILE)[0], FILE)
@@ -159,51 +158,51 @@ def load(cfg=config.TOY) -> ToyCodec:
 
 
 def encode_clips(codec, clips, seconds):
-    """Render and encode: (B, T_v, 48) and (B, F_a, 20) latents."""
-    video = toy_world.render_video(clips, seconds, codec.cfg)
-    return codec.encode(video, toy_world.render_sound(clips, seconds, codec.cfg))
+    """Render clips and encode them: latents (B, T_v, 48) and (B, F_a, 20)."""
+    video = world.render_video(clips, seconds, codec.cfg)
+    return codec.encode(video, world.render_sound(clips, seconds, codec.cfg))
 
 
 # ---- vocoder ----
 
 
 def synthesise(levels, first_frame=0, cfg=config.TOY):
-    """Band levels to a waveform by additive synthesis: one sine per band.
+    """Turn band levels into a waveform by additive synthesis: one sine per band.
 
-    levels        (M + 1, 16) the mel frames `first_frame` .. `first_frame + M`
-    ->            (240 M,) samples in [-1, 1] between the first and the last of them
-
-    Levels change linearly from frame to frame and phases follow absolute time, so a stream that is
-    synthesised block by block, each block from the last frame of the one before, has no seams:
+    levels        (M + 1, 16) of the mel frames `first_frame` to `first_frame + M`
+    ->            (240 M,) samples in [-1, 1] between the first and the last of these frames
 
     >>> x = torch.rand(31, 16)
-    >>> parts = torch.cat([synthesise(x[:11]), synthesise(x[10:], first_frame=10)])
-    >>> torch.equal(parts, synthesise(x))
+    >>> chunks = torch.cat([synthesise(x[:11]), synthesise(x[10:], first_frame=10)])
+    >>> torch.equal(chunks, synthesise(x))
     True
     """
+    # Levels change linearly between frames, and phases follow absolute time. So there is no seam
+    # between blocks if each is synthesised from the last frame of the one before.
     hop = SAMPLE_RATE // cfg.mel_rate
     ramp = torch.arange(hop)[:, None] / hop
     amplitude = levels[:-1, None] + ramp * (levels[1:] - levels[:-1])[:, None]  # (M, hop, 16)
     samples = torch.arange(hop * (len(levels) - 1)) + hop * first_frame
-    turns = (samples.double() / SAMPLE_RATE)[:, None] * pitches().double()  # exact for hours
-    sines = torch.sin(2 * torch.pi * (turns % 1)).float()
+    # In float64, phases are exact for hours.
+    periods = (samples.double() / SAMPLE_RATE)[:, None] * pitches().double()
+    sines = torch.sin(2 * torch.pi * (periods % 1)).float()
     return torch.tanh(LOUDNESS * (amplitude.flatten(0, 1) * sines).sum(1))
 
 
 def pitches() -> torch.Tensor:
-    """(16,) frequency of each band in Hz, five to the octave."""
-    return LOWEST_PITCH * 2 ** (torch.arange(toy_world.BANDS) / BANDS_PER_OCTAVE)
+    """Return the frequency of each band in Hz, (16,), five bands per octave."""
+    return LOWEST_PITCH * 2 ** (torch.arange(world.BANDS) / BANDS_PER_OCTAVE)
 
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--fit", action="store_true", help="fit a new one")
-    p.add_argument("--out", default=str(FILE), help="with --fit: weights to write")
+    p.add_argument("--fit", action="store_true", help="fit a new codec")
+    p.add_argument("--out", default="runs/toy_codec.safetensors", help="with --fit: file to write")
     args = p.parse_args()
     if args.fit:
         files.check_writable(args.out, makes_folders=True)
-    clips = toy_world.draw_clips(range(FIT_CLIPS))
-    video, sound = (f(clips, FIT_SECONDS) for f in (toy_world.render_video, toy_world.render_sound))
+    clips = world.draw_clips(range(FIT_CLIPS))
+    video, sound = (f(clips, FIT_SECONDS) for f in (world.render_video, world.render_sound))
     codec = ToyCodec() if args.fit else load()
     if args.fit:
         codec.fit(video, sound)
@@ -211,10 +210,8 @@ def main():
         files.save_weights(args.out, codec.state_dict(), config.TOY, made_by)
         print(f"wrote {args.out}")
     v, a = codec.encode(video, sound)
-    for name, x, y in (
-        ("video", video, codec.decode_video(v, True)),
-        ("audio", sound, codec.decode_audio(a, True)),
-    ):
+    decoded = codec.decode_video(v, True), codec.decode_audio(a, True)
+    for name, x, y in zip(("video", "audio"), (video, sound), decoded):
         print(f"{name}: PSNR {-10 * (x - y).square().mean().log10():.1f} dB")
 
 

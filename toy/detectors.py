@@ -1,20 +1,17 @@
-"""Eyes and ears of the evaluator: from pixels and sound alone, what happened, and when?
+"""Detectors of the evaluation: from pixels and sound alone, find out what happened, and when.
 
-Nothing here knows how a clip was made, so the same detectors judge true clips and a model's. All
-work on whole batches, and times are finer than a frame:
+The detectors do not know how a clip was made, so the same ones judge real and generated clips. All
+work on whole batches, and their times are finer than a frame:
 
-    impact   two straight lines through four frames on either side, crossing near a wall
-    onset    a jump of a wall's level; the attack is 10 ms long, so half its height is 5 ms late
+    impact   two straight lines, through four frames on either side, that cross near a wall
+    onset    a jump of the level of a wall; its time is that of half the rise, less half the attack
 
-    F1       share of impacts and onsets that have a partner within 60 ms, when they are matched
+    F1       fraction of impacts and onsets that have a partner within 60 ms, after they are matched
              one to one, the closest first
-    DeSync   mean distance in time of the pairs within 250 ms; `capped` counts a miss as 300 ms
-    wall     share of the pairs in which the sound's wall is the picture's wall
+    DeSync   mean time difference of the pairs within 250 ms; `capped` counts a miss as 300 ms
+    wall     fraction of the pairs in which sound and picture name the same wall
 
-# Trap: F1 does not punish silence. A model that does less errs less, so the number of events per
-second is always shown beside it.
-
-    python -m toy.detectors    on sixteen true clips: pairs found, and how far apart
+    python -m toy.detectors    on sixteen real clips: pairs found, and their time difference
 """
 
 from typing import NamedTuple
@@ -24,17 +21,17 @@ import torch
 import config
 from toy import world
 
-FIT = 4  # frames on either side of an impact
-MIN_SLOPE = 0.12  # pixels per frame, the slowest approach that counts
-WALL_REACH = 4.0  # pixels between the ball's centre and where a reflection belongs
-VISIBLE = 0.12  # brightness above the background that belongs to the ball
-MIN_FLUX = 0.25  # rise of a wall's level over two mel frames
+FIT = 4  # frames on either side of an impact, for the lines
+MIN_SLOPE = 0.12  # pixels per frame; slower reflections do not count
+WALL_REACH = 4.0  # largest distance, in pixels, of a reflection from where the wall reflects
+VISIBLE = 0.12  # pixels that are brighter than the background by this belong to the ball
+MIN_FLUX = 0.25  # smallest rise of the level of a wall over two mel frames
 MIN_GAP = 6  # mel frames between two onsets on one wall
-MATCH, NEAR, CAP = 0.060, 0.250, 0.300  # seconds
-CORNER = 0.020  # seconds that a partner on another wall counts as further away
-MARGIN = 0.25  # seconds at either end of a clip in which reflections are not seen
-FAST = 20.0  # pixels per second; slow balls end at 15, fast ones begin at 25
-METAL = 0.24  # level 130 ms after an onset, as a share of its peak: wood .11, metal .49
+MATCH, NEAR, CAP = 0.060, 0.250, 0.300  # seconds: see F1 and DeSync above
+CORNER = 0.020  # seconds added to the distance of a partner on another wall
+MARGIN = 0.25  # seconds at either end of a clip where reflections cannot be seen
+FAST = 20.0  # pixels per second; slow: at most 15, fast: at least 25
+METAL = 0.24  # level 130 ms after an onset, as a fraction of its peak; wood: .11, metal: .49
 BAND_WALLS = (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3)  # wall of each band below the shimmer
 
 
@@ -42,8 +39,8 @@ class Ball(NamedTuple):
     """The ball in every frame of B clips."""
 
     place: torch.Tensor  # (B, P, 2) x, y of its centre in pixels
-    mass: torch.Tensor  # (B, P) its brightness summed up; 1 is a ball of normal size
-    spread: torch.Tensor  # (B, P) root mean square radius; 1 is a whole ball of that mass
+    mass: torch.Tensor  # (B, P) sum of its brightness; 1: a ball of normal size
+    spread: torch.Tensor  # (B, P) root mean square radius; 1: exactly one ball of this mass
     hue: torch.Tensor  # (B, P) degrees
 
 
@@ -51,14 +48,14 @@ class Events(NamedTuple):
     """Impacts or onsets of one clip, in order of time."""
 
     times: torch.Tensor  # (E,) seconds
-    walls: torch.Tensor  # (E,) index into toy_world.WALLS
+    walls: torch.Tensor  # (E,) index into world.WALLS
 
 
 # ---- seeing ----
 
 
 def see_ball(video) -> Ball:
-    """(B, P, 3, H, W) in [0, 1] -> where the ball is and what it looks like."""
+    """Find the ball in a video (B, P, 3, H, W) in [0, 1]: its place and its looks."""
     light = video.amax(2) - world.BACKGROUND  # (B, P, H, W)
     light = torch.where(light > VISIBLE, light, 0.0)
     total = light.sum((-1, -2)).clamp(min=1e-6)
@@ -67,41 +64,32 @@ def see_ball(video) -> Ball:
     cx, cy = (light.sum(-2) @ x) / total, (light.sum(-1) @ y) / total
     d2 = (x - cx[..., None]).square()[..., None, :] + (y - cy[..., None]).square()[..., None]
     radius = ((light * d2).sum((-1, -2)) / total).sqrt()
-    mass = total / _normal_mass()
     colour = (video * light[:, :, None]).sum((-1, -2)) / total[..., None]  # (B, P, 3)
-    spread = radius / (_normal_radius() * mass.sqrt().clamp(min=1e-3))
+    normal_mass, normal_radius = _normal_ball()
+    mass = total / normal_mass
+    spread = radius / (normal_radius * mass.sqrt().clamp(min=1e-3))
     return Ball(torch.stack([cx, cy], -1), mass, spread, _hue(colour))
 
 
-def _profile():
-    """Distance from the centre and brightness of a normal ball, on a fine grid."""
-    r = torch.linspace(0, 10, 2001)
+def _normal_ball():
+    """Return total brightness and root mean square radius of a ball of normal size."""
+    r = torch.linspace(0, 10, 2001)  # distance from the centre
     light = (1 - world.BACKGROUND) * torch.exp(-((r / world.RADIUS) ** 4))
-    return r, torch.where(light > VISIBLE, light, 0.0)
-
-
-def _normal_mass():
-    r, light = _profile()
-    return 2 * torch.pi * torch.trapezoid(light * r, r)
-
-
-def _normal_radius():
-    r, light = _profile()
-    return (torch.trapezoid(light * r**3, r) / torch.trapezoid(light * r, r)).sqrt()
+    light = torch.where(light > VISIBLE, light, 0.0)
+    total = torch.trapezoid(light * r, r)
+    return 2 * torch.pi * total, (torch.trapezoid(light * r**3, r) / total).sqrt()
 
 
 def _hue(rgb):
-    """(..., 3) -> (...) degrees in [0, 360)."""
+    """Convert RGB (..., 3) to degrees (...) in [0, 360)."""
     angles = torch.tensor([0.0, 120.0, 240.0]) * torch.pi / 180
     s, c = rgb @ angles.sin(), rgb @ angles.cos()
     return torch.rad2deg(torch.atan2(s, c)) % 360
 
 
-def lines(track):
-    """Least-squares lines through every FIT frames in a row: (..., P) -> slope, value at the last.
-
-    Index i of the answers (..., P - FIT + 1) is the line through frames i .. i + FIT - 1.
-    """
+def fit_lines(track):
+    """Fit a line to every FIT consecutive frames of (..., P): slope, value at its last frame."""
+    # Index i of both results is the line through frames i to i + FIT - 1.
     windows = track.unfold(-1, FIT, 1)
     t = torch.arange(FIT, dtype=track.dtype) - (FIT - 1) / 2
     slope = windows @ t / t.square().sum()
@@ -109,8 +97,8 @@ def lines(track):
 
 
 def find_impacts(ball: Ball, cfg=config.TOY) -> list[Events]:
-    """Reflections seen in each clip: none in a clip too short for a line on either side."""
-    if ball.place.shape[1] < 2 * FIT:
+    """Find the reflections in each clip."""
+    if ball.place.shape[1] < 2 * FIT:  # too short for a line on either side
         return [Events(torch.zeros(0), torch.zeros(0, dtype=torch.long)) for _ in ball.place]
     radius = (world.RADIUS * ball.mass.median(1).values.sqrt()).clamp(2, 7)  # (B,)
     found = [_reflections(ball.place[..., axis], axis, radius, cfg) for axis in range(2)]
@@ -122,26 +110,26 @@ def find_impacts(ball: Ball, cfg=config.TOY) -> list[Events]:
 
 
 def _reflections(track, axis, radius, cfg):
-    """Reflections along one axis: per clip, times in seconds and walls."""
-    slope, last = lines(track)
+    """Find reflections along one axis: for each clip, times in seconds and walls."""
+    slope, last = fit_lines(track)
     before, after = slope[:, :-FIT], slope[:, FIT:]  # lines that end at i and begin at i + 1
     end, begin = last[:, :-FIT], last[:, FIT:] - (FIT - 1) * after
-    turn = before - after
-    # both lines in frames after i:  end + before t  =  begin + after (t - 1)
-    t = (begin - after - end) / turn
+    change = before - after
+    # Where the lines cross, t frames after frame i:  end + before t  =  begin + after (t - 1)
+    t = (begin - after - end) / change
     where = end + before * t
     size = (cfg.width, cfg.height)[axis]
-    wall = (turn > 0).long()  # flying right or down before: the far wall
+    wall = (change > 0).long()  # 1, the right or bottom wall, if the ball flew towards it before
     gap = torch.where(wall == 1, size - radius[:, None] - where, where - radius[:, None]).abs()
-    is_turn = (before * after < 0) & (before.abs() > MIN_SLOPE) & (after.abs() > MIN_SLOPE)
-    is_hit = is_turn & (t > -0.75) & (t < 1.75) & (gap < WALL_REACH)
-    best = _local_maximum(torch.where(is_hit, turn.abs(), 0.0), FIT - 1)
+    is_reflected = (before * after < 0) & (before.abs() > MIN_SLOPE) & (after.abs() > MIN_SLOPE)
+    is_hit = is_reflected & (t > -0.75) & (t < 1.75) & (gap < WALL_REACH)
+    best = _local_maximum(torch.where(is_hit, change.abs(), 0.0), FIT - 1)
     frame = torch.arange(t.shape[1]) + FIT - 1
     return [((frame + t[b])[best[b]] / cfg.fps, wall[b][best[b]] + 2 * axis) for b in range(len(t))]
 
 
 def _local_maximum(x, reach):
-    """(B, T) -> booleans: positive, and the first largest within +-reach."""
+    """Whether each value of (B, T) is positive and the largest within +-reach."""
     peak = torch.nn.functional.max_pool1d(x[:, None], 2 * reach + 1, 1, reach)[:, 0]
     return (x > 0) & (x == peak)
 
@@ -150,14 +138,14 @@ def _local_maximum(x, reach):
 
 
 def wall_levels(sound):
-    """(B, M, 16) band levels -> (B, M, 4) level of each wall's pitches together."""
+    """Sum the energy of the bands of each wall: levels (B, M, 16) -> levels (B, M, 4)."""
     energy = sound[..., : len(BAND_WALLS)].square()
     walls = torch.nn.functional.one_hot(torch.tensor(BAND_WALLS), len(world.WALLS)).float()
     return (energy @ walls).sqrt()
 
 
 def find_onsets(sound, cfg=config.TOY) -> list[Events]:
-    """Impacts heard in each clip of (B, M, 16) band levels."""
+    """Find the impacts that are heard in each clip, from band levels (B, M, 16)."""
     level = wall_levels(sound).mT  # (B, 4, M)
     flux = torch.nn.functional.pad(level[..., 2:] - level[..., :-2], (2, 0))
     is_onset = _local_maximum(flux.flatten(0, 1), MIN_GAP).view_as(flux) & (flux > MIN_FLUX)
@@ -171,7 +159,7 @@ def find_onsets(sound, cfg=config.TOY) -> list[Events]:
 
 
 def _half_rise(level, frame):
-    """When (in mel frames) the level passes half way between before the onset and its peak."""
+    """Return the time, in mel frames, of half the rise from before the onset to its peak."""
     low, high = max(0, int(frame) - 3), min(len(level), int(frame) + 3)
     rise = level[low:high]
     top = int(rise.argmax())
@@ -188,12 +176,14 @@ def _half_rise(level, frame):
 
 
 class Match(NamedTuple):
-    """How picture and sound of one clip agree, as counts and sums that may be added up."""
+    """Agreement of picture and sound in one clip: counts and sums, which add up over clips."""
 
     pairs: int  # within MATCH
-    impacts: int  # that were asked for a partner
-    onsets: int  # the same
-    hits: float  # impacts with a partner, plus onsets with a partner
+    # Trap: F1 does not punish silence, because a model with fewer events makes fewer errors. So the
+    # number of events per second must always be reported with it.
+    impacts: int  # in the interval
+    onsets: int  # in the interval
+    hits: float  # impacts with a partner, plus onsets with a partner, within MATCH
     right_wall: int  # pairs in which both name the same wall
     near: int  # pairs within NEAR
     offsets: float  # seconds, sum over near pairs
@@ -201,35 +191,37 @@ class Match(NamedTuple):
 
 
 def match(seen: Events, heard: Events, start, stop) -> Match:
-    """Pair impacts and onsets; only events in [start, stop) seconds are asked for a partner.
+    """Pair impacts and onsets, and count those in [start, stop) seconds; partners may lie outside.
 
-    At either end of a clip leave MARGIN out: there a reflection cannot be seen on both sides.
+    At either end of a clip, leave out MARGIN: a reflection there is not visible on both sides.
     """
     distance = (seen.times[:, None] - heard.times[None]).abs()
-    # In a corner two impacts are a few ms apart: there the wall decides who belongs to whom.
+    # In a corner, two impacts are a few ms apart. There the wall decides which events are a pair.
     other_wall = seen.walls[:, None] != heard.walls[None]
     near = _greedy(distance, distance + CORNER * other_wall)
     pairs = [(i, j) for i, j in near if distance[i, j] <= MATCH]
-    asked_seen, asked_heard = ((e.times >= start) & (e.times < stop) for e in (seen, heard))
-    inside = [(i, j) for i, j in pairs if asked_seen[i]]
-    near_inside = [(i, j) for i, j in near if asked_seen[i] or asked_heard[j]]
-    near_seen, near_heard = {i for i, _ in near}, {j for _, j in near}
-    missed = sum(i not in near_seen for i in asked_seen.nonzero()[:, 0].tolist())
-    missed += sum(j not in near_heard for j in asked_heard.nonzero()[:, 0].tolist())
+    seen_in, heard_in = ((e.times >= start) & (e.times < stop) for e in (seen, heard))
+    impacts, onsets = int(seen_in.sum()), int(heard_in.sum())
+    pairs_in = [(i, j) for i, j in pairs if seen_in[i]]
+    near_in = [(i, j) for i, j in near if seen_in[i] or heard_in[j]]
+
+    def events_in(some_pairs):
+        return sum(bool(seen_in[i]) + bool(heard_in[j]) for i, j in some_pairs)
+
     return Match(
-        pairs=len(inside),
-        impacts=int(asked_seen.sum()),
-        onsets=int(asked_heard.sum()),
-        hits=sum(bool(asked_seen[i]) + bool(asked_heard[j]) for i, j in pairs),
-        right_wall=sum(int(seen.walls[i] == heard.walls[j]) for i, j in inside),
-        near=len(near_inside),
-        offsets=float(sum(distance[i, j] for i, j in near_inside)),
-        missed=missed,
+        pairs=len(pairs_in),
+        impacts=impacts,
+        onsets=onsets,
+        hits=events_in(pairs),
+        right_wall=sum(int(seen.walls[i] == heard.walls[j]) for i, j in pairs_in),
+        near=len(near_in),
+        offsets=float(sum(distance[i, j] for i, j in near_in)),
+        missed=impacts + onsets - events_in(near),
     )
 
 
 def _greedy(distance, cost):
-    """Cheapest pairs first, each event once: list of (row, column) less than NEAR apart."""
+    """Choose pairs (row, column) at most NEAR apart, the cheapest first, each event once."""
     pairs, rows, columns = [], set(), set()
     candidates = (distance <= NEAR).nonzero().tolist()
     for i, j in sorted(candidates, key=lambda ij: float(cost[ij[0], ij[1]])):
@@ -241,35 +233,36 @@ def _greedy(distance, cost):
 
 
 def read_words(ball: Ball, sound, onsets) -> torch.Tensor:
-    """(B, 3) what the clip shows of colour, speed and material, as indices into toy_world.SLOTS."""
-    colour = _away_from_colours(ball).abs().argmin(1)
+    """Read colour, speed and material off each clip: (B, 3) indices into world.SLOTS."""
+    colour = _colour_distances(ball).abs().argmin(1)
     is_fast = speeds(ball) > FAST
     is_metal = torch.tensor([_rings_long(s, e) for s, e in zip(wall_levels(sound), onsets)])
     return torch.stack([colour, is_fast.long(), is_metal.long()], 1)
 
 
-def _away_from_colours(ball: Ball):
-    """(B, 4) degrees from the hue of each of toy_world.COLOURS to the clip's, in [-180, 180)."""
+def _colour_distances(ball: Ball):
+    """Return the distance from each of the four COLOURS to the hue of each clip: (B, 4) degrees."""
     hues = torch.tensor(list(world.COLOURS.values()))
     return (circular_median(ball.hue)[:, None] - hues + 180) % 360 - 180
 
 
 def circular_median(degrees):
-    """(B, P) -> (B,) median of angles, measured from their mean direction."""
+    """Return the medians (B,) of angles (B, P)."""
+    # Measured from their mean direction, so that 359 and 1 degrees are neighbours.
     angle = torch.deg2rad(degrees)
     mean = torch.rad2deg(torch.atan2(angle.sin().mean(1), angle.cos().mean(1)))[:, None]
     return (mean[:, 0] + ((degrees - mean + 180) % 360 - 180).median(1).values) % 360
 
 
 def speeds(ball: Ball, cfg=config.TOY):
-    """(B,) median speed in pixels per second."""
-    slope, _ = lines(ball.place.mT)
+    """Return the median speeds (B,) in pixels per second."""
+    slope, _ = fit_lines(ball.place.mT)
     return slope.norm(dim=1).median(1).values * cfg.fps
 
 
 def _rings_long(levels, onsets, cfg=config.TOY):
-    """Does the median onset keep its level as metal does?  False if nothing was heard."""
-    kept = []
+    """Whether the median onset keeps its level like metal.  False if nothing was heard."""
+    kept = []  # level 130 ms after each onset, as a fraction of its peak
     for time, wall in zip(*onsets):
         m = round(float(time + world.ATTACK) * cfg.mel_rate)
         later = m + round(0.13 * cfg.mel_rate)
@@ -280,16 +273,16 @@ def _rings_long(levels, onsets, cfg=config.TOY):
 
 
 def persistence(ball: Ball):
-    """(B, P) is there exactly one whole ball in the frame?"""
+    """Whether each frame shows exactly one ball of about the normal size: (B, P)."""
     return (ball.mass > 0.6) & (ball.mass < 1.5) & (ball.spread > 0.7) & (ball.spread < 1.35)
 
 
 def identity(ball: Ball, sound, onsets) -> torch.Tensor:
-    """(B, 3) hue (degrees from its colour), radius (pixels) and pitch shift (bands) of each clip.
+    """Measure hue (degrees from its colour), radius (pixels) and pitch shift (bands): (B, 3).
 
-    The pitch is that of its onsets; NaN if nothing was heard.
+    The pitch shift is NaN if nothing was heard.
     """
-    away = _away_from_colours(ball)
+    away = _colour_distances(ball)
     hue = away.gather(1, away.abs().argmin(1, keepdim=True))[:, 0]
     radius = world.RADIUS * ball.mass.median(1).values.clamp(min=0).sqrt()
     pitch = torch.tensor([_pitch_shift(s, e) for s, e in zip(sound, onsets)])
@@ -297,7 +290,7 @@ def identity(ball: Ball, sound, onsets) -> torch.Tensor:
 
 
 def _pitch_shift(levels, onsets, cfg=config.TOY):
-    """Median of an onset's pitch less its wall's, in bands; NaN if nothing was heard."""
+    """Return the median difference, in bands, between the pitch of an onset and of its wall."""
     bands = torch.arange(len(BAND_WALLS))
     shifts = []
     for time, wall in zip(*onsets):

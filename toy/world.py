@@ -1,23 +1,23 @@
 """Bouncing balls with impact sounds: a world small enough to train on, in which sync can be heard.
 
-One soft ball flies straight through a square room and is reflected by its walls; each impact sounds
-at a pitch that tells which wall was hit, as loud as it was hard. So the picture determines the
-sound and the sound betrays the picture: exactly what a joint model has to learn.
+One soft ball flies straight through a square room, and the walls reflect it. Each impact makes a
+sound: its pitch tells which wall was hit, its loudness how hard. So the picture determines the
+sound, and the sound constrains the picture: a joint model has to learn both.
 
-    video   32 x 32 RGB in [0, 1], 24 frames a second, frame p at time p / 24
-    sound   levels of 16 pitch bands, 100 times a second; such a set of 16 is called a mel frame,
-            as the 64 of LTX-2 are, and mel frame m is at time m / 100
+    video   32 x 32 RGB in [0, 1], 24 frames per second, frame p at time p / 24
+    sound   levels of 16 pitch bands, 100 times per second; a set of 16 levels is called a mel
+            frame, like the sets of 64 in LTX-2, and mel frame m is at time m / 100
     N seconds are 24 N + 1 frames and 100 N + 1 mel frames: both begin with one frame at time 0
 
     caption    colour, speed, material (how long an impact rings)
-    identity   hue, radius and pitch shifted a little, constant over the clip and **not** in the
-               caption: a model that forgets its past cannot keep them
+    identity   small shifts of hue, radius and pitch, constant over the clip and **not** in the
+               caption: a model can only keep them by attending to its past
 
-It stands in for the paper's data and its benchmark, JavisBench. Positions are analytic, so impact
-times are exact, and everything follows from a clip's seed. Seeds from `HELD_OUT` on are never
-trained on. All constants are our choice.
+It replaces the data of the paper and its benchmark, JavisBench. Positions are analytic, so impact
+times are exact, and the seed of a clip determines everything. Seeds from `HELD_OUT` on are never
+used in training. All constants are our choice.
 
-    python -m toy.world    four captions, and when their balls hit a wall
+    python -m toy.world    four captions, and the times at which their balls hit a wall
 """
 
 from typing import NamedTuple
@@ -30,37 +30,37 @@ import config
 
 COLOURS = {"red": 0.0, "green": 120.0, "blue": 230.0, "yellow": 54.0}  # hue in degrees
 SPEEDS = {"slow": (12.0, 15.0), "fast": (25.0, 30.0)}  # pixels per second
-MATERIALS = {"wood": 0.06, "metal": 0.18}  # an impact's level falls to 1/e in so many seconds
+MATERIALS = {"wood": 0.06, "metal": 0.18}  # seconds in which the level of an impact falls to 1/e
 SLOTS = (tuple(COLOURS), tuple(SPEEDS), tuple(MATERIALS))
-VOCABULARY = ("", *SLOTS[0], *SLOTS[1], *SLOTS[2])  # token 0 says nothing
+VOCABULARY = ("", *SLOTS[0], *SLOTS[1], *SLOTS[2])  # token 0: no word
 
 HELD_OUT = 10**9  # seeds from here on are for evaluation
 
-RADIUS = 4.2  # pixels, where the ball's opacity is 1/e
-BACKGROUND = 0.05  # brightness of the empty room, of 1
-SATURATION = 0.8  # of the ball's colour, of 1
-HUE_RANGE, RADIUS_RANGE, PITCH_RANGE = 12.0, 0.12, 0.6  # identity: +- degrees, share, bands
+RADIUS = 4.2  # pixels; at this distance from the centre, opacity is 1/e
+BACKGROUND = 0.05  # brightness of the empty room, in [0, 1]
+SATURATION = 0.8  # of the ball's colour, in [0, 1]
+HUE_RANGE, RADIUS_RANGE, PITCH_RANGE = 12.0, 0.12, 0.6  # identity: +- degrees, fraction, bands
 
 BANDS = 16
 WALLS = ("left", "right", "top", "bottom")
 WALL_BANDS = (1.0, 4.5, 8.0, 11.5)  # pitch of each wall
 BAND_WIDTH = 0.45  # standard deviation of a pitch, in bands
-SHIMMER_BAND, SHIMMER = 14.5, 0.4  # metal also sounds up here, at this share of its level
+SHIMMER_BAND, SHIMMER = 14.5, 0.4  # metal also sounds in this band, at this fraction of its level
 ATTACK = 0.010  # seconds from silence to the full level
-LOUDEST_SPEED = 28.0  # pixels per second against the wall that sound at level 1
+LOUDEST_SPEED = 28.0  # pixels per second towards the wall; such an impact has level 1
 
 
 class Clips(NamedTuple):
-    """What there is to know about B clips."""
+    """The facts that determine B clips."""
 
     words: torch.Tensor  # (B, 3) index into each of SLOTS
     identity: torch.Tensor  # (B, 3) hue, radius, pitch, each in [-1, 1]
-    start: torch.Tensor  # (B, 2) place of the ball's centre at time 0, as a share of its room
+    start: torch.Tensor  # (B, 2) centre of the ball at time 0, as a fraction of its room
     velocity: torch.Tensor  # (B, 2) pixels per second along x (to the right) and y (down)
 
 
 def draw_clips(seeds) -> Clips:
-    """The clips of these seeds, the same on every machine.
+    """Draw the clips of these seeds; they are the same on every machine.
 
     >>> draw_clips([7]).words.tolist() == draw_clips([3, 7]).words[1:].tolist()
     True
@@ -73,7 +73,7 @@ def _draw_clip(seed):
     rng = np.random.default_rng(seed)
     words = [rng.integers(len(slot)) for slot in SLOTS]
     identity, start = rng.uniform(-1, 1, 3), rng.uniform(0, 1, 2)
-    # 22 to 68 degrees in any quadrant: never so flat that a wall is hardly ever reached
+    # 22 to 68 degrees in any quadrant: with a flatter angle, two walls would rarely be reached
     angle = np.deg2rad(rng.uniform(22, 68) + 90 * rng.integers(4))
     speed = rng.uniform(*SPEEDS[SLOTS[1][words[1]]])
     return words, identity, start, [speed * np.cos(angle), speed * np.sin(angle)]
@@ -83,7 +83,7 @@ def _draw_clip(seed):
 
 
 def caption_tokens(clips) -> torch.Tensor:
-    """(B, 3) tokens that describe the clips: colour, speed, material.
+    """Return the tokens (B, 3) of the clips: colour, speed, material.
 
     >>> [VOCABULARY[t] for t in caption_tokens(draw_clips([0]))[0]]
     ['yellow', 'fast', 'metal']
@@ -93,7 +93,7 @@ def caption_tokens(clips) -> torch.Tensor:
 
 
 def words_of(clips) -> list[str]:
-    """Their captions.
+    """Return the captions of the clips in words.
 
     >>> words_of(draw_clips([0]))
     ['yellow fast metal']
@@ -102,7 +102,7 @@ def words_of(clips) -> list[str]:
 
 
 def parse_prompt(text) -> torch.Tensor:
-    """(1, 3) tokens of a prompt; words may come in any order and any may be left out.
+    """Return the tokens (1, 3) of a prompt.  Words may come in any order or be left out.
 
     Raises ValueError for an empty prompt, an unknown word or two words for the same thing.
 
@@ -131,7 +131,7 @@ def parse_prompt(text) -> torch.Tensor:
 
 
 def caption_features(tokens) -> torch.Tensor:
-    """(B, 3) tokens -> (B, 3, 9) one-hot, which stands in for a text encoder's features."""
+    """Encode tokens (B, 3) as one-hot vectors (B, 3, 9), in place of a text encoder."""
     return F.one_hot(tokens, len(VOCABULARY)).float()
 
 
@@ -139,21 +139,19 @@ def caption_features(tokens) -> torch.Tensor:
 
 
 def radii(clips) -> torch.Tensor:
-    """(B,) radius of each ball in pixels."""
+    """Return the radius (B,) of each ball in pixels."""
     return RADIUS * (1 + RADIUS_RANGE * clips.identity[:, 1])
 
 
 def _room(clips, cfg):
-    """(B, 2) width and height left for the ball's centre."""
+    """Return width and height (B, 2) of the area where the centre of the ball can be."""
     size = torch.tensor([cfg.width, cfg.height], dtype=torch.float64)
     return size - 2 * radii(clips)[:, None]
 
 
 def ball_positions(clips, times, cfg=config.TOY) -> torch.Tensor:
-    """(B, P, 2) x and y of the ball's centre in pixels at (P,) times in seconds.
-
-    Reflection is folding: a ball that flies on in a straight line through mirrored rooms.
-    """
+    """Return x and y of the ball's centre in pixels (B, P, 2) at times (P,) in seconds."""
+    # Reflection is folding: let the ball fly on in a straight line, through mirrored rooms.
     room = _room(clips, cfg)[:, None]
     straight = clips.start[:, None] * room + clips.velocity[:, None] * times[:, None]
     folded = torch.remainder(straight, 2 * room)
@@ -161,18 +159,18 @@ def ball_positions(clips, times, cfg=config.TOY) -> torch.Tensor:
 
 
 class Impacts(NamedTuple):
-    """Impacts of B clips, E at most, in order of time."""
+    """Impacts of B clips in order of time; E is the largest number in one clip."""
 
-    times: torch.Tensor  # (B, E) seconds, inf where a clip has no further impact
+    times: torch.Tensor  # (B, E) seconds; inf: the clip has no further impact
     walls: torch.Tensor  # (B, E) index into WALLS
     speeds: torch.Tensor  # (B, E) pixels per second towards the wall
 
 
 def impacts(clips, start, stop, cfg=config.TOY) -> Impacts:
-    """All impacts in [start, stop) seconds, exactly: where the straight line enters a new room."""
+    """Return all impacts in [start, stop) seconds: where the straight line enters a new room."""
     room = _room(clips, cfg)
     furthest = float(clips.velocity.abs().max()) * max(abs(start), abs(stop)) / float(room.min())
-    border = torch.arange(-int(furthest) - 1, int(furthest) + 3)  # (K,) an even one is left or top
+    border = torch.arange(-int(furthest) - 1, int(furthest) + 3)  # (K,) even: left or top wall
     t = (border * room[..., None] - (clips.start * room)[..., None]) / clips.velocity[..., None]
     t = torch.where((t >= start) & (t < stop), t, torch.inf)  # (B, 2, K)
     wall = (2 * torch.arange(2)[:, None] + border % 2).expand_as(t)
@@ -187,13 +185,13 @@ def impacts(clips, start, stop, cfg=config.TOY) -> Impacts:
 
 
 def hue_to_rgb(hue) -> torch.Tensor:
-    """(...) degrees -> (..., 3) in [0, 1], at full value and the world's saturation."""
+    """Convert degrees (...) to RGB (..., 3) in [0, 1], at full value and SATURATION."""
     k = (torch.tensor([5.0, 3.0, 1.0], dtype=hue.dtype) + hue[..., None] / 60) % 6
     return 1 - SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def render_video(clips, seconds, cfg=config.TOY) -> torch.Tensor:
-    """(B, 24 seconds + 1, 3, H, W) in [0, 1]; seconds is a whole number.
+    """Render the pictures, (B, 24 seconds + 1, 3, H, W) in [0, 1]; seconds is an integer.
 
     >>> render_video(draw_clips([0, 1]), 5).shape
     torch.Size([2, 121, 3, 32, 32])
@@ -211,7 +209,7 @@ def render_video(clips, seconds, cfg=config.TOY) -> torch.Tensor:
 
 
 def wall_profiles(clips) -> torch.Tensor:
-    """(B, 4, 16) energy per band of an impact on each wall at level 1."""
+    """Return the energy per band (B, 4, 16) of an impact of level 1 on each wall."""
     shift = PITCH_RANGE * clips.identity[:, 2].float()[:, None, None]
     is_metal = clips.words[:, 2].float()[:, None, None]
     return _bump(torch.tensor(WALL_BANDS)[:, None] + shift) + SHIMMER**2 * is_metal * _bump(
@@ -224,16 +222,16 @@ def _bump(centre):
 
 
 def render_sound(clips, seconds, cfg=config.TOY) -> torch.Tensor:
-    """(B, 100 seconds + 1, 16) level of each band: the root of its energy, 0 for silence.
+    """Render the sound: level of each band (B, 100 seconds + 1, 16), the root of its energy.
 
     >>> render_sound(draw_clips([0, 1]), 5).shape
     torch.Size([2, 501, 16])
     """
     frames = torch.arange(seconds * cfg.mel_rate + 1) / cfg.mel_rate  # (M,)
-    hits = impacts(clips, -1.0, seconds, cfg)  # one second before the clip may still ring
+    hits = impacts(clips, -1.0, seconds, cfg)  # impacts before the clip may still ring
     since = frames - hits.times.float()[..., None]  # (B, E, M)
     decay = torch.tensor(list(MATERIALS.values()))[clips.words[:, 2], None, None]
-    # the softest touch sounds at .35: an impact must be heard, however flat its angle
+    # Level .35 for the softest touch: every impact must be audible, however flat its angle.
     loudness = (0.35 + 0.65 * hits.speeds.float() / LOUDEST_SPEED)[..., None]
     level = loudness * (since / ATTACK).clamp(0, 1) * torch.exp(-since.clamp(min=0) / decay)
     energy = torch.zeros(len(since), len(WALLS), len(frames))

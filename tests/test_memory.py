@@ -1,0 +1,238 @@
+"""The counted memory is the real one: rows against the bytes that running models hold."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import LAYOUTS, PAPER, ROOT, layout_name, random_model, random_text, tiny
+
+import config
+import dmd
+import model
+import ode_regression
+import rollout
+import self_forcing
+from full_size import memory, sharding, text
+from full_size.memory import Row
+from kv_cache import CachedView, MaskedView
+from masks import clip_span
+
+F32 = torch.float32
+
+
+# ---- counting ----
+
+
+def test_peak_counts_what_is_alive_at_once():
+    """Freed tensors make room, views and what was there before cost nothing."""
+    x = torch.empty(100, device="meta")
+
+    def chain():
+        y = x.view(10, 10) + 1  # 400 bytes
+        y = y * 2  # 400 more, then the first are freed
+        return (y * 3).sum()  # 400 again, and 4
+
+    assert memory.peak_bytes(chain) == 804
+
+
+def test_attention_writes_no_scores():
+    """A fused attention needs its output, not a (Q, K) matrix."""
+    q = torch.empty(1, 2, 1000, 8, device="meta")
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+    assert memory.peak_bytes(attend) == 1000 * 2 * 8 * 4
+
+
+def test_free_memory_is_a_sensible_number():
+    """Some megabytes at least, and less than a petabyte."""
+    assert 1e7 < memory.free_bytes(torch.device("cpu")) < 1e15
+
+
+# ---- a stream ----
+
+
+@pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
+@pytest.mark.parametrize("blocks, window", [(6, 2), (4, 2), (3, 2), (4, None), (1, 1)])
+def test_the_cache_row_is_what_a_stream_holds(cfg, blocks, window):
+    """Both layouts, with and without sinks, evicting or not, to the byte."""
+    net = random_model(tiny(cfg), F32)
+    view, prompt = CachedView(net.cfg, blocks, window), random_text(net, net.cfg)
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(0)
+        list(rollout.rollout(net, lambda k: prompt, blocks, (1.0, 0.0), generator, view=view))
+    assert memory.cache_row(net.cfg, blocks, window, F32).num_bytes == view.num_bytes()
+
+
+def test_weights_and_text_are_counted_to_the_byte():
+    """Parameters of the model, keys and values of two prompts of 1024 tokens."""
+    net = random_model(tiny(LAYOUTS[0]), F32)
+    size = sum(p.numel() * p.element_size() for p in net.parameters())
+    assert memory.weights_row(net, F32).num_bytes == size
+    prompts = random_text(net, net.cfg, text.TOKENS, clips=2)
+    tensors = [t for stream in (prompts.video, prompts.audio) for pair in stream for t in pair]
+    held = sum(t.numel() * t.element_size() for t in tensors)
+    assert memory.text_row(net.cfg, 2, F32).num_bytes == held
+
+
+def test_a_pass_is_as_large_as_its_widest_layer():
+    """Ten layers need no more activations than two; twice the clips need twice as much."""
+    two, ten = (model.build(replace(config.TOY, num_layers=n), device="meta") for n in (2, 10))
+    sizes = [memory.pass_row(net, F32).num_bytes for net in (two, ten)]
+    assert sizes[0] == sizes[1] > 0
+    assert 1.9 < memory.pass_row(two, F32, batch=2).num_bytes / sizes[0] <= 2
+
+
+def test_recorded_passes_need_a_pool_and_a_copy_of_the_prompt():
+    """One row more, as large as a pass, and one prompt more."""
+    cfg = tiny(LAYOUTS[0])
+    plain, recorded = (memory.stream_rows(cfg, 6, 2, F32, names) for names in ((), ("graph",)))
+    assert recorded[2] == memory.text_row(cfg, 2, F32)
+    assert recorded[4].num_bytes == plain[3].num_bytes
+    assert [*recorded[:2], recorded[3]] == [*plain[:2], plain[3]]
+
+
+@pytest.fixture(scope="module")
+def full_plans():
+    """Rows of two minutes at full size, by window."""
+    plan = memory.stream_rows
+    return {window: plan(config.FULL, 121, window, torch.bfloat16) for window in (5, 15, 25)}
+
+
+def test_the_full_size_fits_one_gpu_of_80_gb(full_plans):
+    """Windows of 5 and 15 seconds do; weights are the 18.9 billion parameters in bfloat16."""
+    for window in (5, 15):
+        assert full_plans[window][0].num_bytes == 2 * 18_876_207_360
+        assert memory.total(full_plans[window]) < 70e9
+
+
+def test_a_stream_that_does_not_fit_is_refused_with_the_window_that_does():
+    """One byte less than window 3 needs: window 2 is named, and it fits."""
+    cfg = tiny(LAYOUTS[1])
+    rows = [Row("weights", 1000, ""), memory.cache_row(cfg, 20, 3, F32)]
+    memory.check_window(rows, memory.total(rows), cfg, 20, F32)
+    with pytest.raises(ValueError, match="--window 2 would fit"):
+        memory.check_window(rows, memory.total(rows) - 1, cfg, 20, F32)
+    with pytest.raises(ValueError, match="no window is short enough"):
+        memory.check_window(rows, 1000, cfg, 20, F32)
+
+
+def test_a_request_is_checked_with_its_text_encoder(monkeypatch, tmp_path, capsys):
+    """Rows are printed; a text encoder that is larger than the free memory is refused."""
+    monkeypatch.setattr(memory, "decoder_rows", lambda cfg, dtype: [Row("decoders", 10, "")])
+    request = SimpleNamespace(
+        cfg=tiny(LAYOUTS[0]), num_blocks=6, window=2, dtype=F32, device=torch.device("cpu"),
+        speedups=("graph",), cues=["a", "b"], ltx2=tmp_path,
+    )  # fmt: skip
+    folder = tmp_path / text.TEXT_PARTS[0]
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(bytes(10**7))
+    rows = memory.film_rows(request.cfg, 6, 2, F32, request.speedups, prompts=2)
+    assert memory.total(rows) < 10**7
+    memory.check_stream(request)
+    printed = capsys.readouterr().out
+    assert "3 x 1024 tokens" in printed and "0.01 GB  before all that" in printed
+    monkeypatch.setattr(memory, "free_bytes", lambda device: memory.total(rows))
+    with pytest.raises(ValueError, match="a text encoder of 0.0 GB"):
+        memory.check_stream(request)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: memory.total(rows) - 1)
+    with pytest.raises(ValueError, match="--window 1 would fit"):
+        memory.check_stream(request)
+
+
+def test_the_page_quotes_the_plan(full_plans):
+    """The table of memory in full_size/README.md is what `python -m full_size.memory` prints."""
+    pytest.importorskip("diffusers")
+    page = (ROOT / "full_size" / "README.md").read_text()
+    decoders = memory.total(memory.decoder_rows(config.FULL, torch.bfloat16)) / 1e9
+    for rows in full_plans.values():
+        weights, cache, prompt, one_pass = (row.num_bytes / 1e9 for row in rows)
+        rest = one_pass + decoders
+        for size in (weights, cache, prompt, rest):
+            assert f"| {size:.2f} GB " in page
+
+
+# ---- a training ----
+
+CFG = tiny(PAPER, num_sinks=0)
+GENERATOR, CRITIC = dmd.make_recipes(10, 0, 8, is_toy=False)
+
+
+def one_pass(net, captions, generator):
+    """The smallest loss: one pass over two blocks."""
+    span = clip_span(2, net.cfg)
+    noise = model.draw_noise(len(captions), span, net.cfg, generator)
+    prompt = net.project_text(*captions.features)
+    sigma = torch.rand(len(captions), generator=generator)
+    return sum(v.mean() for v in net(*noise, sigma, sigma, prompt, span, MaskedView()))
+
+
+def third_layer(nets, loss, batch):
+    """Bytes that a third layer adds."""
+    two, three = (memory.peak_of_update(nets, loss, batch, layers) for layers in (2, 3))
+    return three - two
+
+
+def test_what_is_kept_is_multiplied_out():
+    """Weights, gradient, two moments and average in float32; frozen weights in bfloat16."""
+    nets = [("t", config.LTX2, None), ("g", config.FULL, GENERATOR), ("c", config.LTX2, CRITIC)]
+    found = memory.training_rows(nets, 10**9, 8)
+    teacher, student = 18_876_174_592, 18_876_207_360
+    sizes = [row.num_bytes * 8 for row in found[:8]]
+    right = [2 * teacher, *(n * student for n in (4, 4, 8, 4)), *(n * teacher for n in (4, 4, 8))]
+    assert sizes == pytest.approx(right, abs=8)
+    assert found[-1].num_bytes == 10**9 and "8 processes" in found[0].how
+
+
+def test_a_layer_more_takes_what_the_third_takes():
+    """Five layers counted are five layers extrapolated; weights' gradients leave at once."""
+    nets = [("g", replace(CFG, num_layers=5), GENERATOR)]
+    counted = memory.peak_of_update(nets, one_pass, 2, 5)
+    assert memory.activation_bytes(nets, one_pass, 2) == pytest.approx(counted, rel=0.02)
+
+
+def test_layers_that_run_twice_keep_their_inputs_only(monkeypatch):
+    """A layer more takes a small part of what it takes where activations are kept."""
+    monkeypatch.setattr(text, "TOKENS", 4)  # whose keys and values are kept in any case
+    nets = [("g", CFG, GENERATOR)]
+    twice = third_layer(nets, one_pass, 4)
+    monkeypatch.setattr(sharding, "checkpoint_layers", lambda net: net)
+    assert 0 < twice < 0.2 * third_layer(nets, one_pass, 4)
+
+
+def test_gradients_of_a_rollout_do_not_wait_for_its_last_pass(monkeypatch):
+    """In one backward call for all blocks, every layer would keep its gradients, in bfloat16."""
+    monkeypatch.setattr(text, "TOKENS", 4)
+    monkeypatch.setattr(self_forcing, "CLIP_SECONDS", 2)
+    cfg = replace(CFG, sigmas=(1.0, 0.0))  # a pass and a refresh: what keeps gradients is the exit
+    nets, made = [("g", cfg, GENERATOR)], partial(self_forcing.rollout_clip, window=4)
+
+    def loss(net, captions, generator):
+        return sum(x.mean() for x in made(net, None, captions, generator))
+
+    apart = third_layer(nets, loss, 1)
+    monkeypatch.setattr(sharding, "passes_apart", lambda net: net)
+    two, three = (memory.num_parameters(CFG, layers) for layers in (2, 3))
+    assert 0.8 < (third_layer(nets, loss, 1) - apart) / (2 * (three - two)) < 1
+
+
+def test_a_count_does_not_depend_on_the_count_before():
+    """Rotation tables are kept between passes; every count starts without them."""
+    count = partial(memory.peak_of_update, [("student", CFG, GENERATOR)])
+    first, second = (count(ode_regression.trial_loss, 1, layers=2) for _ in range(2))
+    assert first == pytest.approx(second, rel=1e-3)  # frequencies, some bytes, are kept as well
+
+
+def test_a_training_that_does_not_fit_is_refused_with_the_number_that_does(monkeypatch):
+    """One process is too few by one byte: two would do, and do; without room for one layer none."""
+    nets = [("g", CFG, GENERATOR)]
+    needed = memory.total(memory.training_rows(nets, 5000, 1))
+    assert memory.training_refusal(nets, 5000, 1, needed - 1).endswith("free: 2 would do")
+    assert memory.total(memory.training_rows(nets, 5000, 2)) < needed
+    assert memory.training_refusal(nets, 5000, 1, 5000).endswith("no number of them is enough")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
+    with pytest.raises(ValueError, match="^this training needs .* in each of 1 processes"):
+        memory.check_training(nets, one_pass, 2)
