@@ -344,7 +344,7 @@ def add(chunk, movie, shown, cfg):
 
 
 def thumbnails(frames):
-    """(P, 3, H, W) frames on the CPU, reduced by the integer factor H // SHEET_PIXELS, if above 1."""
+    """(P, 3, H, W) frames on the CPU, reduced by the factor H // SHEET_PIXELS, if above 1."""
     factor = frames.shape[2] // SHEET_PIXELS
     frames = frames.float()
     return (F.avg_pool2d(frames, factor) if factor > 1 and len(frames) else frames).cpu()

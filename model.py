@@ -280,6 +280,7 @@ class Layer(nn.Module):
         q_a, c_a = audio.cross_inputs(a, m_a)
         v = video.attend_other(v, q_v, c_a, m_v, r_v, r_a, at["a2v"])
         a = audio.attend_other(a, q_a, c_v, m_a, r_a, r_v, at["v2a"])
+        del q_v, c_v, q_a, c_a  # as large as the streams: free them before the MLPs
         return video.mlp(v, m_v), audio.mlp(a, m_a)
 
     def project_captions(self, video, audio):

@@ -82,7 +82,7 @@ def denoise(net, x, sigmas, text, span, view, generator, exit_step=None):
 
 @torch.no_grad()  # the cache holds data: a gradient would cross from block to block
 def refresh(net, x0, text, span, view):
-    """Write the keys and values of a finished block again, from its clean latents (video, audio)."""
+    """Write the keys and values of a finished block again, from its clean (video, audio)."""
     zero = x0[0].new_zeros(len(x0[0]))
     net(*x0, zero, zero, text, span, view)
 

@@ -69,7 +69,7 @@ def main():
     )  # fmt: skip
     p.add_argument(
         "--exit", choices=("shared", "own"), default="shared",
-        help="the random pass that ends a block: shared by all blocks of a rollout, or each its own",
+        help="the random pass that ends a block: one for all blocks of a rollout, or one per block",
     )  # fmt: skip
     args = stages.parse(p, dmd.STEPS)
     history = None

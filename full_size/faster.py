@@ -119,7 +119,7 @@ def join_projections(net):
 
 
 def one_product(x, *linears):
-    """(B, T, C) -> (B, T, H*D) for each linear layer, in one product if their weights are joined."""
+    """(B, T, C) -> (B, T, H*D) for each layer, in one product if their weights are joined."""
     if not torch.is_grad_enabled():  # with gradients, each weight needs its own
         names = "weight", "bias"
         parts = [as_one([getattr(linear, name) for linear in linears]) for name in names]

@@ -1,9 +1,9 @@
-"""Where weights, prompts and decoders of the full size come from: files of LTX-2 and of its students.
+"""Where weights, prompts and decoders of the full size come from: files of LTX-2 and its students.
 
 `StreamSource` has what generate.py needs, `TrainingSource` what the stages need; toy/source.py has
-the same for the toy. Text encoder, transformer and decoders do not fit a GPU at once. They are loaded
-one after the other, and the text encoder is freed before the transformer comes. Everything that can
-be rejected is rejected before any weights are read.
+the same for the toy. Text encoder, transformer and decoders do not fit a GPU at once. They are
+loaded one after the other, and the text encoder is freed before the transformer comes. Everything
+that can be rejected is rejected before any weights are read.
 
 The weights "random" replace every file, to measure speed and memory.
 """

@@ -210,7 +210,7 @@ def opened(file, device="cpu"):
 
 
 class Checkpoint:
-    """Where the tensors of the transformer are; they are read one by one, straight to the device."""
+    """Where the transformer's tensors are; they are read one by one, straight to the device."""
 
     def __init__(self, path):
         """Reads headers only.  Raises ValueError for an incomplete or foreign file."""

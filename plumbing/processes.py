@@ -1,4 +1,4 @@
-"""Several processes at work on one training, started by torchrun; alone, everything here is trivial.
+"""Several processes share one training, started by torchrun; with one process, nothing happens.
 
 Each of n processes works on an n-th of every batch:
 
@@ -69,7 +69,7 @@ def device() -> torch.device:
 
 
 def share_of(batch) -> int:
-    """Number of clips of a batch for this process.  Raises ValueError if it is not a whole number."""
+    """Clips of a batch for this process.  Raises ValueError if the batch does not divide evenly."""
     if batch % count():
         raise ValueError(f"a batch of {batch} clips among {count()} processes: choose a multiple")
     return batch // count()

@@ -5,8 +5,8 @@ The stages are the same code at both sizes. These things differ:
                  toy                                      full size
     weights      files of this repository                 files of LTX-2, and those written here
     prompts      words of random clips                    a folder of features (full_size/text.py)
-    precision    float32                                  layers run in bfloat16; trained weights and
-                                                          averages are float32
+    precision    float32                                  layers in bfloat16, trained weights and
+                                                          averages in float32
     activations  kept                                     recomputed in the backward pass
     steps        as released, batches of 8                as in the paper, batches of 32
 

@@ -70,7 +70,7 @@ class Stopwatch:
         return watched
 
     def watch_passes(self, net, steps):
-        """Time every pass of a model, by hooks: the first `steps` of a block denoise, one refreshes."""
+        """Time every pass of a model by hooks: `steps` passes per block, then a refresh."""
         passes, begin = Counter(), []  # number of passes of each block, by its last latent frame
 
         def before(net, inputs):

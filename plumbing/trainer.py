@@ -384,7 +384,7 @@ class Run:
 
 
 def descent(learner, losses):
-    """Make the update of a training with one loss: losses(step) -> dict with a "loss" to minimise."""
+    """Make the update of a training with one loss; losses(step) -> dict with "loss"."""
 
     def update(step):
         values = losses(step)

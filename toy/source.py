@@ -46,7 +46,7 @@ def toy_captions(tokens) -> model.Captions:
 
 
 def drop_caption_words(tokens, generator):
-    """Hide whole captions, for guidance, and single words, for partial prompts: (B, 3) -> (B, 3)."""
+    """Hide captions, for guidance, and words, for partial prompts: (B, 3) -> (B, 3)."""
     B, words = tokens.shape
     hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
     hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
