@@ -10,21 +10,17 @@ One attention of one layer in one pass, with a full window, bfloat16, one clip. 
   append   one kernel that norms, rotates and writes, then SDPA over the slots
   fused    everything in one kernel, if the new keys of a head fit the shared memory of a block
 
-Each is called one by one (eager) and replayed from a CUDA graph (graph). Before anything is timed,
-all ways must agree, kv_cache.py included. Neither kv_cache.py nor SDPA may fall back to slower
-PyTorch code here; the SDPA kernel that runs is recorded. Each round times all ways in turn. Ratios
-are taken within a round; the results are medians over rounds.
+Each is launched from Python (eager) and replayed from a CUDA graph (graph). All ways must agree,
+kv_cache.py included. Each round times all ways in turn. Ratios are taken within a round; the
+results are medians over rounds.
 
 The floor (lower bound) is the larger of two times: 4 Q K H D operations at the rate of a large
-matrix product, and the bytes that must move at the rate of a large copy. Both rates are measured
-first. The same buffers are used again and again. Small ones (audio) stay in the L2 cache, so their
-times may lie below the floor.
+matrix product, and the bytes that must move at the rate of a large copy.
 
 Writes results/bench_attention.json and, unless --tiny, a table of benchmarks/README.md.
 """
 
 import functools
-import time
 from statistics import median_high
 from typing import NamedTuple
 
@@ -35,8 +31,10 @@ import kv_cache
 import rope
 from benchmarks import page
 from config import FULL
+from full_size import faster
 from kernel import cache_append_attention as kernel
 from plumbing import cli, files
+from plumbing.stopwatch import Stopwatch, settled_median
 
 # relative to the largest output; the order of summation differs
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-5}
@@ -56,7 +54,7 @@ class Shape(NamedTuple):
 
     @property
     def K(self) -> int:
-        """Visible keys with a full window."""
+        """Return the number of visible keys with a full window."""
         return self.prefix + (self.window + 1) * self.T
 
     @property
@@ -64,18 +62,18 @@ class Shape(NamedTuple):
         return f"{self.site}, window {self.window} s: {self.Q} x {self.K}, {self.H} x {self.D}"
 
     def operations(self) -> int:
-        """Floating-point operations of q k^T and P v."""
+        """Return the number of floating-point operations in q k^T and P v."""
         return 4 * self.Q * self.K * self.H * self.D
 
     def bytes(self, element=2) -> int:
-        """Bytes that must move: each input is read once, each output written once."""
+        """Return the number of bytes that must move: each input once, each output once."""
         # q and out; projected k, v; their slots; the other slots
         rows = 2 * self.Q + 2 * self.T + 2 * self.T + 2 * (self.K - self.T)
         return rows * self.H * self.D * element
 
 
 def full_shapes() -> list[Shape]:
-    """The four attentions of the full size with windows of 5 and 15 seconds."""
+    """Return the four attentions of the full size, with windows of 5 and of 15 seconds."""
     video = FULL.video_tokens_per_block, FULL.prefix_video_frames * FULL.tokens_per_frame
     audio = FULL.audio_frames_per_block, FULL.num_sinks + FULL.prefix_audio_frames
     H, wide, narrow = FULL.num_heads, FULL.video_width, FULL.audio_width
@@ -95,7 +93,7 @@ TINY = [Shape("video_self", 1, 40, 6, 6, 2, 2), Shape("v2a", 2, 24, 3, 6, 2, 1)]
 
 
 def inputs(shape, device, dtype):
-    """Projections q, k, v, `Heads` with random rotations, and a full cache."""
+    """Return projections q, k, v, `Heads` with random rotations, and a full cache."""
     torch.manual_seed(0)
     width = shape.H * shape.D
 
@@ -133,7 +131,7 @@ def append(q, k, v, heads, cache):
 
 
 def fits(arguments) -> bool:
-    """Whether the new keys of a head fit the shared memory of a thread block of `fused`."""
+    """Return whether the new keys of a head fit the shared memory of a thread block."""
     try:
         kernel.fused(*arguments)
     except RuntimeError as error:
@@ -144,7 +142,7 @@ def fits(arguments) -> bool:
 
 
 def ways(arguments) -> dict:
-    """The functions that can run here, by name."""
+    """Return the functions that can run here, by name."""
     found = {"chain": chain, "cat": cat}
     if not kernel.path(arguments[0].device).startswith("PyTorch"):
         found["append"] = append
@@ -154,15 +152,10 @@ def ways(arguments) -> dict:
 
 
 def sdpa_backend(q, k, v, heads, cache) -> str:
-    """Name of the kernel that SDPA chooses for these sizes and strides.
-
-    Raises ValueError for the unfused one: compared with it, everything looks good.
-    """
-    if (choose := getattr(torch, "_fused_sdp_choice", None)) is None:  # private, so it may go
-        return "this PyTorch does not tell"
-    tensors = heads.queries(q), *cache.visible()
-    found = SDPBackend(choose(*(x.transpose(1, 2) for x in tensors))).name
-    if found == "MATH":
+    """Return the name of the kernel that SDPA chooses for these sizes and strides."""
+    tensors = [x.transpose(1, 2) for x in (heads.queries(q), *cache.visible())]
+    found = SDPBackend(torch._fused_sdp_choice(*tensors)).name
+    if found == "MATH":  # compared with the unfused kernel, everything would look good
         raise ValueError("SDPA has no fused kernel for this shape: it would store all scores")
     return found
 
@@ -180,62 +173,47 @@ def check_agreement(functions, arguments):
 
 
 def seconds(call, device, repeats) -> float:
-    """Mean seconds of a call, over `repeats` calls in a row."""
-    if device.type != "cuda":
-        start = time.perf_counter()
+    """Return the mean seconds of a call, over `repeats` calls in a row."""
+
+    def calls():
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - start) / repeats
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / repeats
+
+    watch = Stopwatch(device)
+    watch.watch("calls", calls)()
+    return watch.stages()["calls"] / repeats
 
 
-def captured(function, arguments):
-    """Record a call as a CUDA graph; return a function that replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries load modules and make plans, outside the recording
-        for _ in range(3):
-            function(*arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function(*arguments)
-    return graph.replay
-
-
-def rates(device, n) -> dict:
-    """Measured rates: operations per second in a matrix product, bytes per second in a copy."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def matmul_rate(device, dtype, n=8192) -> float:
+    """Measure the operations per second in a product of n x n matrices."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.empty(16 * n * n, device=device, dtype=dtype)
-    y = torch.empty_like(x)
-    product = median_high([seconds(lambda: a @ b, device, 5) for _ in range(5)])
-    copy = median_high([seconds(lambda: y.copy_(x), device, 5) for _ in range(5)])
-    bytes_moved = 2 * x.numel() * x.element_size()
-    return {"operations": 2 * n**3 / product, "bytes": bytes_moved / copy}
+    return 2 * n**3 / settled_median([seconds(lambda: a @ b, device, 5) for _ in range(7)])
+
+
+def copy_rate(device, n) -> float:
+    """Measure the bytes per second, read and written, in a copy of n bytes."""
+    x, y = (torch.empty(n, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * n / settled_median([seconds(lambda: y.copy_(x), device, 5) for _ in range(7)])
 
 
 def floor(shape, rate, element) -> float:
-    """Lower bound in seconds at these rates."""
+    """Return the lower bound in seconds at these rates."""
+    # Buffers are used again and again. Small ones (audio) stay in the L2 cache, so their times may
+    # lie below the floor.
     return max(shape.operations() / rate["operations"], shape.bytes(element) / rate["bytes"])
 
 
 @torch.inference_mode()
 def bench(shape, device, rate, rounds, repeats) -> dict:
-    """Medians in microseconds, and ratios to the floor and to `chain` and `cat`."""
+    """Return medians in microseconds, and ratios to the floor and to `chain` and `cat`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     arguments = inputs(shape, device, dtype)
     functions, backend = ways(arguments), sdpa_backend(*arguments)
     check_agreement({**functions, "kv_cache.py": kv_cache.cache_append_attention}, arguments)
     calls = {(n, "eager"): functools.partial(f, *arguments) for n, f in functions.items()}
     if device.type == "cuda":
-        calls |= {(n, "graph"): captured(f, arguments) for n, f in functions.items()}
+        record = faster.cuda_recorder()
+        calls |= {(n, "graph"): record(calls[n, "eager"])[0] for n in functions}
     for call in calls.values():
         seconds(call, device, repeats)  # to warm up
     times = {key: [] for key in calls}
@@ -246,10 +224,8 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
     chosen = "fused" if kernel.fits_fused(*arguments[:2]) else "append"
     result = {"floor_us": round(1e6 * least, 2), "chosen_by_kv_cache": chosen, "sdpa": backend}
     for (name, mode), values in times.items():
-        entry = {
-            "us": round(1e6 * median_high(values), 2),
-            "floors": round(median_high(values) / least, 2),
-        }
+        median = median_high(values)
+        entry = {"us": round(1e6 * median, 2), "floors": round(median / least, 2)}
         for other in ("chain", "cat"):
             pairs = zip(times[other, mode], values)
             entry[f"{other}_takes"] = round(median_high([o / mine for o, mine in pairs]), 2)
@@ -257,70 +233,60 @@ def bench(shape, device, rate, rounds, repeats) -> dict:
     return result
 
 
-def print_shape(name, result):
-    """Print one shape: microseconds, multiples of the floor, ratios to `chain` and `cat`."""
-    chosen = result["chosen_by_kv_cache"]
-    print(f"{name}   floor {result['floor_us']} us, SDPA: {result['sdpa']}, kv_cache.py: {chosen}")
-    for way, e in result.items():
-        if isinstance(e, dict):
-            print(f"  {way:13} {e['us']:10.1f} us  {e['floors']:7.2f} floors", end="")
-            print(f"   chain / this {e['chain_takes']:.2f}, cat / this {e['cat_takes']:.2f}")
+# ---- the table ----
 
 
 def table(shapes) -> str:
-    """All shapes as Markdown, in microseconds; bold: the way that kv_cache.py takes."""
-    names = ["attention", "launched", "floor", *WAYS, "bold ÷ floor"]
-    names += ["chain ÷ fused", "cat ÷ append", "SDPA"]
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for name, result in shapes.items():
-        modes = [mode for mode in ("eager", "graph") if f"chain_{mode}" in result]
-        lines += [f"| {' | '.join([name, *cells(result, mode)])} |" for mode in modes]
-    return "\n".join(lines)
+    """Return all shapes as Markdown, in microseconds; bold: the way that kv_cache.py takes."""
+    head = ["attention", "launched", "floor", *WAYS, "bold ÷ floor"]
+    head += ["chain ÷ fused", "cat ÷ append", "SDPA"]
+    rows = [
+        [name, mode, *cells(result, mode)]
+        for name, result in shapes.items()
+        for mode in ("eager", "graph")
+        if f"chain_{mode}" in result
+    ]
+    return page.table(head, rows)
 
 
 def cells(result, mode) -> list[str]:
-    """One line of the table; a dash for what was not timed."""
+    """Return one line of the table, without name and mode; "" for what was not timed."""
     found, taken = {way: result.get(f"{way}_{mode}") for way in WAYS}, result["chosen_by_kv_cache"]
 
     def cell(way, key, form="{:.2f}"):
-        return form.format(found[way][key]) if found[way] else "–"
+        return form.format(found[way][key]) if found[way] else ""
 
     times = [cell(way, "us", "**{:.1f}**" if way == taken else "{:.1f}") for way in WAYS]
     ratios = [cell(taken, "floors"), cell("fused", "chain_takes"), cell("append", "cat_takes")]
-    return [mode, f"{result['floor_us']:.1f}", *times, *ratios, result["sdpa"]]
+    return [f"{result['floor_us']:.1f}", *times, *ratios, result["sdpa"]]
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="two tiny shapes; numbers mean nothing")
-    p.add_argument("--rounds", type=int, default=20, help="medians are taken over so many rounds")
-    p.add_argument("--out", help="JSON file; results/bench_attention.json unless --tiny")
+    out = cli.ROOT / "results" / "bench_attention.json"
+    p.add_argument("--out", default=str(out), help="JSON file to write")
     args = p.parse_args()
     device = cli.find_device(args.device)
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: expected at least 1")
     if not args.tiny:
-        if device.type != "cuda":
-            raise ValueError("full size needs a GPU; --device cpu only with --tiny")
         kernel.require(device)  # otherwise PyTorch would be measured under the kernel's name
-    rate = rates(device, 64 if args.tiny else 8192)
+    shapes, rounds, repeats = (TINY, 2, 2) if args.tiny else (full_shapes(), 20, 20)
+    dtype, n = (torch.float32, 64) if args.tiny else (torch.bfloat16, 8192)
+    rate = {"operations": matmul_rate(device, dtype, n), "bytes": copy_rate(device, 16 * n * n)}
     measured_rates = (
         f"{kernel.path(device)}; {rate['operations'] / 1e12:.3g} TFLOP/s in a matrix product, "
         f"{rate['bytes'] / 1e12:.3g} TB/s in a copy"
     )
-    print(measured_rates)
     result = {"path": kernel.path(device), "rates": rate, "shapes": {}}
-    with kernel.strict(not args.tiny):
-        for shape in TINY if args.tiny else full_shapes():
-            measured = bench(shape, device, rate, args.rounds, 2 if args.tiny else 20)
-            print_shape(shape.name, measured)
-            result["shapes"][shape.name] = measured
+    with kernel.strict(not args.tiny):  # kv_cache.py may not fall back to PyTorch
+        for shape in shapes:
+            print(shape.name, flush=True)
+            result["shapes"][shape.name] = bench(shape, device, rate, rounds, repeats)
+    print(f"{measured_rates}\n\n{table(result['shapes'])}")
     result["machine"] = cli.machine(device)
-    out = args.out or (None if args.tiny else cli.ROOT / "results" / "bench_attention.json")
-    if out:
-        files.write_json(out, result)
-        print(f"wrote {out}")
+    files.write_json(args.out, result)
+    print(f"wrote {args.out}")
     if not args.tiny:
         where = "{device}, torch {torch}, {date}, bfloat16".format(**result["machine"])
         page.fill_in("attention", f"{where}, {measured_rates}\n\n{table(result['shapes'])}")

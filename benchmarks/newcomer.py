@@ -7,7 +7,6 @@ commands of README.md one after the other. The seconds depend on the machine and
 Writes results/newcomer.json.
 """
 
-import json
 import platform
 import subprocess
 import sys
@@ -32,28 +31,22 @@ STEPS = {
 UNSOLVED = 1  # exit status of pytest: an exercise that nobody has solved fails
 
 
-def timed(command, folder, expected) -> float:
-    """Seconds of a command.  Raises ValueError, with its last output, for another exit status."""
-    start = time.perf_counter()
-    done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True)
-    if done.returncode != expected:
-        raise ValueError(f"{command}: exit status {done.returncode}: {done.stdout[-300:]}")
-    return round(time.perf_counter() - start, 1)
-
-
 def main():
     cli.parser(__doc__).parse_args()
     seconds = {}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "clone"
         for name, command in STEPS.items():
-            command = command.format(root=cli.ROOT, folder=folder, python=sys.executable)
-            expected = UNSOLVED if name == "grade it" else 0
-            seconds[name] = timed(command, folder if folder.exists() else place, expected)
+            command = command.format(root=cli.ROOT, folder=folder, python=sys.executable).split()
+            where, start = folder if folder.exists() else place, time.perf_counter()
+            done = subprocess.run(command, cwd=where, capture_output=True, text=True)
+            seconds[name] = round(time.perf_counter() - start, 1)
+            if done.returncode != (UNSOLVED if name == "grade it" else 0):
+                raise ValueError(f"{name}: exit status {done.returncode}: {done.stdout[-300:]}")
             print(f"{sum(seconds.values()):7.1f} s  {name} ({seconds[name]} s)", flush=True)
     about = {**cli.machine(torch.device("cpu")), "processor": platform.machine()}
     files.write_json(cli.ROOT / "results" / "newcomer.json", {"about": about, "seconds": seconds})
-    print(json.dumps(about), "wrote results/newcomer.json")
+    print("wrote results/newcomer.json")
 
 
 if __name__ == "__main__":

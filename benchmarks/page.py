@@ -1,10 +1,24 @@
-"""Write measured tables into benchmarks/README.md."""
+"""Tables of measurements in Markdown, and their places in benchmarks/README.md."""
 
 from pathlib import Path
 
 from plumbing import cli, files
 
 PAGE = cli.ROOT / "benchmarks" / "README.md"
+
+
+def table(head, rows) -> str:
+    """Return a Markdown table.
+
+    >>> print(table(["speed-up", "ms"], [["graph", "437"], ["merge", ""]]))
+    | speed-up | ms |
+    |---|---|
+    | graph | 437 |
+    | merge | – |
+    """
+    filled = [[cell or "–" for cell in row] for row in rows]  # a dash: not measured
+    first, *others = (f"| {' | '.join(row)} |" for row in (head, *filled))
+    return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
 def fill_in(name, text, page=PAGE):
@@ -19,4 +33,5 @@ def fill_in(name, text, page=PAGE):
         )
     before, _, after = old.split(mark)
     new = f"{before}{mark}\n{text}\n{mark}{after}"
+    # the page is never half written, even if the program is killed now
     files.write_beside(page, lambda p: p.write_text(new))

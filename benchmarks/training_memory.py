@@ -12,6 +12,7 @@ import dmd
 import ode_regression
 import self_forcing
 import teacher
+from benchmarks import page
 from full_size import memory
 from masks import trained_window
 from plumbing import cli
@@ -21,37 +22,30 @@ GPUS = 8, 16, 32
 
 def stages() -> dict:
     """Return {stage: (networks, loss)}, as `memory.activation_bytes` takes them."""
+    generator, critic = dmd.make_recipes(1, seed=0, is_toy=False)
+
+    def matching(cfg, make):
+        nets = [("teacher", config.LTX2, None), ("generator", cfg, generator)]
+        loss = functools.partial(dmd.generator_loss, teacher.GUIDANCE, make)
+        return [*nets, ("critic", config.LTX2, critic)], loss
+
     roll_out = functools.partial(self_forcing.rollout_clip, window=trained_window(config.FULL))
-    regression = ode_regression.make_recipe(1, is_toy=False)
+    student = "student", config.FULL, ode_regression.make_recipe(1, is_toy=False)
     return {
         "stage I: generator and critic, teacher": matching(config.LTX2, dmd.backward_simulation),
-        "stage II: student": (
-            [("student", config.FULL, regression)],
-            ode_regression.trial_loss,
-        ),
+        "stage II: student": ([student], ode_regression.trial_loss),
         "stage III: as stage I, and a rollout": matching(config.FULL, roll_out),
     }
 
 
-def matching(cfg, make):
-    """Networks and loss of distribution matching, for a student of this config."""
-    generator, critic = dmd.make_recipes(1, seed=0, is_toy=False)
-    nets = [
-        ("teacher", config.LTX2, None),
-        ("generator", cfg, generator),
-        ("critic", config.LTX2, critic),
-    ]
-    return nets, functools.partial(dmd.generator_loss, teacher.GUIDANCE, make)
-
-
 def main():
     cli.parser(__doc__).parse_args()
-    print("| memory of each GPU, by number of GPUs | " + " | ".join(map(str, GPUS)) + " |")
-    print("|---" * (len(GPUS) + 1) + "|")
+    rows = []
     for name, (nets, loss) in stages().items():
         activations = memory.activation_bytes(nets, loss, batch=1)
         sizes = [memory.total(memory.training_rows(nets, activations, n)) for n in GPUS]
-        print(f"| {name} | " + " | ".join(f"{size / memory.GB:.1f} GB" for size in sizes) + " |")
+        rows.append([name, *(f"{size / memory.GB:.1f} GB" for size in sizes)])
+    print(page.table(["memory of each GPU, by number of GPUs", *map(str, GPUS)], rows))
 
 
 if __name__ == "__main__":

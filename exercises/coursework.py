@@ -2,11 +2,9 @@
 
 The solution of an exercise is the module itself, so no second copy is stored. In a skeleton, the
 body of each function that `exercises/table.toml` lists becomes a hint and an error; everything else
-stays. Students write these bodies in `answers/NAME.py`, in the order of the table.
-
-grader.py puts the answer in the place of the module, for the tests and for all other modules. A
-test in `tests/test_graded_NAME.py` names its function: `@pytest.mark.points(2, "may_attend")`. Its
-expected values never come from code that the student writes.
+stays. Students write these bodies in `answers/NAME.py`, and grader.py puts this file in the place
+of the module. A test in `tests/test_graded_NAME.py` names the function that it grades:
+`@pytest.mark.points(2, "may_attend")`. Expected values never come from code that students write.
 """
 
 import ast
@@ -39,7 +37,7 @@ class Task(NamedTuple):
 
     function: str  # a function of the module, or Class.method
     points: int
-    hints: list[str]  # three
+    hints: list[str]  # where to look, how to do it, almost the code
 
 
 class Exercise(NamedTuple):
@@ -59,24 +57,20 @@ class Exercise(NamedTuple):
         return ROOT / f"{self.module.replace('.', '/')}.py"
 
 
-def read_table() -> dict[str, Exercise]:
-    """Return the exercises of table.toml by name."""
-    exercises = {}
-    for name, row in tomllib.loads((ROOT / "exercises" / "table.toml").read_text()).items():
-        tasks = [
-            Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
-            for function, task in row["tasks"].items()
-        ]
-        module = row.get("module", name)
-        exercises[name] = Exercise(module, row["idea"], row["minutes"], tasks)
-    return exercises
+def read_exercise(name, row) -> Exercise:
+    """Read one exercise of table.toml."""
+    tasks = [
+        Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
+        for function, task in row["tasks"].items()
+    ]
+    return Exercise(row.get("module", name), row["idea"], row["minutes"], tasks)
 
 
-EXERCISES = read_table()
+TABLE = tomllib.loads((ROOT / "exercises" / "table.toml").read_text())
+EXERCISES = {name: read_exercise(name, row) for name, row in TABLE.items()}
 
 
 def find(name) -> Exercise:
-    """Return the exercise of that name.  Raises ValueError, listing the known names."""
     if name not in EXERCISES:
         raise ValueError(f"exercise {name!r}: unknown; expected one of {', '.join(EXERCISES)}")
     return EXERCISES[name]
@@ -121,10 +115,7 @@ def skeleton(name, source, solved=0) -> str:
 
 
 def start(name, force=False) -> Path:
-    """Write the skeleton of an exercise, and return its path.
-
-    Raises ValueError if an answer exists already, unless `force`.
-    """
+    """Write the skeleton of an exercise, and return its path."""
     text = skeleton(name, find(name).file.read_text())
     answer = ANSWERS / f"{name}.py"
     if answer.exists() and not force:
@@ -134,7 +125,7 @@ def start(name, force=False) -> Path:
 
 
 def check_answer(name, answer):
-    """Raises ValueError if an answer is missing, is not Python, or lacks one of its functions."""
+    """Raise ValueError if an answer is missing, is not Python, or lacks one of its functions."""
     tasks = find(name).tasks
     if not answer.exists():
         raise ValueError(f"{shown(answer)}: no such file; start with python -m exercises {name}")
@@ -147,7 +138,6 @@ def check_answer(name, answer):
 
 
 def shown(path) -> str:
-    """Return a path for messages: relative to the project's root, if it lies there."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
@@ -155,17 +145,13 @@ def shown(path) -> str:
 
 
 def hint(place, depth=1) -> str:
-    """Return a hint for "NAME.function": 1 where to look, 2 how to do it, 3 almost the code.
-
-    Raises ValueError for an unknown exercise, function or depth, listing the known ones.
-    """
+    """Return a hint for "NAME.function"."""
     name, _, function = place.partition(".")
     hints = {task.function: task.hints for task in find(name).tasks}
     if function not in hints:
         raise ValueError(f"--hint {place}: expected {name}. and one of {', '.join(hints)}")
-    depths = [str(i + 1) for i in range(len(hints[function]))]
-    if str(depth) not in depths:
-        raise ValueError(f"--hint {place} {depth}: expected a depth of {', '.join(depths)}")
+    if str(depth) not in ("1", "2", "3"):
+        raise ValueError(f"--hint {place} {depth}: expected a depth of 1, 2, 3")
     return hints[function][int(depth) - 1]
 
 
@@ -180,7 +166,6 @@ def progress(name) -> str:
 
 
 def overview() -> str:
-    """Return the table of exercises, as `--list` prints it."""
     lines = []
     for name, ex in EXERCISES.items():
         size = f"{ex.points:3} points {ex.minutes:4} minutes"
@@ -194,12 +179,12 @@ def overview() -> str:
 
 
 def graded_file(name) -> Path:
-    """Return the test file that gives points in an exercise."""
     return ROOT / "tests" / f"test_graded_{name}.py"
 
 
 def graded_tests(name) -> dict[str, tuple[int, str]]:
     """Return the points and the graded function of each test; (0, "") for a test without them."""
+    # Read from the text: importing the tests would import the modules that they grade.
     mark = r'(?m)^(?:@pytest\.mark\.points\((\d+), "([\w.]+)"\)\n)?def (test_\w+)'
     rows = re.findall(mark, graded_file(name).read_text())
     return {test: (int(points or 0), function) for points, function, test in rows}
@@ -224,20 +209,16 @@ def problems(name) -> list[str]:
         if function not in nodes:
             found.append(f"there is no function {function}")
         elif nodes[function].lineno == nodes[function].body[0].lineno:
+            # `skeleton` removes whole lines.
             found.append(f"{function} has its body on the line of its def")
     return [f"{name}: {line}" for line in found]
 
 
 def hand_out(folder, first):
-    """Copy the project for students, without the bodies of exercise `first` and all later ones.
-
-    The exercises follow the order of the imports. So the earlier ones are needed, and students may
-    read them by then.
-
-    Raises ValueError for an unknown exercise, or a folder that is not empty.
-    """
+    """Copy the project for students, without the bodies of exercise `first` and all later ones."""
     find(first)
     names, folder = list(EXERCISES), Path(folder)
+    # The exercises follow the order of the imports: later ones need the earlier modules.
     blank = {find(name).file: name for name in names[names.index(first) :]}
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--handout {folder}: not empty")

@@ -38,7 +38,6 @@ class Grader:
     """A pytest plugin: one answer in the place of its module, and the points that it earns."""
 
     def __init__(self, name, answers):
-        """Raises ValueError, in one line, for an answer that cannot be graded."""
         self.name, self.exercise = name, coursework.find(name)
         self.answer = answers / f"{name}.py"
         self.file = self.answer.with_suffix(".score.json")
@@ -114,7 +113,7 @@ class Grader:
 
     @property
     def is_complete(self) -> bool:
-        """True if all tests ran; False after -k, -x or Ctrl-C."""
+        """Tell whether all tests ran: not after -k, -x or Ctrl-C."""
         rows = [row for row in self.tests.values() if row["reason"] != NOT_RUN]
         return sum(row["max"] for row in rows) == self.exercise.points
 

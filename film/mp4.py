@@ -81,7 +81,7 @@ class Movie:
 
 
 def check_film(path):
-    """Raises ValueError if no mp4 can be written to this path, or av is not installed."""
+    """Raise ValueError if no mp4 can be written to this path, or av is not installed."""
     if av is None:
         raise ValueError("a film needs the package av: pip install -r requirements.txt")
     files.check_writable(path)

@@ -10,6 +10,7 @@ A line follows the video; a click on the axis jumps there.
 import base64
 import html
 import json
+from pathlib import Path
 
 import torch
 
@@ -141,12 +142,10 @@ def contents(frames, levels, cfg, num_blocks, window) -> dict:
 
 def write(path, film, title, data):
     """Write the page.  film: path of the mp4; data: from `contents`."""
-    with open(film, "rb") as file:
-        inside = base64.b64encode(file.read()).decode()
     parts = {
         "title": html.escape(title),
         "video": sheet.VIDEO,
-        "film": inside,
+        "film": base64.b64encode(Path(film).read_bytes()).decode(),
         "data": json.dumps(data).replace("</", "<\\/"),  # Trap: "</script>" would end the script
     }
     page = TEMPLATE

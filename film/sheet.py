@@ -63,10 +63,13 @@ def draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
     """Draw `width` seconds of a clip into two axes: frames above, sound and events below."""
     draw_strip(pair[0], frames, start, width, per_second, cfg)
     _draw_bands(pair[1], sound, start, width, cfg)
-    for ax, (times, walls), marker in zip(pair, events, "v^"):
+    for ax, (times, walls), marker, edge in zip(pair, events, "v^", (1, 0)):
+        y = ax.get_ylim()[edge]  # impacts at the upper edge, onsets at the lower
         for time, wall in zip(times, walls):
             if start <= time < start + width:
-                _mark(ax, float(time), int(wall), marker)
+                colour = WALL_COLOURS[wall]
+                ax.plot(time, y, marker, color=colour, ms=7, clip_on=False, zorder=5, mec="white")
+                ax.axvline(time, color=colour, lw=0.8, alpha=0.7)
 
 
 def draw_strip(ax, frames, start, width, per_second, cfg):
@@ -96,10 +99,3 @@ def _draw_bands(ax, sound, start, width, cfg):
         ax.set_yticks([b + 0.5 for b in toy_world.WALL_BANDS], toy_world.WALLS, fontsize=7)
     ax.set(xlim=(start, start + width), xticks=np.arange(start, start + width + 0.5))
     ax.tick_params(axis="x", labelsize=7)
-
-
-def _mark(ax, time, wall, marker):
-    low, high = ax.get_ylim()
-    y = high if marker == "v" else low  # impacts at the upper edge, onsets at the lower
-    ax.plot(time, y, marker, color=WALL_COLOURS[wall], ms=7, clip_on=False, zorder=5, mec="white")
-    ax.axvline(time, color=WALL_COLOURS[wall], lw=0.8, alpha=0.7)

@@ -24,15 +24,12 @@ class Overlap(NamedTuple):
 
 
 class Decoder:
-    """Decode the blocks of one stream of LTX-2's latents."""
+    """Decodes the blocks of one stream of LTX-2's latents."""
 
     channels, scale = STEREO, 1  # audio channels; factor from decoded to written pixels
 
     def __init__(self, vae, audio_vae, vocoder, cfg, overlap=Overlap(), watch=lambda _, f: f):
-        """Take the three networks.  The vocoder is converted to float32.
-
-        watch   `Stopwatch.watch`, to time each network
-        """
+        """Take the three networks; watch: `Stopwatch.watch`, to time each of them."""
         self.vae, self.audio_vae, self.vocoder, self.cfg = vae, audio_vae, vocoder.float(), cfg
         self.size = cfg.height, cfg.width
         self.sample_rate = vocoder.config.output_sampling_rate
@@ -107,10 +104,7 @@ def no_tf32():
 
 
 def decoder_classes() -> dict:
-    """Return {folder: (class of diffusers, arguments that differ from the class's defaults)}.
-
-    Raises ValueError if diffusers is not installed.
-    """
+    """Return {folder: (class of diffusers, arguments that differ from the class's defaults)}."""
     try:
         from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
@@ -126,19 +120,14 @@ def decoder_classes() -> dict:
 
 
 def load(folder, device="cpu", dtype=torch.bfloat16) -> list:
-    """Load the three networks from a local folder in diffusers' format (PARTS).
-
-    dtype   of the two VAEs; the vocoder's weights are read as float32
-
-    Raises ValueError if diffusers is not installed or the folder lacks a network.
-    """
+    """Load the three networks from a local folder in diffusers' format (PARTS)."""
     nets = []
     for name, (network_class, _) in decoder_classes().items():
         try:
             net = network_class.from_pretrained(
                 folder,
                 subfolder=name,
-                dtype=torch.float32 if name == "vocoder" else dtype,
+                dtype=torch.float32 if name == "vocoder" else dtype,  # see `Decoder`
                 local_files_only=True,
             )
         except OSError:
@@ -148,9 +137,9 @@ def load(folder, device="cpu", dtype=torch.bfloat16) -> list:
 
 
 def without_encoder(net):
-    """Remove the encoder, which a stream does not need: 1.4 GB for video alone."""
+    """Remove the encoder, which a stream does not need."""
     if hasattr(net, "encoder"):
-        net.encoder = None
+        net.encoder = None  # 1.4 GB for video alone
     return net
 
 
@@ -173,13 +162,9 @@ def random_weights(device="cpu", dtype=torch.bfloat16) -> list:
 
 
 def channels_last(nets, layout=torch.channels_last_3d):
-    """Store the convolution kernels of the video decoder with channels innermost.
-
-    layout   torch.contiguous_format undoes it
-
-    PyTorch then uses this layout for the inputs and outputs of its convolutions too. cuDNN works in
-    it on tensor cores, and otherwise converts to it and back. Results differ by rounding only.
-    """
+    """Store the convolution kernels of the video decoder with channels innermost, or as before."""
+    # PyTorch then uses this layout for the inputs and outputs of its convolutions too. cuDNN works
+    # in it on tensor cores, and otherwise converts to it and back.
     for p in nets[0].parameters():  # the other two networks are small
         if p.dim() == 5:  # a kernel (C', C, frames, rows, columns)
             p.data = p.data.contiguous(memory_format=layout)

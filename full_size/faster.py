@@ -1,7 +1,7 @@
 """Speed-ups of a stream: joined projections, recorded passes (CUDA graphs), audio beside video.
 
-They change the rounding of a film, and nothing else. generate.py applies them on `--speed-up`. What
-each gained on a GPU stands in full_size/README.md.
+They change the rounding of a film, and nothing else. generate.py applies them on `--speed-up`.
+full_size/README.md tells how much each gained on a GPU.
 
 **qkv.** `join_projections` lays the weights of queries, keys and values side by side. Three small
 matrix products become a larger one, which fills a GPU better.
@@ -19,36 +19,27 @@ fixes memory addresses, not contents:
     passes of a block, and again when the ring has come round.
   * While the window fills, each block attends to more memory than the one before: not recorded.
 
-All recordings share one memory pool for intermediate results, because only one runs at a time.
 Making a recording waits for the GPU, once. Nothing may wait for the GPU during a pass
 (tests/test_faster.py): a recording could not either.
 
 **beside.** A second of audio is bound by reading its weights, a second of video by multiplication.
 On two CUDA streams one hides behind the other. In a recording the second stream costs no launches.
-
-    python -m full_size.faster    counts recordings and replays of one minute
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import config
-from kv_cache import CachedView
 from model import Attention, ropes_of
 
 SPEEDUPS = "qkv", "graph", "beside", "channels-last"
 
 
 def find_speedups(names, cfg, device) -> tuple:
-    """Check names of speed-ups; "all" means all that can run here.
-
-    Raises ValueError for an unknown name, or one that cannot run on this device or config.
-    """
+    """Check names of speed-ups; "all" means all that can run here."""
     impossible = {} if device.type == "cuda" else dict.fromkeys(("graph", "beside"), "a GPU")
     if cfg.is_toy:
         impossible["channels-last"] = "a full-size config"  # it is about LTX-2's video decoder
@@ -107,11 +98,8 @@ class JoinedAttention(Attention):
 
 @torch.no_grad()
 def join_projections(net):
-    """Join the projections of every attention, in place.
-
-    The names in the state dict do not change, outputs change only by rounding. Moving the weights
-    later (`.to`) separates them again.
-    """
+    """Join the projections of every attention, in place."""
+    # The names in the state dict do not change. Moving the weights later (`.to`) separates them.
     for layer in net.layers:
         for half in (layer.video, layer.audio):
             for name in ("self_attn", "text_attn", "cross_attn"):
@@ -129,7 +117,7 @@ def one_product(x, *linears):
 
 
 def as_one(tensors):
-    """Tensors that are adjacent in one buffer, as one tensor; otherwise None.
+    """Return tensors that are adjacent in one buffer as one tensor; otherwise None.
 
     >>> as_one(torch.arange(6).view(3, 2).split([1, 2]))
     tensor([[0, 1],
@@ -149,32 +137,23 @@ def as_one(tensors):
 # ---- graph ----
 
 
-class Inputs(NamedTuple):
-    """Everything that a pass reads and that changes, except weights, caches and prompt."""
-
-    latents: tuple  # video and audio
-    sigmas: tuple  # noise levels of each
-    ropes: dict  # rotation tables of the tokens
-
-
 class Recorded(nn.Module):
-    """A model whose passes are recorded where possible, for one stream; with the same results."""
+    """A model whose passes are recorded where possible, for one stream at a time."""
 
     def __init__(self, net, recorder):
-        """recorder: () -> record, called for every stream; record: see `cuda_recorder`."""
+        """recorder: `cuda_recorder`, or a stand-in; called for every stream."""
         super().__init__()
         self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
         self.recorder = recorder
         self._start(caches=None)
 
     def _start(self, caches):
-        """Start a stream with these caches; the recordings of the last stream are freed."""
+        # The recordings of the last stream would write into its caches: they are freed.
         self.caches, self.inputs, self.recordings = caches, None, {}  # recordings by ring index
         self.record = self.recorder()
         self.text = self.prompt = None  # the fixed copy, and the prompt it is a copy of
 
     def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
-        """As `OmniTransformer.forward`, with a CachedView."""
         if view.layers is not self.caches:
             self._start(view.layers)
         place = ring_index(view)
@@ -182,7 +161,8 @@ class Recorded(nn.Module):
             return self.net(video, audio, sigma_video, sigma_audio, text, span, view)
         ropes = ropes_of(self.cfg, span, video.device, video.dtype)
         is_first = self.inputs is None
-        new = Inputs((video, audio), (sigma_video, sigma_audio), ropes)
+        # everything that a pass reads and that changes, except weights, caches and prompt
+        new = (video, audio), (sigma_video, sigma_audio), ropes
         self.inputs = overwritten(self.inputs, new)
         if text is not self.prompt:
             self.text, self.prompt = overwritten(self.text, text), text
@@ -195,22 +175,20 @@ class Recorded(nn.Module):
         return [x.clone() for x in outputs]
 
     def _run(self, span, view):
-        """The pass that is recorded: it reads everything from fixed memory."""
+        # This is recorded: it reads everything from fixed memory.
         latents, sigmas, ropes = self.inputs
         return self.net(*latents, *sigmas, self.text, span, view, ropes)
 
 
 def ring_index(view) -> int | None:
-    """Place of the current block in the ring, from the first overwritten block on; before: None.
-
-    Passes at the same place use the same memory.
-    """
+    """Return the place of the current block in the ring; None while the ring is not full."""
+    # Passes at the same place use the same memory.
     ring = view.layers[0]["video_self"].ring_blocks
     return (view.block - 1) % ring if view.block > ring else None
 
 
 def overwritten(old, new):
-    """The tensors of the tree `old` with the contents of `new`; without old, copies of new.
+    """Copy the tensors of the tree `new` into `old` and return it; without old, copies of new.
 
     >>> first = overwritten(None, {"x": torch.zeros(2)})
     >>> again = overwritten(first, {"x": torch.ones(2)})
@@ -226,8 +204,8 @@ def overwritten(old, new):
 
 
 def cuda_recorder():
-    """-> record(function) -> (replay, outputs); all graphs share one memory pool."""
-    pool = torch.cuda.graph_pool_handle()
+    """Return record(function) -> (replay, outputs)."""
+    pool = torch.cuda.graph_pool_handle()  # one for all graphs, because only one runs at a time
 
     def record(function):
         graph = torch.cuda.CUDAGraph()
@@ -244,13 +222,13 @@ def cuda_recorder():
 class SideStream:
     """A second CUDA stream for audio.  Every step of video forks it, the next step of audio joins.
 
-        video step:  fork(step, ...)     runs on the main stream; audio may start where it starts
-        audio step:  beside(step, ...)   runs at the same time; the main stream then waits for it
+    video step:  fork(step, ...)     runs on the main stream; audio may start where it starts
+    audio step:  beside(step, ...)   runs at the same time; the main stream then waits for it
+    """
 
     # Trap: memory that Python frees is reused at once by the stream that made it, without asking
-    the other one. So video is launched first: when audio frees what the main stream made, the main
-    stream makes nothing more before it waits.
-    """
+    # the other one. So video is launched first: when audio frees what the main stream made, the
+    # main stream makes nothing more before it waits.
 
     def __init__(self, device=None):
         self.stream = torch.cuda.Stream(device)
@@ -285,15 +263,3 @@ def run_beside(net, side):
     for layer in net.layers:
         layer.video = ScheduledHalf(layer.video, side.fork)
         layer.audio = ScheduledHalf(layer.audio, side.beside)
-
-
-if __name__ == "__main__":
-    view, places = CachedView(config.FULL, 60, window=5), []
-    for view.block in range(60):
-        places.append(ring_index(view))
-    recorded = set(places) - {None}
-    replayed = sum(place is not None for place in places) - len(recorded)
-    print(
-        f"a minute with a window of 5 s: recorded at {len(recorded)} places in the ring, "
-        f"{replayed} of 60 blocks are replayed from the first pass on"
-    )

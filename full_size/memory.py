@@ -3,7 +3,7 @@
 What cannot fit is refused in the first second, with the arithmetic, and not by the allocator after
 ten minutes. Bytes are counted in two ways:
 
-  * Weights, caches and optimiser states follow from constants. They are multiplied out.
+  * Weights, caches and optimiser states are products of constants.
   * Activations follow from the code. It runs once on `meta` tensors, which have shapes but no
     contents, and `peak_bytes` counts the tensors that are alive at the same time.
 
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 import config
 import model
-from full_size import decoders, sharding, text
+from full_size import decoders, sharding, text, weights
 from kv_cache import CachedView
 from masks import SITES, block_span, full_window
 from plumbing import cli, processes
@@ -63,7 +63,7 @@ def total(rows) -> int:
 
 
 def shown(rows, free) -> str:
-    """Format the arithmetic, one line per row.
+    """Return the arithmetic, one line per row.
 
     >>> print(shown([Row("transformer", 37_750_000_000, "18.9e9 x 2 bytes")], 80_000_000_000))
        37.75 GB  transformer: 18.9e9 x 2 bytes
@@ -74,7 +74,7 @@ def shown(rows, free) -> str:
 
 
 def free_bytes(device) -> int:
-    """Free memory of a device."""
+    """Return the free memory of a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
@@ -88,7 +88,7 @@ def free_bytes(device) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all living tensors that were made inside; views cost nothing."""
+    """Counts the bytes of all living tensors that were made inside."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def _meet(self, tree, are_new):
         storages = [t.untyped_storage() for t in tree_iter(tree) if torch.is_tensor(t)]
-        for storage in storages:
+        for storage in storages:  # a view has the storage of its base, so it costs nothing
             if storage._cdata in self.sizes:
                 continue
             self.sizes[storage._cdata] = storage.nbytes() if are_new else 0
@@ -129,33 +129,32 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def _fused_attention(q, k, v, *_, **__):
-    return _FusedAttention.apply(q, k, v)
-
-
 def peak_bytes(function) -> int:
     """Call a function on meta tensors; return the most bytes of its tensors alive at one time.
 
     >>> peak_bytes(lambda: (torch.empty(10, device="meta") + 1).sum())       # 40 + 40, then 40 + 4
     80
     """
-    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
-        with _LiveBytes() as living:
-            function()
+
+    def attention(q, k, v, *_, **__):
+        return _FusedAttention.apply(q, k, v)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attention), _LiveBytes() as living:
+        function()
     return living.peak
 
 
 # ---- a stream ----
 
 
-def weights_row(net, dtype) -> Row:
-    """Parameters times bytes each; `net` may be on the meta device."""
-    n, size = net.num_parameters(), dtype.itemsize
+def weights_row(cfg, dtype) -> Row:
+    """Count the parameters of the transformer."""
+    n, size = num_parameters(cfg, cfg.num_layers), dtype.itemsize
     return Row("transformer", n * size, f"{n:,} parameters x {size} bytes")
 
 
-def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
-    """The caches of `CachedView(cfg, blocks, window)` when the window is full."""
+def cache_row(cfg, blocks, window, dtype) -> Row:
+    """Count the caches of `CachedView(cfg, blocks, window)` when the window is full."""
     view = CachedView(replace(cfg, num_layers=1), blocks, window)  # all layers are alike
     evicts, values = view.window < full_window(blocks), 0
     for site, cache in view.layers[0].items():
@@ -164,28 +163,29 @@ def cache_row(cfg, blocks, window, dtype, batch=1) -> Row:
         values += 2 * slots * width  # keys and values
         values += evicts * cache.prefix_tokens * width  # a copy of the pinned keys, before rotation
     how = f"{cfg.num_layers} layers x (keys, values) of {len(SITES)} attentions"
-    size = batch * cfg.num_layers * values * dtype.itemsize
+    size = cfg.num_layers * values * dtype.itemsize
     return Row("rolling caches", size, f"{how}, window {view.window} blocks")
 
 
-def text_row(cfg, prompts, dtype, batch=1) -> Row:
-    """Keys and values of every prompt, for each layer and stream."""
+def text_row(cfg, prompts, dtype) -> Row:
+    """Count the keys and values of every prompt, for each layer and modality."""
     width = cfg.video_width + cfg.audio_width
-    values = 2 * prompts * batch * cfg.num_layers * text.TOKENS * width
+    values = 2 * prompts * cfg.num_layers * text.TOKENS * width
     how = f"{prompts} x {text.TOKENS} tokens x {cfg.num_layers} layers x 2 x {width} channels"
     return Row("keys and values of prompts", values * dtype.itemsize, how)
 
 
 @torch.inference_mode()
-def pass_row(net, dtype, batch=1) -> Row:
-    """The activations of one pass, without weights and caches; `net` on the meta device."""
-    cfg, net = net.cfg, net.to(dtype)
-    features = torch.empty(batch, text.TOKENS, cfg.caption_width, device="meta", dtype=dtype)
-    prompt, view = net.project_text(features), CachedView(cfg, 3, window=1)
+def pass_row(cfg, dtype, layers=2) -> Row:
+    """Count the activations of one pass."""
+    # Without gradients a layer frees its activations: two layers need as many as all 48.
+    net = model.build(replace(cfg, num_layers=layers), device="meta").to(dtype)
+    features = torch.empty(1, text.TOKENS, cfg.caption_width, device="meta", dtype=dtype)
+    prompt, view = net.project_text(features), CachedView(net.cfg, 3, window=1)
 
     def one_pass(k):
-        _, video, audio = _meta_block(k, cfg, dtype, batch)
-        sigma = video.new_ones(batch)
+        _, video, audio = _meta_block(k, cfg, dtype)
+        sigma = video.new_ones(1)
         model.predict_x0(net, video, audio, sigma, sigma, prompt, block_span(k, cfg), view)
 
     one_pass(0)  # allocates the caches, which have a row of their own
@@ -196,40 +196,36 @@ def pass_row(net, dtype, batch=1) -> Row:
     return Row("one pass", size, f"{tokens} tokens at the widest moment")
 
 
-def _meta_block(k, cfg, dtype, batch=1) -> Block:
-    span, generator = block_span(k, cfg), torch.Generator()
-    return Block(k, *model.draw_noise(batch, span, cfg, generator, "meta", dtype))
+def _meta_block(k, cfg, dtype) -> Block:
+    noise = model.draw_noise(1, block_span(k, cfg), cfg, torch.Generator(), "meta", dtype)
+    return Block(k, *noise)
 
 
 @torch.inference_mode()
 def decoder_rows(cfg, dtype) -> list[Row]:
-    """The decoders of LTX-2, and their activations while they decode a block with its context."""
+    """Count the decoders of LTX-2, and their activations while they decode a block."""
     nets = decoders.meta_decoders(dtype)
     decoder = decoders.Decoder(*nets, cfg)
-    tensors = [t for net in nets for t in net.state_dict().values()]
-    weights = sum(t.numel() * t.element_size() for t in tensors)
+    size = sum(t.nbytes for net in nets for t in net.state_dict().values())
     for k in range(3):  # from then on, every block has its full context
         decoder.decode(_meta_block(k, cfg, dtype))
     peak = peak_bytes(lambda: decoder.decode(_meta_block(3, cfg, dtype)))
     context, _ = decoders.Overlap().video
     how = f"{context} latents of context and {cfg.video_frames_per_block} new ones"
     return [
-        Row("decoders", weights, "of video and audio, and the vocoder in float32"),
+        Row("decoders", size, "of video and audio, and the vocoder in float32"),
         Row("decoding", peak, how),
     ]
 
 
-def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1, batch=1) -> list[Row]:
-    """Everything that a stream needs except the decoders; speedups: names of faster.SPEEDUPS."""
-    net = model.build(cfg, device="meta")
-    two_layers = model.build(replace(cfg, num_layers=2), device="meta")
-    one_pass = pass_row(two_layers, dtype, batch)  # more layers need no more activations
-    is_recorded = "graph" in speedups
+def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
+    """Count everything that a stream needs except the decoders; speedups: see faster.SPEEDUPS."""
+    one_pass, is_recorded = pass_row(cfg, dtype), "graph" in speedups
     copies = prompts + is_recorded  # recorded passes read a copy of the prompt of their own
     rows = [
-        weights_row(net, dtype),
-        cache_row(cfg, blocks, window, dtype, batch),
-        text_row(cfg, copies, dtype, batch),
+        weights_row(cfg, dtype),
+        cache_row(cfg, blocks, window, dtype),
+        text_row(cfg, copies, dtype),
         one_pass,
     ]
     pool = Row("recorded passes", one_pass.num_bytes, "one memory pool, as large as one pass")
@@ -237,7 +233,7 @@ def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1, batch=1) -> 
 
 
 def film_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
-    """Everything that a film needs: its stream and the decoders of LTX-2."""
+    """Count everything that a film needs: its stream and the decoders of LTX-2."""
     stream = stream_rows(cfg, blocks, window, dtype, speedups, prompts)
     return stream + decoder_rows(cfg, dtype)
 
@@ -245,21 +241,20 @@ def film_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
 def check_stream(request):
     """Print the memory that a `generate.Request` needs.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = request.cfg, request.num_blocks, request.dtype
-    prompts = len(request.cues)
+    prompts, free = len(request.cues), free_bytes(request.device)
     rows = film_rows(cfg, blocks, request.window, dtype, request.speedups, prompts)
-    free = free_bytes(request.device)
     print(shown(rows, free))
     check_window(rows, free, cfg, blocks, dtype)
     if request.ltx2:
         check_text(request.ltx2, free)
 
 
-def check_window(rows, free, cfg, blocks, dtype, batch=1):
-    """Raises ValueError for a stream that does not fit, naming the longest window that does."""
+def check_window(rows, free, cfg, blocks, dtype):
+    """Raise ValueError for a stream that does not fit, naming the longest window that does."""
     if total(rows) <= free:
         return
     others = total([row for row in rows if row.what != "rolling caches"])
-    caches = {w: cache_row(cfg, blocks, w, dtype, batch).num_bytes for w in range(1, blocks)}
+    caches = {w: cache_row(cfg, blocks, w, dtype).num_bytes for w in range(1, blocks)}
     fitting = [window for window, size in caches.items() if others + size <= free]
     advice = f"--window {max(fitting)} would fit" if fitting else "no window is short enough"
     raise ValueError(
@@ -269,8 +264,11 @@ def check_window(rows, free, cfg, blocks, dtype, batch=1):
 
 def check_text(folder, free):
     """Print the size of the text encoder.  Raises ValueError if it does not fit."""
-    found = [p for part in text.TEXT_PARTS for p in Path(folder, part).glob("*.safetensors")]
-    size = sum(p.stat().st_size for p in found)
+    # Trap: the published text_encoder/ has a second copy, diffusion_pytorch_model*, which nobody
+    # reads. Only the shards that this index names count.
+    index = Path(folder, "text_encoder", "model.safetensors.index.json")
+    encoder = weights.shards(index if index.exists() else index.parent)
+    size = sum(p.stat().st_size for p in [*encoder, *weights.shards(Path(folder, "connectors"))])
     print(f"{size / GB:8.2f} GB  before all that: the text encoder, freed when it has read")
     if size > free:
         raise ValueError(f"{folder}: a text encoder of {size / GB:.1f} GB, {free / GB:.1f} GB free")
@@ -280,7 +278,7 @@ def check_text(folder, free):
 
 
 def training_rows(nets, activations, num_processes) -> list[Row]:
-    """Everything that each process needs.
+    """Count everything that each process needs.
 
     nets          (name, config, recipe) of each network; a frozen one has no recipe (None)
     activations   bytes of one update, from `activation_bytes`
@@ -296,7 +294,7 @@ def training_rows(nets, activations, num_processes) -> list[Row]:
 
 
 def bytes_per_parameter(recipe) -> dict:
-    """Bytes that a process keeps for one parameter, by purpose."""
+    """Return the bytes that are kept for one parameter, by purpose."""
     if recipe is None:
         return {"frozen weights": 2}
     sizes = {"weights": 4, "gradient": 4, "moments": 8}
@@ -304,7 +302,7 @@ def bytes_per_parameter(recipe) -> dict:
 
 
 def layers_row(cfg) -> Row:
-    """Layers that are gathered at the moment, in bfloat16, and the gradient of the last one."""
+    """Count the layers that are gathered, in bfloat16, and the gradient of the last one."""
     one, two = (num_parameters(cfg, layers) for layers in (1, 2))
     layer, outside = two - one, 2 * one - two
     # a gradient is made in bfloat16 and copied to float32 to be averaged: 2 + 4 bytes
@@ -315,21 +313,22 @@ def layers_row(cfg) -> Row:
 
 @functools.cache
 def num_parameters(cfg, layers) -> int:
-    """Parameters of a model of this config with another number of layers."""
+    """Count the parameters of a model with another number of layers."""
     return model.build(replace(cfg, num_layers=layers), device="meta").num_parameters()
 
 
 def activation_bytes(nets, loss, batch) -> int:
-    """The most that is alive during an update of `batch` clips, except the networks themselves.
+    """Count the most that is alive during an update of `batch` clips, without the networks.
 
     loss   function of all networks, `model.Captions` and a torch.Generator
     """
+    # every further layer adds as much as the third
     two, three = (peak_of_update(nets, loss, batch, layers) for layers in (2, 3))
     return two + (nets[0][1].num_layers - 2) * (three - two)
 
 
 def peak_of_update(nets, loss, batch, layers) -> int:
-    """Peak bytes of an update if every network had this number of layers."""
+    """Count the peak bytes of an update if every network had this number of layers."""
     on_meta = [_meta_net(replace(cfg, num_layers=layers), recipe) for _, cfg, recipe in nets]
     captions = _meta_captions(batch, nets[0][1])
     model.ropes_of.cache_clear()  # tables left from another count would cost nothing in this one
@@ -338,7 +337,7 @@ def peak_of_update(nets, loss, batch, layers) -> int:
 
 
 def _meta_net(cfg, recipe):
-    """A network without contents that treats inputs and gradients as FSDP does."""
+    """Return a network without contents that treats inputs and gradients as FSDP does."""
     net = model.build(cfg, device="meta").to(torch.bfloat16).requires_grad_(recipe is not None)
     net.register_forward_pre_hook(lambda net, inputs: tree_map(_to_bfloat16, inputs))
     if recipe is None:
@@ -359,9 +358,9 @@ def _meta_captions(batch, cfg) -> model.Captions:
 
 
 def check_training(nets, loss, batch):
-    """Print the memory that each process of a training needs; arguments: see `activation_bytes`.
+    """Print the memory that each process of a training needs; see `activation_bytes`.
 
-    Raises ValueError if it does not fit, with the number of processes that would be enough.
+    Raises ValueError if it does not fit.
     """
     num_processes, activations = processes.count(), activation_bytes(nets, loss, batch)
     free = free_bytes(processes.device())

@@ -50,7 +50,7 @@ class CheckpointedLayer(Layer):
 
 
 def checkpoint_layers(net):
-    """Use activation checkpointing in every layer of a model."""
+    """Use activation checkpointing in every layer of a model, in place."""
     for i, layer in enumerate(net.layers):
         net.layers[i] = CheckpointedLayer(i, layer.video, layer.audio)
     return net
@@ -74,12 +74,10 @@ class Apart(torch.autograd.Function):
 
 
 def passes_apart(net):
-    """Let every pass go backward alone, so that gradients are added in `.grad`.
-
-    Autograd passes on the gradient of a weight when all users of the weight have added to it. In
-    one backward call for the six passes of a rollout, the gradients of all layers (38 GB at full
-    size) would exist until the last pass is done. In six calls only those of one layer do.
-    """
+    """Let every pass go backward alone, so that gradients are added in `.grad`."""
+    # Autograd passes on the gradient of a weight when all users of the weight have added to it. In
+    # one backward call for the six passes of a rollout, the gradients of all layers (38 GB at full
+    # size) would exist until the last pass is done. In six calls, only the gradients of one layer.
 
     def apart(net, inputs, out):
         return Apart.apply(torch.empty(0, requires_grad=True), out) if out[0].grad_fn else None
@@ -89,11 +87,10 @@ def passes_apart(net):
 
 
 def shard(net, dtype):
-    """Shard a model among the processes, in place, layer by layer; alone, leave it as it is.
+    """Shard a model among the processes, in place, layer by layer.
 
     net     on the CPU, or on the meta device to be filled afterwards
-    dtype   in which layers are gathered and computed; shards keep their own dtype, and gradients
-            are averaged in float32
+    dtype   in which layers are gathered and computed; shards keep their own dtype
     """
     if not is_sharded():
         return net
@@ -121,12 +118,7 @@ def shard(net, dtype):
 
 
 def fill(net, tensors):
-    """Copy full tensors into a sharded model; each process keeps its own part.
-
-    tensors   iterable of (name, tensor)
-
-    Raises ValueError, naming it, for a parameter without a tensor.
-    """
+    """Copy full tensors, (name, tensor), into a sharded model; each process keeps its own part."""
     from torch.distributed.tensor import distribute_tensor
 
     parameters = dict(net.named_parameters())
@@ -143,10 +135,7 @@ def fill(net, tensors):
 
 
 def save(folder, tensors, about):
-    """Write a state as `folder/state-STEP`, every process its shards; then remove the older one.
-
-    about   plain values, among them "step"
-    """
+    """Write a state as `folder/state-STEP`, every process its shards; then remove the older one."""
     from torch.distributed import checkpoint as dcp
 
     folder = Path(folder)
@@ -155,7 +144,7 @@ def save(folder, tensors, about):
         for partial in folder.glob(".state-*"):  # from a run that was killed while it wrote
             shutil.rmtree(partial)
         making.mkdir(parents=True)
-    dist.barrier()
+    dist.barrier()  # no process writes before the folder exists
     dcp.save(
         tensors, storage_writer=dcp.HuggingFaceStorageWriter(str(making), save_distributed=True)
     )
@@ -169,12 +158,12 @@ def save(folder, tensors, about):
 
 
 def states(folder) -> list[Path]:
-    """Complete states in a folder, the newest last."""
+    """List the complete states in a folder, the newest last."""
     return sorted(Path(folder).glob("state-[0-9]*"))
 
 
 def about(state) -> dict:
-    """Read the values of a state.  Raises ValueError if that is impossible."""
+    """Read the plain values of a state."""
     try:
         return dict(json.loads((state / "about.json").read_text()))
     except (OSError, TypeError, ValueError) as error:
@@ -182,7 +171,7 @@ def about(state) -> dict:
 
 
 def saved_shapes(state) -> dict:
-    """Shape of every tensor of a state, by name."""
+    """Read the shape of every tensor of a state, by name."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     found = HuggingFaceStorageReader(str(state)).read_metadata().state_dict_metadata

@@ -21,7 +21,7 @@ class StreamSource:
     """A student, the features of all prompts of a stream, and the decoders of LTX-2."""
 
     def __init__(self, request):
-        """request: `generate.Request`.  Raises ValueError for what is missing or does not fit."""
+        """Load everything that a `generate.Request` needs."""
         is_random = request.weights == "random"
         prompts = [cue.prompt for cue in request.cues]
         device, dtype = request.device, request.dtype
@@ -45,11 +45,11 @@ class StreamSource:
         self.cfg = self.net.cfg
 
     def read(self, words):
-        """Features of a prompt of this stream."""
+        """Return the features of a prompt of this stream."""
         return self.features[words]
 
     def decoder(self, watch, overlap=decoders.Overlap()):
-        """A decoder for one stream; watch: `Stopwatch.watch`."""
+        """Make a decoder for one stream; watch: `Stopwatch.watch`."""
         return decoders.Decoder(*self.decoders, self.cfg, overlap, watch)
 
 
@@ -67,7 +67,8 @@ class FileWeights(NamedTuple):
         return self.source.fingerprint()
 
     def load(self, learns):
-        """A sharded net.  It is never whole in one place: each process reads only its shards."""
+        """Read a sharded net."""
+        # On the meta device it takes no memory. Each process then reads only its shards.
         net = model.build(self.cfg, device="meta").to(torch.float32 if learns else torch.bfloat16)
         net.requires_grad_(learns)
         if learns:

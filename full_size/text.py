@@ -1,4 +1,4 @@
-"""Prompts to caption features at full size: Gemma 3, which then makes room.
+"""Prompts to caption features at full size, by Gemma 3.
 
 LTX-2 reads prompts through Gemma 3 12B. All 49 hidden states of every token are normalised together
 and projected to one vector. Two small transformers ("connectors"), one for video and one for audio,
@@ -11,9 +11,8 @@ thousands of prompts. They are encoded once, into a folder with one file per pro
 
     python -m full_size.text prompts.txt --ltx2 LTX-2 --out features --device cuda
 
-prompts.txt has one prompt per line. A killed run continues where it was.
-
-The text path is the published pipeline of Hugging Face diffusers; only the order is ours.
+prompts.txt has one prompt per line. A killed run continues where it was. The text path is the
+published pipeline of Hugging Face diffusers.
 """
 
 import gc
@@ -45,16 +44,13 @@ class Features(NamedTuple):
 
 
 def check(prompt):
-    """Raises ValueError for an empty prompt; any text will do."""
+    """Raise ValueError for an empty prompt; any text will do."""
     if not prompt.strip():
         raise ValueError("the prompt says nothing; describe what is to be seen and heard")
 
 
 def check_folder(folder, parts=TEXT_PARTS):
-    """Check the parts of LTX-2's folder (default: the text path) without reading weights.
-
-    Raises ValueError for a missing part, and for missing or incomplete weights.
-    """
+    """Raise ValueError unless LTX-2's folder has these parts, with whole files of weights."""
     places = [Path(folder, part) for part in parts]
     for place in places:
         if not place.is_dir():
@@ -66,11 +62,11 @@ def check_folder(folder, parts=TEXT_PARTS):
         if not found and place.name != "tokenizer":
             raise ValueError(f"{place}: no .safetensors file in it; download the folder again")
         for file in {shard for path in found for shard in weights.shards(path)}:
-            weights.opened(file)
+            weights.opened(file)  # the header tells how long the file must be
 
 
 def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
-    """Random features instead of those of the text path, to measure speed and memory."""
+    """Return random features, to measure speed and memory."""
     shape = 1, TOKENS, cfg.caption_width
 
     def draw():
@@ -81,12 +77,12 @@ def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[st
 
 @torch.inference_mode()
 def encode(pipeline, prompts, device) -> dict[str, Features]:
-    """Features of every different prompt; one at a time, so that padding does not depend on others.
+    """Return the features of every different prompt.
 
     pipeline   diffusers' LTX2Pipeline with tokenizer, text_encoder and connectors
     """
     found = {}
-    for prompt in dict.fromkeys(prompts):
+    for prompt in dict.fromkeys(prompts):  # one at a time: padding must not depend on the others
         states, mask, _, _ = pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, device=device
         )
@@ -97,10 +93,7 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
 
 
 def load_text_path(folder, dtype=torch.bfloat16):
-    """LTX2Pipeline of diffusers with only the text path of a folder.
-
-    Raises ValueError if a package is missing or the folder has no text path.
-    """
+    """Return diffusers' LTX2Pipeline with only the text path of a folder."""
     try:
         from diffusers import LTX2Pipeline
     except (ImportError, RuntimeError):
@@ -113,7 +106,7 @@ def load_text_path(folder, dtype=torch.bfloat16):
 
 
 def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tuple[dict, float]:
-    """Load the text path, encode, free its memory; errors as in `load_text_path`.
+    """Load the text path, encode, free its memory.
 
     -> {prompt: Features}, and the seconds of encoding without loading
     """
@@ -122,9 +115,8 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tupl
     features = encode(pipeline, prompts, device)
     seconds = watch.lap()
     del pipeline
-    gc.collect()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
+    gc.collect()  # modules of a pipeline may be part of reference cycles
+    torch.cuda.empty_cache()  # the transformer needs this memory; does nothing without a GPU
     return features, seconds
 
 
@@ -132,7 +124,7 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tupl
 
 
 def read_lines(path) -> list[str]:
-    """Read a text file with one prompt per line.  Raises ValueError for an empty line or file."""
+    """Read a text file with one prompt per line."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
     except UnicodeDecodeError as error:
@@ -149,8 +141,6 @@ def encode_to_folder(read, prompts, negative, folder):
 
     read       function from a prompt to its Features
     negative   prompt that guidance moves away from; may be empty
-
-    Raises ValueError for a folder of other prompts.
     """
     index, contents = Path(folder, "prompts.json"), {"prompts": prompts, "negative": negative}
     if index.exists() and json.loads(index.read_text()) != contents:
@@ -163,7 +153,7 @@ def encode_to_folder(read, prompts, negative, folder):
 
 
 def _places(folder, contents):
-    """All prompts with the files of their features, the negative prompt first."""
+    """Yield all prompts with the files of their features, the negative prompt first."""
     yield contents["negative"], Path(folder, "negative.safetensors")
     for number, prompt in enumerate(contents["prompts"]):
         yield prompt, Path(folder, f"{number:06}.safetensors")
@@ -173,11 +163,11 @@ class EncodedPrompts:
     """A folder that `encode_to_folder` wrote: prompts by index, read when needed."""
 
     def __init__(self, folder, cfg):
-        """Raises ValueError for another kind of folder, or missing features."""
         index = Path(folder, "prompts.json")
         if not index.is_file():
             raise ValueError(f"{folder}: no prompts.json; full_size/text.py makes such a folder")
         contents = index.read_bytes()
+        # trajectories remember the prompts that they were drawn from by this hash
         self.cfg, self.identity = cfg, hashlib.sha256(contents).hexdigest()[:12]
         try:
             places = list(_places(folder, json.loads(contents)))
@@ -197,17 +187,17 @@ class EncodedPrompts:
         return len(self.places)
 
     def numbers(self, seeds) -> torch.Tensor:
-        """(B,) indices of prompts for B seeds, round-robin."""
+        """Return (B,) indices of prompts for B seeds, round-robin."""
         return torch.tensor([seed % len(self) for seed in seeds])
 
     def captions(self, numbers) -> Captions:
-        """Captions of (B,) indices of prompts."""
+        """Return the captions of (B,) indices of prompts."""
         rows = [self._read(self.places[n][1]) for n in numbers.tolist()]
         empty = [self.negative] * len(rows)
         return Captions(*(tuple(map(torch.stack, zip(*x))) for x in (rows, empty)))
 
     def draw(self, n, generator):
-        """n random prompts, as the toy draws them; there are no clips with them."""
+        """Return n random prompts, as the toy draws them, without clips."""
         return None, self.captions(torch.randint(len(self), (n,), generator=generator))
 
     def _read(self, path):

@@ -10,10 +10,7 @@ tables below know both:
 `ltx-2-19b-dev.safetensors` has LTX-2's names after the prefix `model.diffusion_model.`; released
 OmniForcing generators use them too. None of these files contains sinks, only our model does.
 
-The translation is strict: a missing or unexpected key is an error that names it. A model with one
-matrix left at its initial value would still run, and only look a little worse.
-
-# Trap: names and shapes do not tell a teacher's file from a student's. RoPE layout, grid precision
+Caution: names and shapes do not tell a teacher's file from a student's. RoPE layout, grid precision
 and gate scale differ (config.py). A weight file may store these three flags. If it does, they win
 over the config. LTX-2's file and our files store them. So a student that was trained here from
 LTX-2's split pairs runs with split pairs, also under `--config full`. Released students store none,
@@ -98,37 +95,13 @@ def _joined(modules, module, *rest):
 
 
 def key_table(model) -> dict[str, str]:
-    """Our name -> LTX-2's name, for all parameters of a model except the sinks."""
+    """Return our name -> LTX-2's name, for all parameters of a model except the sinks."""
     return {key: ltx2_name(key) for key in model.state_dict() if not key.startswith("sinks.")}
 
 
-def from_ltx2(weights, model) -> dict:
-    """Rename weights from LTX-2's names (without prefix) to ours.  Sinks are not among them.
-
-    Raises ValueError, naming the first key that is missing or that has no place in the model.
-    """
-    ours = {theirs: key for key, theirs in key_table(model).items()}
-    return _renamed(weights, ours)
-
-
 def to_ltx2(weights, model) -> dict:
-    """Inverse of `from_ltx2`; leaves out the sinks, which LTX-2 does not have."""
-    without_sinks = {key: w for key, w in weights.items() if not key.startswith("sinks.")}
-    return _renamed(without_sinks, key_table(model))
-
-
-def _renamed(weights, names, source="the weight file"):
-    for trouble, keys in (
-        ("has no", [k for k in names if k not in weights]),
-        ("has an unexpected", [k for k in weights if k not in names]),
-    ):
-        if keys:
-            more = f" ({len(keys)} such keys)" if len(keys) > 1 else ""
-            raise ValueError(
-                f"{source} {trouble} {keys[0]}{more}: expected the {len(names)} tensors "
-                f"of an LTX-2 transformer of this config"
-            )
-    return {names[key]: w for key, w in weights.items()}
+    """Rename our weights to LTX-2's names; leave out the sinks, which LTX-2 does not have."""
+    return {theirs: weights[ours] for ours, theirs in key_table(model).items()}
 
 
 # ---- files ----
@@ -138,7 +111,7 @@ OTHER_PARTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
 CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
 SINKS = "audio_sink_tokens"  # paper-era students carry them, (1, S, 2048)
 
-# In the metadata: name -> our field, what is expected there, and its value in ours
+# In the metadata: name -> our field, the values expected there, and how to read them
 LAYOUTS = {"split": "split", "interleaved": "interleaved"}
 PRECISIONS = {"float64": True, "float32": False}
 FLAGS = {
@@ -156,10 +129,7 @@ LATER = {  # switches of LTX-2.3 and 2.5, and the value each has in LTX-2
 
 
 def shards(path) -> list[Path]:
-    """List the files of a checkpoint: one `.safetensors`, an index of several, or a folder.
-
-    Raises ValueError for anything else, and for a shard that the index names but that is not there.
-    """
+    """List the files of a checkpoint: one `.safetensors`, an index of several, or a folder."""
     path = Path(path)
     if path.is_dir():
         index = sorted(path.glob("*.safetensors.index.json"))
@@ -213,7 +183,6 @@ class Checkpoint:
     """Where the transformer's tensors are; they are read one by one, straight to the device."""
 
     def __init__(self, path):
-        """Reads headers only.  Raises ValueError for an incomplete or foreign file."""
         self.path, self.metadata = path, {}
         self.where, self.shapes = {}, {}  # of LTX-2's name: (file, key), and shape
         for file in shards(path):
@@ -222,13 +191,32 @@ class Checkpoint:
                 for key in f.keys():
                     if name := transformer_name(key):
                         self.where[name] = file, key
-                        self.shapes[name] = tuple(f.get_slice(key).get_shape())
+                        self.shapes[name] = tuple(f.get_slice(key).get_shape())  # reads no weights
 
-    def settings(self) -> dict:
-        """The transformer's settings in the metadata; empty if there are none.
+    def flags(self) -> dict:
+        """Return the flags that the file stores, as fields of Config."""
+        stated = self._settings()
+        for switch, ours in LATER.items():
+            if stated.get(switch, ours) != ours:
+                raise ValueError(
+                    f"{self.path}: {switch}={stated[switch]} belongs to a later LTX than this "
+                    f"project implements; expected an LTX-2 19B file"
+                )
+        found = {}
+        for name, (field, expected, read) in FLAGS.items():
+            if name not in stated:
+                continue
+            try:
+                found[field] = read(stated[name])
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f"{self.path}: its metadata have {name}={stated[name]!r}; expected {expected}; "
+                    f"take the file as it was published"
+                ) from None
+        return found
 
-        Raises ValueError for metadata that cannot be read.
-        """
+    def _settings(self) -> dict:
+        """Return the transformer's settings in the metadata; empty if there are none."""
         text = self.metadata.get("config", "{}")
         try:
             return dict(**json.loads(text).get("transformer", {}))
@@ -238,33 +226,8 @@ class Checkpoint:
                 f"dictionary under 'transformer'; take the file as it was published"
             ) from None
 
-    def flags(self) -> dict:
-        """The flags that the file stores, as fields of Config.
-
-        Raises ValueError for a later generation of LTX-2, naming the switch that shows it, and for
-        an unknown value of a flag.
-        """
-        stated = self.settings()
-        for switch, ours in LATER.items():
-            if stated.get(switch, ours) != ours:
-                raise ValueError(
-                    f"{self.path}: {switch}={stated[switch]} belongs to a later LTX than this "
-                    f"project implements; expected an LTX-2 19B file"
-                )
-        return {FLAGS[name][0]: self._flag(name, stated[name]) for name in FLAGS if name in stated}
-
-    def _flag(self, name, value):
-        _, expected, read = FLAGS[name]
-        try:
-            return read(value)
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(
-                f"{self.path}: its metadata have {name}={value!r}; expected {expected}; take the "
-                f"file as it was published"
-            ) from None
-
     def read(self, device, dtype):
-        """Yield (LTX-2's name, tensor), file by file.  Raises ValueError for NaN or infinity."""
+        """Yield (LTX-2's name, tensor), file by file."""
         for file in sorted({file for file, _ in self.where.values()}):
             with opened(file, device) as f:
                 for name, (place, key) in self.where.items():
@@ -277,12 +240,12 @@ class Checkpoint:
 
 
 def check_flags(path, stated, cfg):
-    """Raises ValueError for flags that neither the file nor the config determines.
+    """Raise ValueError for flags that neither the file nor the config determines.
 
     stated   flags that the file stores, as fields of Config; they win over the config
-    cfg      determines the other flags, unless the file contradicts it: then it describes other
-             weights
     """
+    # The config determines the other flags, unless the file contradicts it: then it describes other
+    # weights.
     # A file without any flag is a released student (LTX-2's own file stores all three), so only
     # the flags of a student fit.
     # Trap: a file of LTX-2 that was saved again without its metadata is taken for a student.
@@ -320,38 +283,40 @@ def told(cfg, stated) -> str:
 class Source:
     """A published transformer, with all names, shapes and flags checked, ready to be read."""
 
-    def __init__(self, path, cfg, say=print):
-        """Reads no weights yet, so a wrong file is refused in the first second.
+    def __init__(self, path, cfg):
+        """Read the headers, so that a wrong file is refused in the first second.
 
         cfg   shape, blocks and sinks; the three flags, unless the file stores them
-        say   called with a line about the flags
-
-        Raises ValueError for an incomplete file, for a tensor that is missing, unexpected or of
-        another shape, and for flags that cannot be determined.
         """
-        self.path, self.checkpoint, self.say = path, Checkpoint(path), say
+        self.path, self.checkpoint = path, Checkpoint(path)
         stated = self.checkpoint.flags()
         self.cfg = replace(cfg, **stated)
-        net = self._empty()
+        net = build(self.cfg, device="meta")
         self.table = self._places(net)
         self._check_shapes(net)
         check_flags(path, stated, cfg)
-        say(f"{path}: {told(cfg, stated)}")
-
-    def _empty(self):
-        return build(self.cfg, device="meta")
+        print(f"{path}: {told(cfg, stated)}")
 
     def _places(self, net) -> dict[str, str]:
-        """LTX-2's name -> our name, for every tensor of the file."""
+        """Return LTX-2's name -> our name, for every tensor of the file."""
         table = {theirs: ours for ours, theirs in key_table(net).items()}
         where = self.checkpoint.where
         for name in [name for name in where if SINKS in name]:
             if self.cfg.num_sinks:
                 table[name] = "sinks.tokens"
             else:
-                self.say(f"{self.path}: its sinks stay out, config {self.cfg.name} has none")
+                print(f"{self.path}: its sinks stay out, config {self.cfg.name} has none")
                 del where[name]
-        _renamed(where, table, self.path)  # complains by name
+        for trouble, keys in (
+            ("has no", [name for name in table if name not in where]),
+            ("has an unexpected", [name for name in where if name not in table]),
+        ):
+            if keys:
+                more = f" ({len(keys)} such keys)" if len(keys) > 1 else ""
+                raise ValueError(
+                    f"{self.path} {trouble} {keys[0]}{more}: expected the {len(table)} tensors "
+                    f"of an LTX-2 transformer of this config"
+                )
         return table
 
     def _check_shapes(self, net):
@@ -364,7 +329,7 @@ class Source:
                 )
 
     def fingerprint(self) -> str:
-        """A short hash of the output projections, which every training changes."""
+        """Return a short hash of the output projections, which every training changes."""
         exits, found = [n for n, ours in self.table.items() if "proj_out" in ours], {}
         for name in exits:
             file, key = self.checkpoint.where[name]
@@ -377,21 +342,17 @@ class Source:
         for name, tensor in self.checkpoint.read(device, dtype):
             yield self.table[name], tensor
         if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
-            self.say(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
+            print(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
             g = torch.Generator().manual_seed(0)
             sinks = init_sinks(self.cfg.num_sinks, self.cfg.audio_width, g)
             yield "sinks.tokens", sinks.to(device, dtype)
 
     def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-        """Read the file once, tensor by tensor: there is no second copy in memory."""
-        net = self._empty()
+        """Read the whole file into a model."""
+        net = build(self.cfg, device="meta")
+        # assign: the tensors become the parameters, so there is no second copy in memory
         files.load_into(net, dict(self.tensors(device, dtype)), self.path, assign=True)
         return net.requires_grad_(False).eval()
-
-
-def load(path, cfg, device="cpu", dtype=torch.bfloat16, say=print) -> OmniTransformer:
-    """Load the transformer of a published file; see `Source`."""
-    return Source(path, cfg, say).load(device, dtype)
 
 
 def save(path, tensors, cfg, made_by):
@@ -408,7 +369,7 @@ def save(path, tensors, cfg, made_by):
 
 
 def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-    """A model with random weights, drawn on the device: to measure speed and memory."""
+    """Return a model with random weights, to measure speed and memory."""
     net = build(cfg, device="meta").to(dtype).to_empty(device=device)
     torch.manual_seed(0)
     for name, p in net.named_parameters():
@@ -421,70 +382,51 @@ def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
 
 # ---- the two rotary layouts ----
 
+# (outer, inner) axes of the rows of a head under the other layout: half by half, or pair by pair
+REORDER = {"interleaved": (2, -1), "split": (-1, 2)}
 
-def to_interleaved(weights, cfg) -> dict:
-    """Convert weights of a `split` model to an `interleaved` model that computes the same."""
+
+def to_layout(weights, layout, cfg) -> dict:
+    """Convert weights of a model to the other RoPE layout; the model computes the same."""
     # The order of channels inside a head does not matter if queries and keys have the same one, so
     # a student can start exactly as its teacher. (The official code copies the weights unchanged,
-    # and training has to absorb the difference.)
-    return _reordered(weights, lambda w: _interleave_rows(w, cfg.num_heads))
-
-
-def to_split(weights, cfg) -> dict:
-    """Inverse of `to_interleaved`, bit by bit."""
-    return _reordered(weights, lambda w: _split_rows(w, cfg.num_heads))
-
-
-def _reordered(weights, reorder):
-    """Reorder the rows of everything that produces rotated queries and keys."""
+    # and training has to absorb the difference.) Only what is rotated moves.
     rotated = (".self_attn.", ".cross_attn.")
     moved = (".to_q.weight", ".to_q.bias", ".to_k.weight", ".to_k.bias", ".q_norm", ".k_norm")
     return {
-        name: reorder(w) if any(part in name for part in rotated) and name.endswith(moved) else w
+        name: reordered(w, layout, cfg.num_heads)
+        if any(part in name for part in rotated) and name.endswith(moved)
+        else w
         for name, w in weights.items()
     }
 
 
-def _interleave_rows(w, heads):
-    """Row i and row i + half of every head become rows 2i and 2i + 1.
+def reordered(w, layout, heads):
+    """Reorder the rows of every head: i and i + half become 2i and 2i + 1, or the inverse.
 
-    >>> _interleave_rows(torch.arange(8), 2)
+    >>> reordered(torch.arange(8), "interleaved", 2)
     tensor([0, 2, 1, 3, 4, 6, 5, 7])
-    """
-    return w.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def _split_rows(w, heads):
-    """Rows 2i and 2i + 1 of every head become row i and row i + half.
-
-    >>> _split_rows(torch.tensor([0, 2, 1, 3, 4, 6, 5, 7]), 2)
+    >>> reordered(torch.tensor([0, 2, 1, 3, 4, 6, 5, 7]), "split", 2)
     tensor([0, 1, 2, 3, 4, 5, 6, 7])
     """
-    return w.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return w.unflatten(0, (heads, *REORDER[layout])).transpose(1, 2).flatten(0, 2)
 
 
 def show_names():
     """Print how many tensors have a name in LTX-2's files, and two of the names."""
     for cfg in (config.LTX2, config.FULL, config.RELEASED):
         table = key_table(build(cfg, device="meta"))
-        assert len(set(table.values())) == len(table) == 3510
         print(f"{cfg.name}: {len(table)} tensors have a name in LTX-2's files")
     for ours in ("layers.0.video.self_attn.to_q.weight", "audio.adaln_gate.linear.bias"):
         print(f"    {ours:40} {table[ours]}")
 
 
-REORDER = {"interleaved": to_interleaved, "split": to_split}
-
-
 def convert(source, layout, path):
-    """Write a transformer in the other RoPE layout, in bfloat16; it computes the same.
-
-    Raises ValueError if it has that layout already, or if the file cannot be written.
-    """
+    """Write a transformer in the other RoPE layout, in bfloat16."""
     if source.cfg.rope_layout == layout:
         raise ValueError(f"{source.path}: its pairs are {layout} already; nothing to convert")
     files.check_writable(path)
-    weights = REORDER[layout](dict(source.tensors()), source.cfg)
+    weights = to_layout(dict(source.tensors()), layout, source.cfg)
     made_by = {"command": f"python -m full_size.weights {source.path} --{layout} {path}"}
     save(path, weights, replace(source.cfg, rope_layout=layout), made_by)
     print(f"wrote {path}")
@@ -493,9 +435,8 @@ def convert(source, layout, path):
 def main():
     p = cli.parser(__doc__)
     p.add_argument("file", nargs="?", help="transformer to check; without it, names are printed")
-    p.add_argument(
-        "--config", default="ltx2", help="config of its shape and sinks: ltx2, full, released"
-    )
+    about = "config of its shape and sinks: ltx2, full, released"
+    p.add_argument("--config", default="ltx2", help=about)
     p.add_argument("--interleaved", metavar="OUT", help="write it in the students' RoPE layout")
     p.add_argument("--split", metavar="OUT", help="write it in LTX-2's RoPE layout")
     args = p.parse_args()

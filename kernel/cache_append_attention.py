@@ -11,11 +11,11 @@ code. This module is everything in between:
     check      C sees only pointers, so dtype, device, shape and alignment are checked here
 
 Two operators: `append` norms, rotates and writes, and SDPA follows. `fused` also attends, in one
-launch; it is meant for few queries and few new keys (`fits_fused`).
+launch; it is meant for few queries and few new keys (`fits_fused`). Neither records gradients.
 
-Neither operator records gradients. `supports` says whether the kernel may run; otherwise the
-PyTorch version runs. A benchmark must not confuse the two: `require` checks once that there is a
-kernel, and within `strict` every call that would fall back to PyTorch raises an error.
+`supports` says whether the kernel may run; otherwise the PyTorch version runs. A benchmark must not
+confuse the two: `require` checks once that there is a kernel, and within `strict` every call that
+would fall back to PyTorch raises an error.
 
 In a CUDA graph: nothing here waits for the GPU, and memory comes from PyTorch. Sizes and slots are
 part of a captured launch, so a stream needs one graph per place in the ring.
@@ -64,10 +64,7 @@ def cache_folder() -> Path:
 
 
 def build(nvcc, capability) -> Path:
-    """Return the library for one GPU architecture, e.g. (9, 0); compile it if it is missing.
-
-    Raises RuntimeError with the messages of the compiler.
-    """
+    """Return the library for one GPU architecture, e.g. (9, 0); compile it if it is missing."""
     arch = "{}{}".format(*capability)
     flags = [*FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     # The name holds a hash of everything the library depends on: an old file is never reused.
@@ -148,9 +145,8 @@ class Kernel:
 
     def _check(self, code):
         if code:
-            raise RuntimeError(
-                f"cache_append_attention: CUDA error {code}: {self.error(code).decode()}"
-            )
+            message = f"CUDA error {code}: {self.error(code).decode()}"
+            raise RuntimeError(f"cache_append_attention: {message}")
 
 
 emulated: Kernel | None = None  # the same source compiled for the CPU; only tests set it
@@ -208,7 +204,7 @@ STRIDED = ("q", "k", "v")  # may be slices of a larger tensor
 
 
 def has_contiguous_rows(x) -> bool:
-    """Whether the channels of x (B, T, C) are adjacent and its rows multiples of 16 bytes apart.
+    """Tell whether channels of x (B, T, C) are adjacent and rows multiples of 16 bytes apart.
 
     >>> both = torch.zeros(1, 5, 96)
     >>> [has_contiguous_rows(x) for x in (both[:, 1:, 48:], both.mT, both[..., :90])]
@@ -241,18 +237,13 @@ def check(tensors, first, filled, start):
     if dtype not in DTYPES:
         raise ValueError(f"{dtype} is not supported; expected one of {', '.join(map(str, DTYPES))}")
     if not 0 <= first <= start <= start + k.shape[1] <= filled <= k_cache.shape[1]:
-        raise ValueError(
-            f"slots [{start}, {start + k.shape[1]}) of the new keys do not lie within the visible "
-            f"slots [{first}, {filled}) of {k_cache.shape[1]}"
-        )
+        new, seen = f"[{start}, {start + k.shape[1]})", f"[{first}, {filled}) of {k_cache.shape[1]}"
+        raise ValueError(f"slots {new} of the new keys do not lie within the visible slots {seen}")
 
 
 @functools.lru_cache(maxsize=256)
 def expected_shapes(q, k, k_cache, *rope_rows):
-    """Return the shape of every argument, in the order of TENSORS, from three shapes.
-
-    rope_rows   rows of the four rotation tables; None if there are none
-    """
+    """Return the shape of every argument; rope_rows: rows of the four rotation tables, or None."""
     q, k, k_cache = (tuple(shape) for shape in (q, k, k_cache))
     if len(k_cache) != 4 or k_cache[3] not in HEAD_SIZES:
         raise ValueError(f"k_cache is {k_cache}, expected (B, slots, H, D) with D in {HEAD_SIZES}")
@@ -322,7 +313,7 @@ _is_strict = False  # set by `strict`
 
 @contextlib.contextmanager
 def strict(on=True):
-    """Context in which `supports` raises ValueError instead of letting PyTorch run."""
+    """Within this context, raise ValueError in `supports` where PyTorch would run."""
     # For benchmarks: the path is chosen anew at every attention, so checking it once is not enough.
     global _is_strict
     before, _is_strict = _is_strict, on
@@ -333,10 +324,7 @@ def strict(on=True):
 
 
 def supports(q, k, v, heads) -> bool:
-    """Whether the kernel may replace PyTorch for these projections (B, T, H*D).
-
-    Raises ValueError within `strict` if it may not.
-    """
+    """Tell whether the kernel may replace PyTorch for these projections (B, T, H*D)."""
     reason = why_not(q, k, v, heads)
     if reason and _is_strict and q.device.type != "meta":  # on the meta device nothing runs at all
         raise ValueError(f"PyTorch would have to do an attention of the CUDA kernel: {reason}")
@@ -360,7 +348,7 @@ def why_not(q, k, v, heads) -> str | None:
 
 
 def fits_fused(q, k) -> bool:
-    """Whether `fused` should run: few queries and few new keys."""
+    """Tell whether `fused` should run: few queries and few new keys."""
     # Every thread block norms whole rows of all new keys. That is nothing for 25 audio tokens, but
     # more work than attention itself for the 1152 video keys of V2A.
     # On an H100, 25 audio queries take 79 us by `fused` and 129 us by `append` and SDPA if launched

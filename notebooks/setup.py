@@ -33,10 +33,3 @@ def missing_packages(requirements) -> list[str]:
     """Return the requirements whose package cannot be imported, whatever its version."""
     wanted = [line for line in requirements.splitlines() if "==" in line]
     return [line for line in wanted if importlib.util.find_spec(line.partition("==")[0]) is None]
-
-
-def smaller(figure, factor=0.65):
-    """Shrink a figure but not its text: labels stay readable in a small picture."""
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(width * factor, height * factor + 0.2)  # room for the labels below
-    return figure

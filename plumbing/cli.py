@@ -16,20 +16,21 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Context that turns bad input into one line on stderr and exit status 2, not a traceback."""
+    """Turn bad input into one line on stderr and exit status 2, instead of a traceback."""
     try:
         yield
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split())  # messages of libraries may have several lines
         print(f"{shown(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT, as a shell reports it
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # without "(default: None)"
+    def _get_help_string(self, action):
+        # argparse would print "(default: None)" for an option without a default
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -39,12 +40,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(doc):
-    """An ArgumentParser whose help is the module's docstring and shows every default."""
+    """Return an ArgumentParser whose help is `doc` and shows every default."""
     return _Parser(prog=shown(sys.argv[0]), description=doc, formatter_class=_Help)
 
 
 def shown(path) -> str:
-    """A file of the project, seen from its root; of any other path, the name.
+    """Shorten a path for messages: from the root of the project, or to the name of the file.
 
     >>> shown(ROOT / "dmd.py"), shown(ROOT / "toy" / "codec.py"), shown("/elsewhere/x.py")
     ('dmd.py', 'toy/codec.py', 'x.py')
@@ -54,18 +55,16 @@ def shown(path) -> str:
 
 
 def add_pair(parser, name, default, about):
-    """Add an option of two numbers: --NAME VIDEO AUDIO."""
     names = "VIDEO", "AUDIO"
     parser.add_argument(name, nargs=2, type=float, default=default, metavar=names, help=about)
 
 
 def add_guidance(parser, default, about):
-    """Add --guidance VIDEO AUDIO."""
     add_pair(parser, "--guidance", default, f"{about}; 1: no guidance")
 
 
 def command(parser, args, leave_out=("run", "out")) -> str:
-    """The command line with these arguments, for the record, without paths of results.
+    """Return the command line that these arguments came from, to be stored with results.
 
     >>> p = argparse.ArgumentParser(prog="teacher.py")
     >>> _ = p.add_argument("--steps", type=int), p.add_argument("--init"), p.add_argument("--out")
@@ -74,6 +73,7 @@ def command(parser, args, leave_out=("run", "out")) -> str:
     """
     room, _, name = parser.prog.rpartition("/")
     words = ["python", "-m", f"{room}.{Path(name).stem}"] if room else ["python", name]
+    # Only what changes the numbers: the same run may write to another place.
     for name, value in vars(args).items():
         if name not in leave_out and value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -92,9 +92,7 @@ def find_device(name) -> torch.device:
 
 
 def chosen(only, known) -> list:
-    """The known names that --only asks for; without --only, all of them.
-
-    Raises ValueError for an unknown name.
+    """Return the names that --only asks for; without --only, all known names.
 
     >>> chosen(["b"], {"a": 1, "b": 2}), chosen(None, {"a": 1, "b": 2})
     (['b'], ['a', 'b'])
@@ -103,16 +101,16 @@ def chosen(only, known) -> list:
     ValueError: --only c: expected some of a 'b, long'
     """
     if unknown := set(only or ()) - set(known):
-        names = shlex.join(known)  # names may contain spaces and commas
+        # Names may contain spaces and commas: quoted, they can be copied to the command line.
+        names = shlex.join(known)
         raise ValueError(f"--only {shlex.quote(unknown.pop())}: expected some of {names}")
     return list(only or known)
 
 
 def machine(device) -> dict:
-    """Device, versions and date, to be stored with every measurement."""
-    is_gpu = device.type == "cuda"
+    """Return device, versions and date, to be stored with every measurement."""
     return {
-        "device": torch.cuda.get_device_name(device) if is_gpu else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "date": time.strftime("%Y-%m-%d"),

@@ -1,7 +1,7 @@
 """Weight files: written under a temporary name and renamed, checked when read, never unpickled.
 
-A `.safetensors` file holds tensors and a few strings. Files of this project hold two, as JSON: the
-config, and "made_by", a record of how they were made (command, steps, minutes, versions).
+A `.safetensors` file holds tensors and a few strings. Files of this project hold two strings, as
+JSON: the config, and "made_by", a record of how the file was made (command, steps, versions).
 """
 
 import hashlib
@@ -33,31 +33,29 @@ def write_beside(path, write):
 
 
 def check_writable(path, makes_folders=False):
-    """Raise ValueError if no file can be written there.
-
-    makes_folders   missing folders are no error: the writer makes them, like `write_beside`
-    """
+    """Raise ValueError if no file can be written there."""
     folder = Path(path).resolve().parent
-    while makes_folders and not folder.exists():
+    while makes_folders and not folder.exists():  # `write_beside` will make the missing ones
         folder = folder.parent
     if not folder.exists():
         raise ValueError(f"{path}: folder {folder} does not exist; create it first")
-    try:  # permission bits do not answer this: root may write everywhere, but not in /proc
+    try:
         if Path(path).is_dir():
             raise IsADirectoryError
+        # Permission bits do not answer this: root may write everywhere, but not in /proc.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         raise ValueError(f"{path}: not writable; choose another place") from None
 
 
 def write_json(path, value):
-    """Write a value as indented JSON, with `write_beside`."""
     write_beside(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n"))
 
 
 def save_weights(path, tensors, cfg, made_by):
     """Write a dict of tensors with its config and `made_by`, a dict that says how it was made."""
-    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}  # no slices
+    # safetensors writes contiguous tensors only.
+    tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     metadata = {"config": json.dumps(cfg.to_dict()), "made_by": json.dumps(made_by)}
     write_beside(path, lambda p: save_file(tensors, p, metadata))
 
@@ -65,16 +63,14 @@ def save_weights(path, tensors, cfg, made_by):
 def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     """Return tensors, config and made_by of a file that `save_weights` wrote.
 
-    Raises ValueError, in one line with the path, for a file that is missing or incomplete, contains
-    NaN, or was not written by this version of the project.
+    Raises ValueError, in one line with the path, for any other file.
     """
     tensors, metadata = read_tensors(path, device)
-    if '"rope_dealing"' in metadata["config"]:  # a field of the earlier version's config
-        raise ValueError(
-            f"{path}: has the names of an earlier version; rename them: "
-            f"python -m plumbing.rename {path}"
-        )
-    for name, t in tensors.items():  # otherwise it would only show in the film
+    if '"rope_dealing"' in metadata["config"]:  # this field of the config has a new name now
+        command = f"python -m plumbing.rename {path}"
+        raise ValueError(f"{path}: has the names of an earlier version; rename them: {command}")
+    # NaN in the weights would otherwise be noticed in the film only.
+    for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
     try:
@@ -85,7 +81,7 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
 
 
 def read_tensors(path, device="cpu") -> tuple[dict, dict]:
-    """Return tensors and metadata of a file of any version; errors as in `read_weights`."""
+    """Return tensors and metadata of a file that any version of this project wrote."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -95,14 +91,12 @@ def read_tensors(path, device="cpu") -> tuple[dict, dict]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
     if "config" not in metadata:
-        raise ValueError(
-            f"{path}: its metadata has no config, so it was not written by this project"
-        )
+        raise ValueError(f"{path}: its metadata has no config, so this project did not write it")
     return tensors, metadata
 
 
 def read_config(text) -> Config:
-    """Read a config from JSON.  Raises ValueError, without the path, if it is not a config.
+    """Read a config from JSON.
 
     >>> read_config('{"num_layers": "four"}')
     Traceback (most recent call last):
@@ -120,7 +114,8 @@ def read_config(text) -> Config:
 
 def check_config(path, theirs, ours):
     """Raise ValueError, naming a field, if the config of a file is not `ours`."""
-    for name, value in ours.to_dict().items():  # another name alone is no error
+    for name, value in ours.to_dict().items():
+        # The same config may have another name.
         if name != "name" and getattr(theirs, name) != value:
             raise ValueError(
                 f"{path}: made for config {theirs.name!r} with {name}={getattr(theirs, name)!r}; "
@@ -129,7 +124,7 @@ def check_config(path, theirs, ours):
 
 
 def fingerprint(tensors) -> str:
-    """Return a short hash of a dict of tensors, to recognise them.
+    """Return a short hash of a dict of tensors.
 
     >>> fingerprint({"x": torch.zeros(3)}) == fingerprint({"x": torch.ones(3)})
     False
@@ -141,11 +136,8 @@ def fingerprint(tensors) -> str:
 
 
 def load_into(module, tensors, path, assign=False):
-    """Load exactly these tensors into a module; with `assign`, it uses them without copying.
-
-    Raises ValueError, naming one tensor, if some are missing, unexpected or of another shape.
-    """
-    # Our own checks: PyTorch's error lists all tensors, on many lines, without the path.
+    """Load exactly these tensors into a module; with `assign`, it uses them without copying."""
+    # Checks of our own: the error of PyTorch lists all tensors, on many lines, without the path.
     want = module.state_dict()
     if odd := sorted(want.keys() ^ tensors.keys()):
         kind = "missing" if odd[0] in want else "unexpected"

@@ -1,13 +1,11 @@
-"""Several processes share one training, started by torchrun; with one process, nothing happens.
+"""Share one training among the processes of torchrun.  With one process, nothing happens.
 
-Each of n processes works on an n-th of every batch:
+Each of n processes works on an n-th of every batch. All have equally many clips, so the mean of
+their losses is the loss of the batch, and likewise for gradients. Every process draws the random
+numbers of the *whole* batch from the same seed, and keeps the rows of its own clips
+(`shared_draws`). So n processes see the same numbers as one process.
 
-  * `shared_draws`: every process draws the random numbers of the *whole* batch from the same seed,
-    and keeps the rows of its own clips. So n processes see the same numbers as one process.
-  * Losses are means over equally many clips in every process, so the mean of all losses is the loss
-    of the batch. The same holds for gradients.
-
-full_size/sharding.py also shards the model. Without torchrun there is no process group.
+full_size/sharding.py also shards the model.
 """
 
 import contextlib
@@ -20,13 +18,11 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def joined(kind):
-    """Context in which the processes of torchrun work together; without torchrun, do nothing.
+    """Open and close the process group; without torchrun, do nothing.
 
     kind   "cuda": one GPU per process, over NCCL; "cpu": over gloo
-
-    Raises ValueError if no GPU is usable, or if one is wanted without torchrun.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" not in os.environ:  # torchrun sets it
         if kind != "cpu":
             raise ValueError(f"--device {kind}: start it by torchrun, even on a single GPU")
         yield
@@ -38,7 +34,8 @@ def joined(kind):
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
-            if not is_first():  # one process prints; errors of all still appear on stderr
+            # Silence stdout in every process except the first. Errors still appear on stderr.
+            if not is_first():
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
             yield
     finally:
@@ -46,8 +43,7 @@ def joined(kind):
 
 
 def is_sharded() -> bool:
-    """True under torchrun, also with a single process."""
-    return dist.is_initialized()
+    return dist.is_initialized()  # also with a single process of torchrun
 
 
 def count() -> int:
@@ -63,24 +59,20 @@ def is_first() -> bool:
 
 
 def device() -> torch.device:
-    """Device on which this process computes."""
+    """Return the device on which this process computes."""
     is_cuda = is_sharded() and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
 
 
 def share_of(batch) -> int:
-    """Clips of a batch for this process.  Raises ValueError if the batch does not divide evenly."""
+    """Return the number of clips of a batch for this process."""
     if batch % count():
         raise ValueError(f"a batch of {batch} clips among {count()} processes: choose a multiple")
     return batch // count()
 
 
 def rows(x):
-    """This process's part of a sequence or tensor with one row per clip of the batch.
-
-    >>> rows([1, 2, 3])                                                 # a single process
-    [1, 2, 3]
-    """
+    """Return this process's part of a sequence or tensor with one row per clip of the batch."""
     n = share_of(len(x))
     return x[rank() * n : (rank() + 1) * n]
 
@@ -89,9 +81,10 @@ def rows(x):
 
 
 def averaged(x):
-    """Mean of a tensor over the processes, without gradient."""
+    """Return the mean of a tensor over the processes, without gradient."""
     if count() == 1:
         return x
+    # In float32: x may be a count, an integer, or a loss in bfloat16.
     mean = x.detach().to(torch.float32).clone()
     dist.all_reduce(mean)
     return mean / count()
@@ -115,7 +108,8 @@ def whole_on_first(tensors, dtype) -> dict:
     """Gather all tensors on the CPU of the first process, which writes them; elsewhere {}."""
     found = {}
     for name, x in tensors.items():
-        x = whole(x)  # every process must take part, one tensor at a time
+        # One tensor at a time, or a GPU would hold the whole model. Every process must take part.
+        x = whole(x)
         if is_first():
             found[name] = x.to("cpu", dtype)
     return found
@@ -127,11 +121,7 @@ DRAWS = (torch.rand, torch.randn, torch.randint)
 
 
 class SharedDraws(TorchFunctionMode):
-    """Draw random numbers for the whole batch on the CPU; keep the rows of this process's clips.
-
-    The first axis of a draw is the batch. A draw without axes, such as the exit pass, belongs to
-    all clips, and every process makes it. Draws without a generator are left alone.
-    """
+    """Draw random numbers for the whole batch on the CPU; keep the rows of this process's clips."""
 
     def __init__(self, device):
         super().__init__()
@@ -141,14 +131,15 @@ class SharedDraws(TorchFunctionMode):
         kwargs = kwargs or {}
         if function not in DRAWS or "generator" not in kwargs:
             return function(*args, **kwargs)
+        # The size is the last argument, randn(2, 3) or randn((2, 3)); its first axis is the batch.
         *high, size = args if function is torch.randint or len(args) == 1 else (args,)
         size = (size,) if isinstance(size, int) else tuple(size)
-        if not size:
+        if not size:  # one number for all clips, such as the exit pass: every process draws it
             return function(*args, **kwargs)
         drawn = function(*high, (size[0] * count(), *size[1:]), **kwargs)
         return rows(drawn).to(self.device)
 
 
 def shared_draws():
-    """Context in which this process draws its own clips' share of the batch's random numbers."""
+    """Return a context in which this process draws the random numbers of its own clips."""
     return SharedDraws(device()) if is_sharded() else contextlib.nullcontext()

@@ -3,8 +3,8 @@
     python -m plumbing.rename weights/toy_dmd.safetensors ...
 
 Earlier, each stream held its halves of the layers (`video.layers.7.mlp_in.weight`). Now each layer
-holds both halves (`layers.7.video.mlp_in.weight`), input and output projections have new names, and
-so has one field of the config. No number changes. A file with the new names stays as it is.
+holds both halves (`layers.7.video.mlp_in.weight`). Input and output projections and one field of
+the config also have new names. No number changes.
 """
 
 import json
@@ -23,7 +23,7 @@ HEADS = {"bands": "contiguous", "turns": "round_robin"}  # values of rope_dealin
 
 
 def new_name(name) -> str:
-    """Today's name of a tensor.
+    """Return today's name of a tensor.
 
     >>> new_name("audio.layers.3.mlp_in.bias"), new_name("video.unpatchify.weight")
     ('layers.3.audio.mlp_in.bias', 'video.proj_out.weight')
@@ -34,10 +34,10 @@ def new_name(name) -> str:
 
 
 def rename(path) -> bool:
-    """Rewrite one file in place; return False, and do nothing, if it has today's names already."""
+    """Rewrite one file in place; return whether it had old names."""
     tensors, metadata = files.read_tensors(path)
     cfg = json.loads(metadata["config"])
-    if "rope_dealing" not in cfg:
+    if "rope_dealing" not in cfg:  # today's names already: the file stays as it is
         return False
     cfg["rope_heads"] = HEADS[cfg.pop("rope_dealing")]
     tensors = {new_name(name): x for name, x in tensors.items()}

@@ -1,16 +1,13 @@
-"""The command line and the set-up that the three stages share, for the toy and for the full size.
+"""The command line and the set-up of the three stages, for the toy and for the full size.
 
-The stages are the same code at both sizes. These things differ:
+The stages are the same code at both sizes. They differ in:
 
-                 toy                                      full size
-    weights      files of this repository                 files of LTX-2, and those written here
-    prompts      words of random clips                    a folder of features (full_size/text.py)
-    precision    float32                                  layers in bfloat16, trained weights and
-                                                          averages in float32
-    activations  kept                                     recomputed in the backward pass
-    steps        as released, batches of 8                as in the paper, batches of 32
-
-A stage runs in one process or, under torchrun, in several.
+                 toy                          full size
+    weights      files of this repository     files of LTX-2 and of earlier stages
+    prompts      words of random clips        a folder of features (full_size/text.py)
+    precision    float32                      layers in bfloat16, trained weights in float32
+    activations  kept                         recomputed in the backward pass
+    processes    one, or several by torchrun  one per GPU, by torchrun
 """
 
 import contextlib
@@ -23,6 +20,7 @@ BATCH = 8, 32  # clips: toy, full size (paper)
 
 def add_options(p, steps, name):
     """Add the options that all stages have; `steps` is a pair: toy, full size."""
+    # No defaults for numbers that depend on the size: `parse` fills them in.
     p.add_argument(
         "--steps", type=int, help=f"training steps; default {steps[0]}, at full size {steps[1]}"
     )
@@ -41,7 +39,6 @@ def add_options(p, steps, name):
 
 
 def parse(p, steps):
-    """Parse the command line; fill in the defaults that depend on the size."""
     args = p.parse_args()
     cfg = cli.find_config(args.config or "toy")
     args.steps = steps[not cfg.is_toy] if args.steps is None else args.steps
@@ -52,40 +49,34 @@ def parse(p, steps):
 
 @contextlib.contextmanager
 def set_up(args, is_causal):
-    """Context of a training: check its places, join the processes, open the source of its parts.
-
-    Raises ValueError, in one line, for anything missing or contradictory.
-    """
-    trainer.check_places(args.run, args.out)
+    """Check the places of a training, join its processes, open the source of its weights."""
+    trainer.check_places(args.run, args.out)  # before hours of training, not after them
     with processes.joined(args.device or "cpu"):
         yield open_source(args, is_causal)
 
 
 def open_source(args, is_causal):
-    """Where the weights and prompts of a training come from.
+    """Return the source of weights and prompts: `TrainingSource` of the toy or of the full size.
 
     is_causal   the student has blocks and sinks of its own; False: it has its teacher's shape
     """
-    cfg = cli.find_config(args.config or "toy")
+    cfg, prompts = cli.find_config(args.config or "toy"), args.prompts
     if cfg.is_toy:
         from toy.source import TrainingSource
 
-        _check_toy(cfg, args.prompts, is_causal)
+        # Reject options that would be ignored, and configs that no student has.
+        name = cfg.name
+        if prompts:
+            raise ValueError(f"--prompts {prompts}: the toy draws its own; expected --config full")
+        if not is_causal and cfg != config.TOY:
+            raise ValueError(f"--config {name}: this student is as its teacher; leave --config out")
+        if is_causal and cfg == config.TOY_TEACHER:
+            raise ValueError(f"--config {name} has no blocks; expected toy or toy_released")
         return TrainingSource(cfg if is_causal else None)
     if not processes.is_sharded():
         raise ValueError(f"--config {cfg.name}: start it by torchrun, even on a single GPU")
-    if not args.prompts:
+    if not prompts:
         raise ValueError(f"--config {cfg.name} needs --prompts: a folder made by full_size/text.py")
     from full_size.source import TrainingSource
 
-    return TrainingSource(cfg, args.prompts)
-
-
-def _check_toy(cfg, prompts, is_causal):
-    """Reject options that would be ignored, and configs that no student has."""
-    if prompts:
-        raise ValueError(f"--prompts {prompts}: the toy draws its own; expected --config full")
-    if not is_causal and cfg != config.TOY:
-        raise ValueError(f"--config {cfg.name}: this student is as its teacher; leave --config out")
-    if is_causal and cfg == config.TOY_TEACHER:
-        raise ValueError(f"--config {cfg.name} has no blocks; expected toy or toy_released")
+    return TrainingSource(cfg, prompts)

@@ -5,12 +5,9 @@
     passes      the transformer alone, including the refresh
     end to end  with decoding and writing
 
-Rates are frames per second: of the whole stream, and of the median block from the third on, because
-the first blocks include one-time costs.
-
-A GPU works through a queue, and the clock of the CPU only tells when work was queued. Stages are
-therefore marked by events in the GPU's queue, which are read after the stream. The CPU waits for
-the GPU once per block, when the finished block is needed, and never inside a block.
+A GPU works through a queue, and the clock of the CPU only tells when work was queued. So events in
+the queue mark the stages, and are read after the stream. The CPU waits for the GPU once per block,
+when the finished block is needed, and never inside a block.
 """
 
 import resource
@@ -23,7 +20,7 @@ import torch
 
 
 class Stopwatch:
-    """Times of one stream."""
+    """The times of one stream."""
 
     def __init__(self, device=torch.device("cpu")):
         self.on_gpu = device.type == "cuda"
@@ -36,29 +33,28 @@ class Stopwatch:
         self.start = self.last = time.perf_counter()
 
     def lap(self) -> float:
-        """Seconds since the last lap; waits for all queued work."""
+        """Return the seconds since the last lap."""
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the lap ends when the queue is empty
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         return seconds
 
     def block_made(self):
-        """Note that the passes of a block are done; decoding and writing starts."""
+        """Note that the passes of a block are done, and that decoding and writing starts."""
         self.passes.append(self.lap())
 
     def block_written(self, is_first_second):
-        """Note that a block is in the file; is_first_second: the film can be played from now on."""
+        """Note that a block is in the file."""
         self.output.append(self.lap())
         self.peaks.append(self._peak_memory_mb())
+        # From the first second on, the film can be played.
         if is_first_second and self.ttfc is None:
             self.ttfc, self.ttfc_passes = self.last - self.start, sum(self.passes)
 
     def watch(self, stage, function, by_cpu=False):
-        """Return the same function, with its calls timed as a stage of the current block.
-
-        by_cpu   the CPU does the work, even if there is a GPU
-        """
+        """Return the same function, with its calls timed as a stage of the current block."""
+        # Writing the film is work of the CPU, even if there is a GPU.
         mark = time.perf_counter if by_cpu else self._mark
 
         def watched(*args, **kwargs):
@@ -71,7 +67,7 @@ class Stopwatch:
 
     def watch_passes(self, net, steps):
         """Time every pass of a model by hooks: `steps` passes per block, then a refresh."""
-        passes, begin = Counter(), []  # number of passes of each block, by its last latent frame
+        passes, begin = Counter(), []  # passes of each block, by its last latent frame
 
         def before(net, inputs):
             begin.append(self._mark())
@@ -92,30 +88,28 @@ class Stopwatch:
         event.record()
         return event
 
-    def _between(self, begin, end):
-        return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
-
     def _peak_memory_mb(self):
         return torch.cuda.max_memory_allocated() / 2**20 if self.on_gpu else peak_memory_mb()
 
     def stages(self) -> dict:
-        """Median seconds per block of every stage."""
+        """Return the median seconds per block of every stage."""
         if self.on_gpu:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # an event has no time before the GPU has reached it
         medians = {}
         for stage, calls in self.marks.items():
             blocks = defaultdict(float)
             for block, begin, end in calls:
-                blocks[block] += self._between(begin, end)
+                by_cpu = isinstance(begin, float)
+                blocks[block] += end - begin if by_cpu else begin.elapsed_time(end) / 1000  # ms
             medians[stage] = settled_median(list(blocks.values()))
         return medians
 
     def report(self, frames, cfg) -> dict:
-        """Rates, medians and memory."""
+        """Return rates of the whole stream, rates of its median block, and memory."""
         passes, whole, fps = sum(self.passes), self.last - self.start, cfg.fps
         block = settled_median(self.passes)
         both = settled_median([sum(pair) for pair in zip(self.passes, self.output)])
-        return {
+        report = {
             "frames": frames,
             "ttfc_seconds": self.ttfc,
             "ttfc_passes_seconds": self.ttfc_passes,
@@ -130,31 +124,25 @@ class Stopwatch:
             "passes_seconds": self.passes,
             "output_seconds": self.output,
             "peak_memory_mb": self._peak_memory_mb(),
-            **(held_memory() if self.on_gpu else {}),
         }
+        if self.on_gpu:
+            # CUDA graphs (full_size/faster.py) reserve memory that no tensor uses between replays.
+            report["peak_reserved_memory_mb"] = torch.cuda.max_memory_reserved() / 2**20
+            report["peak_host_memory_mb"] = peak_memory_mb()
+        return report
 
 
 def settled_median(seconds) -> float:
-    """Median from the third block on; of all blocks if there are fewer.
+    """Return the median from the third block on; of all blocks if there are fewer.
 
     >>> settled_median([9.0, 5.0, 1.0, 2.0, 3.0])
     2.0
     """
+    # The first blocks include one-time costs.
     return statistics.median_high(seconds[2:] or seconds)
 
 
-def held_memory() -> dict:
-    """Peak memory that PyTorch reserved on the GPU, and peak memory of the host, in MB.
-
-    CUDA graphs (full_size/faster.py) keep memory reserved between replays that is not in use.
-    """
-    return {
-        "peak_reserved_memory_mb": torch.cuda.max_memory_reserved() / 2**20,
-        "peak_host_memory_mb": peak_memory_mb(),
-    }
-
-
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process, in MB."""
+    """Return the peak resident memory of this process, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes there, else KB

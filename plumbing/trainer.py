@@ -8,12 +8,9 @@ Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces a g
 nearest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the rest
 (tables, biases, input and output projections). On the toy, the teacher's losses fall clearly faster
 than with AdamW alone.
-
-    python -m plumbing.trainer    stops a small training half-way, resumes it, and compares
 """
 
 import json
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +27,7 @@ ABOUT_OUT = "weights to write; curve in results/, or beside them outside the cur
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train.  The defaults are those of the toy teacher, our choice.
-
-    Raises ValueError for no steps, no clips, or a seed that repeats the numbers of another seed.
-    """
+    """How long and how fast to train.  The defaults are our choice for the toy teacher."""
 
     steps: int
     batch: int = 16  # clips
@@ -48,6 +42,7 @@ class Recipe:
     ema: float = 0.995  # decay of the averaged weights; 0: no average
 
     def __post_init__(self):
+        # Without a step, untrained weights would be written as if they had been trained.
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
@@ -56,7 +51,7 @@ class Recipe:
 
 
 def rate(step, recipe) -> float:
-    """Fraction of the full learning rate at a step: warm-up, constant, linear decay.
+    """Return the fraction of the full learning rate: warm-up, constant, linear decay.
 
     >>> [round(rate(s, Recipe(steps=100, warmup=10)), 2) for s in (0, 9, 30, 75, 99)]
     [0.1, 1.0, 1.0, 0.5, 0.02]
@@ -66,7 +61,7 @@ def rate(step, recipe) -> float:
 
 
 def generator(seed, step) -> torch.Generator:
-    """The only source of random numbers of a step."""
+    """Return the only source of random numbers of a step."""
     # Runs have less than a million steps, so each (seed, step) has its own number.
     # Trap: a CPU generator uses only the lowest 32 bits of its number. From SEEDS on, a seed would
     # repeat the numbers of a smaller one; `Recipe` rejects it.
@@ -74,7 +69,7 @@ def generator(seed, step) -> torch.Generator:
 
 
 def optimisers(model, recipe):
-    """Muon for the matrices of the layers and AdamW for the rest; with muon_lr 0, AdamW for all."""
+    """Return Muon for the matrices of the layers and AdamW for the rest, or AdamW for all."""
     matrices, rest = [], []
     for name, p in model.named_parameters():
         is_matrix = name.startswith("layers.") and name.endswith("weight")
@@ -86,12 +81,10 @@ def optimisers(model, recipe):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum in which every step is an orthogonal matrix (Jordan et al. 2024).
+    """Momentum in which every step is an orthogonal matrix (Jordan et al. 2024)."""
 
-    torch.optim.Muon does the same in bfloat16. On CPUs that emulate bfloat16 it is ten times slower
-    than this class, which computes in the dtype of the weights.
-    """
-
+    # torch.optim.Muon does the same in bfloat16. On CPUs that emulate bfloat16 it is ten times
+    # slower than this class, which computes in the dtype of the weights.
     def __init__(self, matrices, lr, weight_decay=0.0, momentum=0.95):
         super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -104,6 +97,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(p.grad, 1 - momentum)
                 update = nearly_orthogonal(p.grad.lerp(mean, momentum))  # Nesterov momentum
                 p.mul_(1 - lr * group["weight_decay"])
+                # A tall matrix spreads the update over more outputs than inputs: scale it up.
                 p.sub_(lr * max(1, len(p) / p.shape[1]) ** 0.5 * update)
 
 
@@ -127,7 +121,6 @@ class Averaged:
     """Exponential moving average of a model's weights: these are evaluated and written."""
 
     def __init__(self, model, decay):
-        """decay 0: keep no average."""
         self.decay, weights = decay, model.state_dict() if decay else {}
         self.tensors = {n: p.detach().clone() for n, p in weights.items()}
 
@@ -140,7 +133,7 @@ class Averaged:
 
 
 def _part(tensors, prefix) -> dict:
-    """The tensors whose names start with `prefix`, under the rest of their names."""
+    """Return the tensors whose names start with `prefix`, under the rest of their names."""
     return {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
 
 
@@ -153,16 +146,11 @@ class Learner:
         self.average = Averaged(model, recipe.ema)
 
     def update(self, loss, step) -> float:
-        """Take one optimiser step; return the norm of the gradient before clipping.
-
-        Raises ValueError, naming step and tensor, if the loss or a gradient is not finite.
-        """
-        value = processes.averaged(loss.detach())
+        """Take one optimiser step; return the norm of the gradient before clipping."""
+        value = processes.averaged(loss.detach())  # so that all processes stop together
         if not torch.isfinite(value):
-            raise ValueError(
-                f"step {step}: the loss is {value.item()}; try another seed, or a recipe with a "
-                f"lower learning rate"
-            )
+            advice = "try another seed, or a recipe with a lower learning rate"
+            raise ValueError(f"step {step}: the loss is {value.item()}; {advice}")
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = processes.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
@@ -184,7 +172,7 @@ class Learner:
         return next((n for n, g in named if not torch.isfinite(processes.whole(g)).all()), "?")
 
     def tensors(self) -> dict:
-        """Everything needed to continue, by name."""
+        """Return everything needed to continue, by name."""
         parts = {f"model.{n}": p for n, p in self.model.state_dict().items()}
         parts |= {f"average.{n}": p for n, p in self.average.tensors.items()}
         for i, optimiser in enumerate(self.optimisers):
@@ -193,11 +181,9 @@ class Learner:
         return parts
 
     def places(self, shapes) -> dict:
-        """Tensors to read a sharded state into; optimiser moments are sharded as their parameters.
-
-        shapes   shape of every tensor of the state, by name
-        """
+        """Return tensors to read a sharded state into; shapes: of its tensors, by name."""
         parts = self.tensors()
+        # A new optimiser has no moments yet. Moments are sharded as their parameters.
         for name, shape in shapes.items():
             if name.startswith("optimiser."):
                 _, i, j, _ = name.split(".")
@@ -207,7 +193,7 @@ class Learner:
         return parts
 
     def load(self, tensors, path):
-        """Inverse of `tensors`."""
+        """Load what `tensors` returned."""
         files.load_into(self.model, _part(tensors, "model."), path)
         self.average.tensors = _part(tensors, "average.")
         for i, optimiser in enumerate(self.optimisers):
@@ -219,12 +205,11 @@ class Learner:
 
 
 def state_of(folder) -> Path:
-    """State file of a run."""
     return Path(folder) / "state.safetensors"
 
 
 def curve_of(out) -> Path:
-    """Loss curve of a training that writes its weights to `out`.
+    """Return the file of the loss curve of a training that writes its weights to `out`.
 
     >>> str(curve_of("weights/x.safetensors")), str(curve_of("../x.safetensors"))
     ('results/x_curve.json', '../x_curve.json')
@@ -234,7 +219,7 @@ def curve_of(out) -> Path:
 
 
 def check_places(folder, out):
-    """Raises ValueError if a training cannot write its state, weights or curve."""
+    """Raise ValueError if a training cannot write its state, weights or curve."""
     for path in (state_of(folder), out, curve_of(out)):
         files.check_writable(path, makes_folders=True)
 
@@ -246,9 +231,7 @@ class Run:
         """learners   by name; the first is the student, and its recipe is the recipe of the run
         command    command line of this run; a state of another command is not resumed
         folder     folder of the state; None: nothing is saved
-        starts     hash of the weights the run starts from, by file; other weights, other run
-
-        Raises ValueError for a folder whose state is incomplete, or belongs to another run.
+        starts     hash of the weights that the run starts from, by file
         """
         self.learners, self.command, self.starts = learners, command, starts or {}
         self.student = next(iter(learners.values()))
@@ -263,13 +246,12 @@ class Run:
             self._load()
 
     def _identity(self):
-        """Settings that a saved state must match."""
+        """Return the settings that a saved state must match."""
         recipes = {name: asdict(learner.recipe) for name, learner in self.learners.items()}
-        # through JSON, which turns tuples into lists, as in a state that was read
+        # JSON turns tuples into lists, as in a state that was read.
         return json.loads(json.dumps({"command": self.command, "recipes": recipes}))
 
     def save(self):
-        """Write the state beside the old one, then rename it."""
         if not self.file:
             return
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
@@ -304,7 +286,7 @@ class Run:
         if not (found := sharding.states(self.file.parent)):
             return
         state, about = found[-1], sharding.about(found[-1])
-        self._check(about, state)
+        self._check(about, state)  # before all shards are read
         tensors, shapes = {}, sharding.saved_shapes(state)
         for name, learner in self.learners.items():
             places = learner.places(_part(shapes, f"{name}."))
@@ -315,12 +297,12 @@ class Run:
     def _check(self, about, path):
         if about.get("of") != self._identity():
             raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
+        # Without this, a student of the old teacher would be written as one of the new teacher.
         began = about.get("marks", self.starts)  # older states have none
         for name, weights_id in self.starts.items():
             if began.get(name) != weights_id:
-                raise ValueError(
-                    f"{path}: began when {name} held other weights; remove it to start anew"
-                )
+                why = f"began when {name} held other weights"
+                raise ValueError(f"{path}: {why}; remove it to start anew")
 
     def _go_on(self, about, tensors, path):
         self._check(about, path)
@@ -329,10 +311,7 @@ class Run:
             learner.load(_part(tensors, f"{name}."), path)
 
     def train(self, update, print_every=25, save_every=100):
-        """Train to the end of the recipe.
-
-        update(step) -> dict of named scalars to log; it has updated all learners
-        """
+        """Train to the end; update(step) updates all learners and returns scalars to log."""
         while self.step < self.steps:
             start = time.perf_counter()
             with processes.shared_draws():
@@ -359,10 +338,7 @@ class Run:
         print(f"{self.step:5}/{self.steps}  {shown}, {left / 60:.0f} min left", flush=True)
 
     def write_student(self, path, write=files.save_weights, dtype=torch.float16):
-        """Write the averaged weights of the student, in half precision, and the loss curve.
-
-        write   function of path, tensors, config and a dict about the training
-        """
+        """Write the averaged weights of the student, in half precision, and the loss curve."""
         half = processes.whole_on_first(self.student.average.tensors, dtype)
         if not processes.is_first():
             return
@@ -372,7 +348,7 @@ class Run:
         print(f"wrote {path} and {curve}")
 
     def made_by(self) -> dict:
-        """The training, as a weight file describes it."""
+        """Describe the training, for its weight file."""
         return {
             "command": self.command,
             "steps": self.step,
@@ -384,33 +360,10 @@ class Run:
 
 
 def descent(learner, losses):
-    """Make the update of a training with one loss; losses(step) -> dict with "loss"."""
+    """Make the update of a training with one loss; losses(step) returns a dict with "loss"."""
 
     def update(step):
         values = losses(step)
         return {**values, "norm": learner.update(values["loss"], step)}
 
     return update
-
-
-def _fit_line(folder, stops) -> torch.Tensor:
-    """Fit a line in 60 steps, with a new run after each stop; return its weights."""
-    for stop in stops:
-        torch.manual_seed(0)
-        learner = Learner(torch.nn.Linear(3, 1), Recipe(60, adam_lr=0.1))
-
-        def losses(step):
-            x = torch.randn(16, 3, generator=generator(0, step))
-            return {"loss": (learner.model(x) - x.sum(1, keepdim=True)).square().mean()}
-
-        run = Run({"line": learner}, "a demonstration", folder)
-        run.steps = stop
-        run.train(descent(learner, losses), print_every=15)
-    return learner.model.weight
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        whole, resumed = _fit_line(None, [60]), _fit_line(folder, [30, 60])
-    assert torch.equal(whole, resumed)
-    print(f"stopped at step 30 and resumed, or uninterrupted: equal bits, {whole.tolist()[0]}")

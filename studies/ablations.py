@@ -23,7 +23,6 @@ The paper reports max norm and loss. evaluate.py explains the columns of `switch
 """
 
 import json
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ import model
 import ode_regression
 import rope
 import teacher
-from masks import clip_span, four_masks, num_blocks, trained_window
+from masks import clip_of_seconds, num_blocks, trained_window
 from plumbing import cli, files, trainer
 from studies import compare, evaluate, plots
 from toy import codec as toy_codec
@@ -48,13 +47,13 @@ from toy.source import TOY_PROMPTS, student_from, toy_captions
 
 
 def start_and_trajectories(from_teacher, args):
-    """Return the weights to start from, and their trajectories [tokens, video, audio].
+    """Return the weights to start from, and their trajectories: "tokens", "video", "audio".
 
     from_teacher   use the teacher, with guidance and smaller steps, instead of stage I's student
     """
     path = args.real if from_teacher else args.few_step
     net = model.load(path)
-    found = ode_regression.load_or_draw_trajectories(
+    trajectories = ode_regression.load_or_draw_trajectories(
         f"{args.run}/{evaluate.short_name(path)}_trajectories.safetensors",
         net,
         count=args.walks,
@@ -62,7 +61,7 @@ def start_and_trajectories(from_teacher, args):
         guidance=teacher.GUIDANCE if from_teacher else (1, 1),
         between=4 if from_teacher else 1,
     )
-    return net.state_dict(), [found[part] for part in ("tokens", "video", "audio")]
+    return net.state_dict(), trajectories
 
 
 # ---- sinks ----
@@ -203,8 +202,8 @@ class A0Probe(kv_cache.MaskedView):
 def block_0_loss(net, data, view, step):
     """Return the x0 loss of block 0's audio, with all other blocks clean."""
     rows, clean = torch.arange(BATCH) + BATCH * step, len(net.cfg.sigmas) - 1
-    tokens, *states = (x[rows % len(x)] for x in data)
-    trajectories = toy_captions(tokens), *states
+    chosen = {name: x[rows % len(x)] for name, x in data.items()}
+    trajectories = toy_captions(chosen["tokens"]), chosen["video"], chosen["audio"]
     levels = torch.full((BATCH, num_blocks(config.CLIP_SECONDS, net.cfg)), clean)
     levels[:, 0] = torch.arange(BATCH) % clean  # every noisy level in turn
     return ode_regression.regression_losses(net, trajectories, levels, net.cfg.sigmas, view)[1]
@@ -212,25 +211,21 @@ def block_0_loss(net, data, view, step):
 
 def gradient_norm(net, loss):
     """Return the norm over all parameters; their .grad, which the optimiser reads, stays."""
-    parameters = list(net.parameters())
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
     return float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
 
 @torch.no_grad()
 def after_training(net, held, masks) -> dict:
     """Return the loss at sigma = 0.5 on trajectories that were held back, and A0's attention."""
-    tokens, *states = held
-    generator = torch.Generator().manual_seed(0)
-    ends = [x[:, -1] for x in states]
-    noise = [torch.randn(end.shape, generator=generator) for end in ends]
-    half = torch.full((1, 1), 0.5)
+    generator, half = torch.Generator().manual_seed(0), torch.full((1, 1), 0.5)
+    ends = [held[name][:, -1] for name in ("video", "audio")]
+    noisy = [model.add_noise(e, torch.randn(e.shape, generator=generator), half) for e in ends]
     # trajectories of two states: half noisy, clean
-    pairs = [torch.stack([model.add_noise(e, n, half), e], 1) for e, n in zip(ends, noise)]
+    trajectories = toy_captions(held["tokens"]), *(torch.stack(x, 1) for x in zip(noisy, ends))
     blocks = num_blocks(config.CLIP_SECONDS, net.cfg)
-    levels = torch.zeros(len(tokens), blocks, dtype=torch.long)
+    levels = torch.zeros(len(ends[0]), blocks, dtype=torch.long)
     probe = A0Probe(masks, net.cfg.num_sinks)
-    trajectories = toy_captions(tokens), *pairs
     losses = ode_regression.regression_losses(net, trajectories, levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
@@ -238,22 +233,19 @@ def after_training(net, held, masks) -> dict:
 def train_variant(variant, start, data, held, args) -> dict:
     """Train briefly; return the values of SINK_COLUMNS, or the step at which it broke down."""
     net = variant.change(student_from(start, variant.cfg))
-    blocks = num_blocks(config.CLIP_SECONDS, net.cfg)
-    view = kv_cache.MaskedView(four_masks(net.cfg, blocks))
+    view = ode_regression.masked_view(net.cfg, num_blocks(config.CLIP_SECONDS, net.cfg))
     # AdamW, as in the paper: Muon makes every step orthogonal, which hides how large gradients are
     recipe = trainer.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = trainer.Learner(net, recipe)
-    rows = dict(zip(("tokens", "video", "audio"), data))
-    losses = ode_regression.make_losses(net, rows, recipe, prompts=TOY_PROMPTS)
+    losses = ode_regression.make_losses(net, data, recipe, TOY_PROMPTS)
     norms, a0_norms = [], []
-    is_half = variant.precision != torch.float32
-    precision = partial(HalfPrecision, variant.precision) if is_half else nullcontext
+    precision = HalfPrecision(variant.precision)  # float32: changes nothing
     try:
         for step in range(args.steps):
             if step >= BURN_IN and step % PROBE_EVERY == 0:
-                with precision():
+                with precision:
                     a0_norms.append(gradient_norm(net, block_0_loss(net, data, view, step)))
-            with precision():
+            with precision:
                 loss = losses(step)["loss"]
             norms.append(learner.update(loss, step))
     except ValueError as error:  # loss or gradient is not finite: a result as well
@@ -265,7 +257,8 @@ def train_variant(variant, start, data, held, args) -> dict:
 def sinks(args) -> Callable:
     """Return the function that trains a variant and returns its row: {variant: results}."""
     start, trajectories = start_and_trajectories(False, args)
-    held, data = [x[:HELD_BACK] for x in trajectories], [x[HELD_BACK:] for x in trajectories]
+    held = {name: x[:HELD_BACK] for name, x in trajectories.items()}
+    data = {name: x[HELD_BACK:] for name, x in trajectories.items()}
     return lambda name: {name: train_variant(SINKS[name], start, data, held, args)}
 
 
@@ -311,10 +304,8 @@ def train_switch(switch, args):
     start, trajectories = start_and_trajectories(switch.from_teacher, args)
     net = student_from(start, switch.cfg)
     learner = trainer.Learner(net, ode_regression.make_recipe(args.steps))
-    rows = dict(zip(("tokens", "video", "audio"), first_seconds(trajectories, switch)))
-    losses = ode_regression.make_losses(
-        net, rows, learner.recipe, prompts=TOY_PROMPTS, seconds=switch.seconds
-    )
+    data = first_seconds(trajectories, switch)
+    losses = ode_regression.make_losses(net, data, learner.recipe, TOY_PROMPTS, switch.seconds)
     trainer.Run({"student": learner}, "").train(trainer.descent(learner, losses))
     net.load_state_dict(learner.average.tensors)
     return net.eval()
@@ -322,23 +313,22 @@ def train_switch(switch, args):
 
 def first_seconds(trajectories, switch):
     """Cut trajectories to the complete blocks of the first `switch.seconds`."""
-    tokens, video, audio = trajectories
-    span = clip_span(num_blocks(switch.seconds, switch.cfg), switch.cfg)
+    span = clip_of_seconds(switch.cfg, switch.seconds)
     tokens_v = len(span.video) * switch.cfg.tokens_per_frame
-    return tokens, video[:, :, :tokens_v], audio[:, :, : len(span.audio)]
+    video, audio = trajectories["video"][:, :, :tokens_v], trajectories["audio"]
+    return {**trajectories, "video": video, "audio": audio[:, :, : len(span.audio)]}
 
 
 def switches(args) -> Callable:
     """Return the function that trains a variant and returns its rows: {"variant, 0-5 s": ...}."""
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     times = [(0, 5), (STREAMED - 5, STREAMED)]
-    true = partial(evaluate.true_clips, STREAMED)
-    truth = evaluate.measure_all(true, seeds, times, "truth")
+    truth = evaluate.measure_truth(STREAMED, seeds, times)
 
     def rows(name):
         switch = SWITCHES[name]
         net = train_switch(switch, args)
-        make = evaluate.streams_of(net, codec, STREAMED, window=switch.window)
+        make = partial(evaluate.from_stream, net, codec, STREAMED, window=switch.window)
         return compare.by_interval(name, make, seeds, times, truth)
 
     return rows
@@ -348,14 +338,13 @@ def switches(args) -> Callable:
 
 
 def check(args):
-    """Raises ValueError, before any work is done, for options that cannot work."""
+    """Raise ValueError, before any work is done, for options that cannot work."""
     least = BURN_IN + 1 if args.ablation == "sinks" else 1  # norms count after BURN_IN only
     if args.steps < least:
         raise ValueError(f"--steps {args.steps}: expected at least {least}")
     if args.walks <= HELD_BACK:
         raise ValueError(f"--walks {args.walks}: expected at least {HELD_BACK + 1}")
-    evaluate.check_clips(args.clips)
-    evaluate.check_out(args.out)
+    evaluate.check(args.clips, STREAMED, args.out)
 
 
 def main():
@@ -368,9 +357,7 @@ def main():
     p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
     p.add_argument("--clips", type=int, default=48, help="switches: held-out clips per row")
     p.add_argument("--only", nargs="*", metavar="NAME", help="only these variants")
-    p.add_argument(
-        "--run", default="runs/ablations", help="folder of trajectories and finished rows"
-    )
+    p.add_argument("--run", default="runs/ablations", help="folder of trajectories and rows")
     p.add_argument("--out", help="default: results/ABLATION")
     args = p.parse_args()
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
@@ -399,7 +386,7 @@ def measure_variants(names, measure, args) -> dict:
 
 ABLATIONS = {  # variants, default steps, how to measure one, table, picture
     "sinks": (SINKS, 150, sinks, sinks_table, plots.draw_sinks),
-    "switches": (SWITCHES, 250, switches, evaluate.table, plots.draw_streams),
+    "switches": (SWITCHES, 250, switches, evaluate.table, plots.draw_rows),
 }
 
 if __name__ == "__main__":

@@ -3,20 +3,20 @@
 This file changes how students are streamed, or compares students of different trainings.
 evaluate.py measures the released models as they are; ablations.py trains students of its own.
 
-    python -m studies.compare drift     a minute of streaming by stages II and III: smaller and
-                                    larger windows, fewer passes, no refresh, nothing pinned
-    python -m studies.compare controls  how much of stage III is due to self-forcing? The same
-                                    training with the ground-truth past, from a shorter stage II,
-                                    from stage I, and with other seeds. Names the trainings that
-                                    must run first
-    python -m studies.compare memory    does a stream keep its identity longer if block 0 is a whole
-                                    second, or if training often hides the recent past?
-    python -m studies.compare joint     the attention between video and audio is switched off, or
-                                    video and audio of two clips are combined
-    python -m studies.compare gallery   pictures: ground truth, teacher, and the last five seconds
-                                    of a minute by the students of stages II and III
-    python -m studies.compare identity  pictures: a minute by both shipped students of stage III;
-                                    one of them keeps its identity
+    python -m studies.compare drift      or another of these names:
+
+    drift      a minute of streaming by stages II and III: smaller and larger windows, fewer passes,
+               no refresh, nothing pinned
+    controls   how much of stage III is due to self-forcing? The same training with the ground-truth
+               past, from a shorter stage II, from stage I, and with other seeds. Names the
+               trainings that must run first
+    memory     does a stream keep its identity longer if block 0 is a whole second, or if training
+               often hides the recent past?
+    joint      the attention between video and audio is switched off, or video and audio of two
+               clips are combined
+    gallery    pictures: ground truth, teacher, and the last five seconds of a minute by stages II
+               and III
+    identity   pictures: a minute by both shipped students of stage III; one keeps its identity
 
 Each writes results/NAME.json, .md and .png; the last two write only assets/NAME.png.
 
@@ -41,48 +41,31 @@ from toy import world as toy_world
 
 # ---- drift ----
 
-
-class Streaming(NamedTuple):
-    """How a student is streamed."""
-
-    window: int | str = evaluate.TRAINED
-    steps: int | None = None  # passes per block; None: as in training
-    pinned: bool = True
-    refresh: bool = True
-
-
-STREAMS = {
-    "window 4": Streaming(window=4),
-    "window 2": Streaming(window=2),
-    "window 8": Streaming(window=8),
-    "2 steps": Streaming(steps=2),
-    "1 step": Streaming(steps=1),
-    "nothing pinned": Streaming(pinned=False),
-    "no refresh": Streaming(refresh=False),
+STREAMS = {  # options of evaluate.from_stream
+    "window 4": {"window": 4},
+    "window 2": {"window": 2},
+    "window 8": {"window": 8},
+    "2 steps": {"steps": 2},
+    "1 step": {"steps": 1},
+    "nothing pinned": {"pinned": False},
+    "no refresh": {},  # drift() wraps the student
 }
-DRIFT_COLUMNS = ("f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept")
+DRIFT_COLUMNS = "f1", "impacts_rate", "onsets_rate", "caption", "whole", "kept"
 
 
 def drift(args):
     """Measure every way of streaming: {"student, stream": [metrics of 0-5 s, of 5-10 s, ...]}."""
     students, codec = evaluate.load(args.student), toy_codec.load()
     seeds, times = evaluate.held_out(args.clips), evaluate.five_second_intervals(args.seconds)
-    true = partial(evaluate.true_clips, args.seconds)
-    truth = evaluate.measure_all(true, seeds, times, "truth")
+    truth = evaluate.measure_truth(args.seconds, seeds, times)
     by_time = {}
     for student, net in students.items():
-        for stream, how in STREAMS.items():
-            make = evaluate.streams_of(
-                net if how.refresh else WithoutRefresh(net),
-                codec,
-                args.seconds,
-                window=how.window,
-                steps=how.steps,
-                pinned=how.pinned,
-            )
-            found = evaluate.measure_all(make, seeds, times, f"{student}, {stream}")
-            rows = [evaluate.metrics(w, t, truth[0]) for w, t in zip(found, truth)]
-            by_time[f"{student}, {stream}"] = rows
+        for stream, options in STREAMS.items():
+            name = f"{student}, {stream}"
+            streamed = WithoutRefresh(net) if stream == "no refresh" else net
+            make = partial(evaluate.from_stream, streamed, codec, args.seconds, **options)
+            found = evaluate.measure_all(make, seeds, times, name)
+            by_time[name] = [evaluate.metrics(w, t, truth[0]) for w, t in zip(found, truth)]
     return by_time, drift_table(by_time), plots.draw_drift(by_time, step=5)
 
 
@@ -101,12 +84,11 @@ class WithoutRefresh(nn.Module):
 
 def drift_table(by_time) -> str:
     """Return a Markdown table of the first, middle and last five seconds of every stream."""
-    columns = DRIFT_COLUMNS
-    lines = ["| stream | seconds | " + " | ".join(columns) + " |"]
-    lines.append("|---|---|" + "---|" * len(columns))
+    lines = ["| stream | seconds | " + " | ".join(DRIFT_COLUMNS) + " |"]
+    lines.append("|---|---|" + "---|" * len(DRIFT_COLUMNS))
     for name, rows in by_time.items():
         for i in sorted({0, len(rows) // 2, len(rows) - 1}):
-            cells = " | ".join(f"{rows[i][metric]:.3f}" for metric in columns)
+            cells = " | ".join(f"{rows[i][metric]:.3f}" for metric in DRIFT_COLUMNS)
             lines.append(f"| {name} | {5 * i}-{5 * i + 5} | {cells} |")
     return "\n".join(lines)
 
@@ -115,15 +97,20 @@ def drift_table(by_time) -> str:
 
 
 class Student(NamedTuple):
-    """A weight file, and the window of its streams."""
+    """A trained student, and the window of its streams."""
 
-    path: str
-    training: str  # the command that makes it, but for --out
+    file: str  # path without .safetensors; below runs/, its training has a folder of that name
     window: int  # blocks in the cache, in addition to block 0
+    training: str  # the command that makes it, without --run and --out
+
+    @property
+    def path(self) -> str:
+        return f"{self.file}.safetensors"
 
     @property
     def command(self) -> str:
-        return f"{self.training} --out {self.path}"
+        run = f" --run {self.file}" if self.file.startswith("runs/") else ""
+        return f"{self.training}{run} --out {self.path}"
 
 
 SEEDS = 3  # of "NAME", "NAME, seed 1" and "NAME, seed 2"
@@ -131,150 +118,60 @@ SEEDS = 3  # of "NAME", "NAME, seed 1" and "NAME, seed 2"
 # Windows 4 (block 0 is one frame) and 3 (block 0 is a second, "4+3k" video latents) hold exactly a
 # training clip.
 CONTROLS = {
-    "stage II": Student(
-        "weights/toy_ode_regression.safetensors",
-        "ode_regression.py",
-        window=4,
-    ),
-    "stage III": Student(
-        "weights/toy_self_forcing.safetensors",
-        "self_forcing.py",
-        window=4,
-    ),
-    "stage II, seed 1": Student(
-        "runs/controls/long_ode_regression_1.safetensors",
-        "ode_regression.py --seed 1 --run runs/controls/long_ode_regression_1",
-        window=4,
-    ),
-    "stage III, seed 1": Student(
-        "runs/controls/from_long_1.safetensors",
-        "self_forcing.py --student runs/controls/long_ode_regression_1.safetensors --seed 1 "
-        "--run runs/controls/from_long_1",
-        window=4,
-    ),
-    "stage II, seed 2": Student(
-        "runs/controls/long_ode_regression_2.safetensors",
-        "ode_regression.py --seed 2 --run runs/controls/long_ode_regression_2",
-        window=4,
-    ),
-    "stage III, seed 2": Student(
-        "runs/controls/from_long_2.safetensors",
-        "self_forcing.py --student runs/controls/long_ode_regression_2.safetensors --seed 2 "
-        "--run runs/controls/from_long_2",
-        window=4,
-    ),
-    "short II": Student(
-        "runs/controls/ode_regression_0.safetensors",
-        "ode_regression.py --steps 500 --seed 0 --run runs/controls/ode_regression_0",
-        window=4,
-    ),
-    "III from short II": Student(
-        "runs/controls/self_forcing_0.safetensors",
-        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --seed 0 "
-        "--run runs/controls/self_forcing_0",
-        window=4,
-    ),
-    "short II, seed 1": Student(
-        "runs/controls/ode_regression_1.safetensors",
-        "ode_regression.py --steps 500 --seed 1 --run runs/controls/ode_regression_1",
-        window=4,
-    ),
-    "III from short II, seed 1": Student(
-        "runs/controls/self_forcing_1.safetensors",
-        "self_forcing.py --student runs/controls/ode_regression_1.safetensors --seed 1 "
-        "--run runs/controls/self_forcing_1",
-        window=4,
-    ),
-    "short II, seed 2": Student(
-        "runs/controls/ode_regression_2.safetensors",
-        "ode_regression.py --steps 500 --seed 2 --run runs/controls/ode_regression_2",
-        window=4,
-    ),
-    "III from short II, seed 2": Student(
-        "runs/controls/self_forcing_2.safetensors",
-        "self_forcing.py --student runs/controls/ode_regression_2.safetensors --seed 2 "
-        "--run runs/controls/self_forcing_2",
-        window=4,
-    ),
-    "III from short II behind the true past": Student(
-        "runs/controls/true_history.safetensors",
-        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --history true "
-        "--run runs/controls/true_history",
-        window=4,
-    ),
-    "III from short II, own exit for every block": Student(
-        "runs/controls/own_exit.safetensors",
-        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --exit own "
-        "--run runs/controls/own_exit",
-        window=4,
-    ),
-    "III from stage I": Student(
-        "runs/controls/from_stage_I.safetensors",
-        "self_forcing.py --student weights/toy_dmd.safetensors --run runs/controls/from_stage_I",
-        window=4,
-    ),
-}
+    "stage II": Student("weights/toy_ode_regression", 4, "ode_regression.py"),
+    "stage III": Student("weights/toy_self_forcing", 4, "self_forcing.py"),
+    "stage II, seed 1": Student("runs/controls/long_ode_regression_1", 4,
+        "ode_regression.py --seed 1"),
+    "stage III, seed 1": Student("runs/controls/from_long_1", 4,
+        "self_forcing.py --student runs/controls/long_ode_regression_1.safetensors --seed 1"),
+    "stage II, seed 2": Student("runs/controls/long_ode_regression_2", 4,
+        "ode_regression.py --seed 2"),
+    "stage III, seed 2": Student("runs/controls/from_long_2", 4,
+        "self_forcing.py --student runs/controls/long_ode_regression_2.safetensors --seed 2"),
+    "short II": Student("runs/controls/ode_regression_0", 4,
+        "ode_regression.py --steps 500 --seed 0"),
+    "III from short II": Student("runs/controls/self_forcing_0", 4,
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --seed 0"),
+    "short II, seed 1": Student("runs/controls/ode_regression_1", 4,
+        "ode_regression.py --steps 500 --seed 1"),
+    "III from short II, seed 1": Student("runs/controls/self_forcing_1", 4,
+        "self_forcing.py --student runs/controls/ode_regression_1.safetensors --seed 1"),
+    "short II, seed 2": Student("runs/controls/ode_regression_2", 4,
+        "ode_regression.py --steps 500 --seed 2"),
+    "III from short II, seed 2": Student("runs/controls/self_forcing_2", 4,
+        "self_forcing.py --student runs/controls/ode_regression_2.safetensors --seed 2"),
+    "III from short II behind the true past": Student("runs/controls/true_history", 4,
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --history true"),
+    "III from short II, own exit for every block": Student("runs/controls/own_exit", 4,
+        "self_forcing.py --student runs/controls/ode_regression_0.safetensors --exit own"),
+    "III from stage I": Student("runs/controls/from_stage_I", 4,
+        "self_forcing.py --student weights/toy_dmd.safetensors"),
+}  # fmt: skip
 MEMORY = {
-    "stage II": Student(
-        "weights/toy_ode_regression.safetensors",
-        "ode_regression.py",
-        window=4,
-    ),
-    "stage II, 4+3k": Student(
-        "runs/controls/released_ode_regression.safetensors",
-        "ode_regression.py --config toy_released --run runs/controls/released_ode_regression",
-        window=3,
-    ),
-    "stage II, 4+3k, window 1": Student(
-        "runs/controls/released_ode_regression.safetensors",
-        "ode_regression.py --config toy_released --run runs/controls/released_ode_regression",
-        window=1,
-    ),
-    "stage II, 4+3k, past often hidden": Student(
-        "runs/controls/hiding_ode_regression.safetensors",
-        "ode_regression.py --config toy_released --windows 0 1 2 3 "
-        "--run runs/controls/hiding_ode_regression",
-        window=3,
-    ),
-    "stage II, 4+3k, past often hidden, window 1": Student(
-        "runs/controls/hiding_ode_regression.safetensors",
-        "ode_regression.py --config toy_released --windows 0 1 2 3 "
-        "--run runs/controls/hiding_ode_regression",
-        window=1,
-    ),
-    "stage III": Student(
-        "weights/toy_self_forcing.safetensors",
-        "self_forcing.py",
-        window=4,
-    ),
-    "stage III, 4+3k, past often hidden": Student(
-        "weights/toy_released_self_forcing.safetensors",
-        "self_forcing.py --config toy_released --window 1 "
-        "--student runs/controls/hiding_ode_regression.safetensors "
-        "--run runs/controls/hiding_self_forcing",
-        window=3,
-    ),
-    "stage III, 4+3k, past often hidden, window 1": Student(
-        "weights/toy_released_self_forcing.safetensors",
-        "self_forcing.py --config toy_released --window 1 "
-        "--student runs/controls/hiding_ode_regression.safetensors "
-        "--run runs/controls/hiding_self_forcing",
-        window=1,
-    ),
+    "stage II": Student("weights/toy_ode_regression", 4, "ode_regression.py"),
+    "stage II, 4+3k": Student("runs/controls/released_ode_regression", 3,
+        "ode_regression.py --config toy_released"),
+    "stage II, 4+3k, window 1": Student("runs/controls/released_ode_regression", 1,
+        "ode_regression.py --config toy_released"),
+    "stage II, 4+3k, past often hidden": Student("runs/controls/hiding_ode_regression", 3,
+        "ode_regression.py --config toy_released --windows 0 1 2 3"),
+    "stage II, 4+3k, past often hidden, window 1": Student("runs/controls/hiding_ode_regression", 1,
+        "ode_regression.py --config toy_released --windows 0 1 2 3"),
+    "stage III": Student("weights/toy_self_forcing", 4, "self_forcing.py"),
+    "stage III, 4+3k, past often hidden": Student("weights/toy_released_self_forcing", 3,
+        "self_forcing.py --config toy_released --window 1 --student "
+        "runs/controls/hiding_ode_regression.safetensors --run runs/controls/hiding_self_forcing"),
+    "stage III, 4+3k, past often hidden, window 1": Student("weights/toy_released_self_forcing", 1,
+        "self_forcing.py --config toy_released --window 1 --student "
+        "runs/controls/hiding_ode_regression.safetensors --run runs/controls/hiding_self_forcing"),
     "stage II, 4+3k, past often hidden, window 1, seed 1": Student(
-        "runs/controls/hiding_ode_regression_1.safetensors",
-        "ode_regression.py --config toy_released --windows 0 1 2 3 --seed 1 "
-        "--run runs/controls/hiding_ode_regression_1",
-        window=1,
-    ),
+        "runs/controls/hiding_ode_regression_1", 1,
+        "ode_regression.py --config toy_released --windows 0 1 2 3 --seed 1"),
     "stage III, 4+3k, past often hidden, window 1, seed 1": Student(
-        "runs/controls/hiding_self_forcing_1.safetensors",
-        "self_forcing.py --config toy_released --window 1 "
-        "--student runs/controls/hiding_ode_regression_1.safetensors --seed 1 "
-        "--run runs/controls/hiding_self_forcing_1",
-        window=1,
-    ),
-}
+        "runs/controls/hiding_self_forcing_1", 1,
+        "self_forcing.py --config toy_released --window 1 --student "
+        "runs/controls/hiding_ode_regression_1.safetensors --seed 1"),
+}  # fmt: skip
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
@@ -286,24 +183,22 @@ def compare(args):
     everyone = COMPARED[args.experiment]
     chosen = {name: everyone[name] for name in cli.chosen(args.only, everyone)}
     if missing := [s.command for s in chosen.values() if not Path(s.path).exists()]:
-        commands = "; ".join(f"python {command}" for command in missing)
-        raise ValueError(f"train first: {commands}")
+        raise ValueError(f"train first: {'; '.join(f'python {command}' for command in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     times = [(0, 5), (args.seconds - 5, args.seconds)]
-    true = partial(evaluate.true_clips, args.seconds)
-    truth = evaluate.measure_all(true, seeds, times, "truth")
+    truth = evaluate.measure_truth(args.seconds, seeds, times)
     results = {}
     for name, student in chosen.items():
-        make = streams(student, codec, args.seconds)
+        make = stream_of(student, codec, args.seconds)
         results |= by_interval(name, make, seeds, times, truth)
     shown = over_seeds(results)
-    return results | shown, evaluate.table(shown), plots.draw_streams(shown)
+    return results | shown, evaluate.table(shown), plots.draw_rows(shown)
 
 
-def streams(student, codec, seconds):
+def stream_of(student, codec, seconds):
     """Load a Student; return its streams as a function of clips and seed."""
     net = model.load(student.path)
-    return evaluate.streams_of(net, codec, seconds, window=student.window)
+    return partial(evaluate.from_stream, net, codec, seconds, window=student.window)
 
 
 def by_interval(name, make, seeds, times, truth) -> dict:
@@ -361,34 +256,27 @@ def put_together(make, clips, seed):
 
 def joint(args):
     """Measure teacher and stage III, complete and with video and audio apart: {who: metrics}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    once = evaluate.five_second_intervals(evaluate.INTERVAL_SECONDS)
-    truth = evaluate.measure_all(partial(evaluate.true_clips, 5), seeds, once, "truth")[0]
-    teacher_net = model.load(args.real).requires_grad_(False)
-    student_net = model.load(args.student[-1]).requires_grad_(False)
-    makers = apart("teacher", teacher_net, lambda net: teacher_clips(net, codec))
-    makers |= apart("stage III", student_net, lambda net: evaluate.streams_of(net, codec, 5))
+    codec, seeds, once = toy_codec.load(), evaluate.held_out(args.clips), [(0, 5)]
+    truth = evaluate.measure_truth(5, seeds, once)[0]
+    makers = {}
+    for who, path, maker in (
+        ("teacher", args.real, lambda n: partial(evaluate.from_teacher, n, codec, TEACHER_SIGMAS)),
+        ("stage III", args.student[-1], lambda n: partial(evaluate.from_stream, n, codec, 5)),
+    ):
+        net = model.load(path).requires_grad_(False)
+        makers |= {
+            who: maker(net),
+            f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
+            f"{who}, audio deaf (no V2A)": maker(deaf(net, "audio")),
+            f"{who}, both deaf": maker(deaf(net, "video", "audio")),
+            f"{who}, two clips put together": partial(put_together, maker(net)),
+        }
     results = {}
     for name, make in makers.items():
         w = evaluate.measure_all(make, seeds, once, name)[0]
         results[name] = evaluate.with_intervals(w, truth, truth)
-    return results, evaluate.table(results), plots.draw_joint(results)
-
-
-def teacher_clips(net, codec):
-    """Return the teacher's clips of five seconds as a function of clips and seed."""
-    return partial(evaluate.from_teacher, net, codec, TEACHER_SIGMAS)
-
-
-def apart(who, net, maker) -> dict:
-    """Return {row: function of clips and seed}.  maker(net) -> such a function."""
-    return {
-        who: maker(net),
-        f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
-        f"{who}, audio deaf (no V2A)": maker(deaf(net, "audio")),
-        f"{who}, both deaf": maker(deaf(net, "video", "audio")),
-        f"{who}, two clips put together": partial(put_together, maker(net)),
-    }
+    titles = {"f1": "F1", "wall": "sound from the wall that was hit"}
+    return results, evaluate.table(results), plots.draw_rows(results, titles)
 
 
 # ---- pictures ----
@@ -397,16 +285,14 @@ def apart(who, net, maker) -> dict:
 def gallery(args):
     """Draw five seconds of one held-out caption by everyone, frames and sound."""
     students, codec = evaluate.load(args.student), toy_codec.load()
-    clips = toy_world.draw_clips([toy_world.HELD_OUT + args.clip])
-    made = {  # video, sound, and the second from which to draw
-        "truth": (*evaluate.true_clips(5, clips, 0), 0),
-        "teacher": (*teacher_clips(model.load(args.real), codec)(clips, 0), 0),
-    }
+    clips, end = toy_world.draw_clips([toy_world.HELD_OUT + args.clip]), args.seconds - 5
+    sampled = evaluate.from_teacher(model.load(args.real), codec, TEACHER_SIGMAS, clips, 0)
+    # (video, sound), and the second from which to draw
+    made = {"truth": (evaluate.true_clips(5, clips, 0), 0), "teacher": (sampled, 0)}
     for name, net in students.items():
-        stream = evaluate.streams_of(net, codec, args.seconds)
-        made[name] = (*stream(clips, 0), args.seconds - 5)
-    firsts = {name: (video[0], sound[0], start) for name, (video, sound, start) in made.items()}
-    return plots.draw_gallery(toy_world.words_of(clips)[0], firsts)
+        made[name] = evaluate.from_stream(net, codec, args.seconds, clips, 0), end
+    shown = {name: (video[0], sound[0], start) for name, ((video, sound), start) in made.items()}
+    return plots.draw_gallery(toy_world.words_of(clips)[0], shown)
 
 
 def identity(args):
@@ -416,16 +302,13 @@ def identity(args):
     """
     first = toy_world.HELD_OUT + args.clip
     clips, codec = toy_world.draw_clips(range(first, first + 3)), toy_codec.load()
-    students = {
-        "1+3k": MEMORY["stage III"],
-        "4+3k": MEMORY["stage III, 4+3k, past often hidden, window 1"],
-    }
+    students = {"1+3k": "stage III", "4+3k": "stage III, 4+3k, past often hidden, window 1"}
     shown = {}
-    for blocks, student in students.items():
-        videos, _ = streams(student, codec, args.seconds)(clips, 0)
+    for blocks, name in students.items():
+        videos, _ = stream_of(MEMORY[name], codec, args.seconds)(clips, 0)
         for words, video in zip(toy_world.words_of(clips), videos):
             shown[f"{words}, {blocks}"] = video
-    return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3)
+    return plots.draw_strips(dict(sorted(shown.items())), per_second=1 / 3, width=10)
 
 
 # ---- command line ----
@@ -435,13 +318,13 @@ PICTURES = {"gallery": gallery, "identity": identity}
 
 
 def check(args):
-    """Raises ValueError for options that make no sense, or results that cannot be written."""
-    evaluate.check(args)
+    """Raise ValueError for options that make no sense, or results that cannot be written."""
     if args.only is not None and args.experiment not in COMPARED:
         raise ValueError(f"--only: for {' and '.join(COMPARED)}; {args.experiment} has no choice")
     if args.clip < 0:
         raise ValueError(f"--clip {args.clip}: expected 0 or more")
-    evaluate.check_out(args.out, ("png",) if args.experiment in PICTURES else ("json", "md", "png"))
+    kinds = ("png",) if args.experiment in PICTURES else ("json", "md", "png")
+    evaluate.check(args.clips, args.seconds, args.out, kinds)
 
 
 def main():
@@ -449,9 +332,7 @@ def main():
     p.add_argument("experiment", choices=(*TABLES, *PICTURES))
     p.add_argument("--clips", type=int, default=32, help="held-out clips per row")
     p.add_argument("--seconds", type=int, default=60, help="length of the streams, a multiple of 5")
-    p.add_argument(
-        "--student", nargs="+", default=evaluate.STUDENTS, help="weights, stage by stage"
-    )
+    p.add_argument("--student", nargs="+", default=evaluate.STUDENTS, help="weights, by stage")
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
     p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these students")
     p.add_argument("--clip", type=int, default=0, help="gallery, identity: which held-out caption")

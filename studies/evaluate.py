@@ -53,7 +53,6 @@ from toy.source import student_from, toy_captions
 
 STUDENTS = ["weights/toy_ode_regression.safetensors", "weights/toy_self_forcing.safetensors"]
 BATCH = 16  # clips at a time
-INTERVAL_SECONDS = 5  # that are measured together
 REFERENCE_SECONDS = 2  # at the start of a clip, for `kept`
 REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6  # for the Frechet distance
 RESAMPLES = 400  # for the confidence intervals
@@ -86,14 +85,11 @@ class Interval(NamedTuple):
     features: np.ndarray  # (B, 14)
 
 
-def measure(video, sound, words, times, shuffle=False) -> list[Interval]:
+def measure(video, sound, words, times) -> list[Interval]:
     """Detect events once, then measure every interval (start, stop).
 
     video (B, P, 3, H, W)   sound (B, M, 16)   words (B, 3) of the caption
-    shuffle   pair the video of each clip with the sound of the next: the score of chance
     """
-    if shuffle:
-        sound = sound.roll(-1, 0)
     ball = detectors.see_ball(video)
     seen, heard = detectors.find_impacts(ball), detectors.find_onsets(sound)
     end = (video.shape[1] - 1) / config.TOY.fps
@@ -144,14 +140,6 @@ def _features(ball, sound, match):
 
 
 # ---- summing up ----
-
-
-def join(batches) -> list[Interval]:
-    """Concatenate the clips of several batches, interval by interval."""
-    return [
-        Interval(*(x[0] if np.isscalar(x[0]) else np.concatenate(x) for x in zip(*same)))
-        for same in zip(*batches)
-    ]
 
 
 def metrics(w: Interval, truth: Interval, others: Interval, rows=slice(None)) -> dict:
@@ -258,6 +246,12 @@ def true_clips(seconds, clips, seed):
     return toy_world.render_video(clips, seconds), toy_world.render_sound(clips, seconds)
 
 
+def shuffled_clips(seconds, clips, seed):
+    """Pair the video of each ground-truth clip with the sound of the next: the score of chance."""
+    video, sound = true_clips(seconds, clips, seed)
+    return video, sound.roll(-1, 0)
+
+
 def decode(codec, latents):
     """Decode complete clips from (video, audio) latents."""
     return codec.decode_video(latents[0], True), codec.decode_audio(latents[1], True)
@@ -283,31 +277,19 @@ def from_few_steps(net, codec, clips, seed):
 
 
 @torch.inference_mode()
-def from_stream(net, codec, seconds, clips, seed, *, window, steps=None, pinned=True):
+def from_stream(net, codec, seconds, clips, seed, *, window=TRAINED, steps=None, pinned=True):
     """Stream block by block, as generate.py does, many captions side by side.
 
     window   blocks kept in the cache, in addition to block 0; None: all
     pinned   False: block 0 is evicted like any other block
     """
-    text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
-    blocks = num_blocks(seconds, net.cfg)
-    stream = rollout(
-        net,
-        lambda k: text,
-        blocks,
-        few_step_sigmas(net.cfg, steps),
-        torch.Generator().manual_seed(seed),
-        batch=len(clips.words),
-        view=CachedView(net.cfg, blocks, window, pinned),
-    )
-    return decode(codec, whole_clip(stream))
-
-
-def streams_of(net, codec, seconds, window=TRAINED, steps=None, pinned=True):
-    """Return `from_stream` of a student as a function of clips and seed."""
     if window == TRAINED:
         window = trained_window(net.cfg)
-    return partial(from_stream, net, codec, seconds, window=window, steps=steps, pinned=pinned)
+    text = net.project_text(toy_world.caption_features(toy_world.caption_tokens(clips)))
+    blocks, sigmas = num_blocks(seconds, net.cfg), few_step_sigmas(net.cfg, steps)
+    view, g = CachedView(net.cfg, blocks, window, pinned), torch.Generator().manual_seed(seed)
+    stream = rollout(net, lambda k: text, blocks, sigmas, g, batch=len(clips.words), view=view)
+    return decode(codec, whole_clip(stream))
 
 
 def short_name(path) -> str:
@@ -319,26 +301,35 @@ def short_name(path) -> str:
     return Path(path).stem.removeprefix("toy_")
 
 
-def measure_all(make, seeds, times, title, shuffle=False) -> list[Interval]:
+def measure_all(make, seeds, times, title) -> list[Interval]:
     """Make clips batch by batch and measure them.  make(clips, seed) -> video, sound."""
     batches = []
     for first in tqdm(range(0, len(seeds), BATCH), desc=title, mininterval=5, leave=False):
         clips = toy_world.draw_clips(seeds[first : first + BATCH])
-        batches.append(measure(*make(clips, seeds[first]), clips.words, times, shuffle))
-    return join(batches)
+        batches.append(measure(*make(clips, seeds[first]), clips.words, times))
+    return [
+        Interval(*(x[0] if np.isscalar(x[0]) else np.concatenate(x) for x in zip(*same)))
+        for same in zip(*batches)
+    ]
+
+
+def measure_truth(seconds, seeds, times, title="truth") -> list[Interval]:
+    """Measure ground-truth clips of `seconds`."""
+    return measure_all(partial(true_clips, seconds), seeds, times, title)
 
 
 # ---- the table ----
 
-COLUMNS = ("f1", "desync_ms", "capped_ms", "wall", "impacts_rate", "onsets_rate", "caption",
-           "whole", "kept", "spread", "frechet")  # fmt: skip
-HEADERS = ("F1", "DeSync ms", "capped ms", "wall", "impacts", "onsets", "caption", "whole", "kept",
-           "spread", "Frechet")  # fmt: skip
+COLUMNS = {
+    "f1": "F1", "desync_ms": "DeSync ms", "capped_ms": "capped ms", "wall": "wall",
+    "impacts_rate": "impacts", "onsets_rate": "onsets", "caption": "caption", "whole": "whole",
+    "kept": "kept", "spread": "spread", "frechet": "Frechet",
+}  # fmt: skip
 
 
 def table(rows) -> str:
     """Return a Markdown table of {name: metrics with intervals}."""
-    lines = ["| | " + " | ".join(HEADERS) + " |", "|---|" + "---|" * len(HEADERS)]
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name, values in rows.items():
         cells = [_cell(column, *values[column]) for column in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -362,7 +353,7 @@ def held_out(n) -> range:
 
 def five_second_intervals(seconds) -> list[tuple[int, int]]:
     """Return (start, stop) of consecutive intervals."""
-    return [(t, t + INTERVAL_SECONDS) for t in range(0, seconds, INTERVAL_SECONDS)]
+    return [(t, t + 5) for t in range(0, seconds, 5)]
 
 
 OTHER_ROWS = ("truth", "teacher", "stage I")  # how the rows begin that show no student
@@ -385,82 +376,46 @@ def five_second_rows(codec, args) -> dict:
     """Return who makes clips of five seconds: {row: function of clips and seed}."""
     few_step = model.load(args.few_step)
     untrained = student_from(few_step.state_dict(), config.TOY)
+    stream = partial(from_stream, window=args.window, steps=args.steps)
     sample = partial(from_teacher, model.load(args.teacher), codec, guidance=args.guidance)
-    stream = asked_streams(untrained, codec, INTERVAL_SECONDS, args)
     return {
-        "truth through the codec": partial(through_codec, codec, INTERVAL_SECONDS),
+        "truth, sounds shuffled": partial(shuffled_clips, 5),
+        "truth through the codec": partial(through_codec, codec, 5),
         "teacher, 32 steps": partial(sample, teacher.schedule(32)),
         "teacher, 4 steps": partial(sample, config.FOUR_STEPS),
         "stage I, 4 steps": partial(from_few_steps, few_step, codec),
-        "stage I streamed, never trained to": stream,
+        "stage I streamed, never trained to": partial(stream, untrained, codec, 5),
     }
-
-
-def asked_streams(net, codec, seconds, args):
-    """Return `streams_of` a student with the window and the passes of the command line."""
-    window = TRAINED if args.window is None else args.window
-    return streams_of(net, codec, seconds, window=window, steps=args.steps)
-
-
-def measure_five_seconds(makers, args) -> dict:
-    """Measure clips of five seconds, the ground truth first: {row: Interval}."""
-    seeds, once = held_out(args.clips), [(0, INTERVAL_SECONDS)]
-    true = partial(true_clips, INTERVAL_SECONDS)
-    shuffled = measure_all(true, seeds, once, "sounds shuffled", shuffle=True)[0]
-    found = {
-        "truth": measure_all(true, seeds, once, "truth")[0],
-        "truth, sounds shuffled": shuffled,
-    }
-    return found | {name: measure_all(make, seeds, once, name)[0] for name, make in makers.items()}
-
-
-def measure_stream(name, net, codec, args):
-    """Measure a student's streams: {row: Interval of 5 s}, and [Interval of 1 s, ...]."""
-    intervals = five_second_intervals(args.seconds)
-    seconds = [(t, t + 1) for t in range(args.seconds)]
-    make = asked_streams(net, codec, args.seconds, args)
-    found = measure_all(make, held_out(args.clips), intervals + seconds, name)
-    rows = [f"{name}, {start}-{stop} s" for start, stop in intervals]
-    return dict(zip(rows, found)), found[len(rows) :]
-
-
-def other_true_clips() -> Interval:
-    """Measure the ground-truth clips to which Frechet distances are computed."""
-    seeds = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
-    true = partial(true_clips, INTERVAL_SECONDS)
-    return measure_all(true, seeds, [(0, INTERVAL_SECONDS)], "other true clips")[0]
 
 
 def evaluate(args):
     """Return all rows, {name: metrics with intervals}, and {student: [metrics of each second]}."""
     codec, students = toy_codec.load(), load(args.student)
-    found, seconds = measure_five_seconds(five_second_rows(codec, args), args), {}
+    seeds, once = held_out(args.clips), [(0, 5)]
+    makers = {"truth": partial(true_clips, 5), **five_second_rows(codec, args)}
+    found = {name: measure_all(make, seeds, once, name)[0] for name, make in makers.items()}
+    intervals, by_second = five_second_intervals(args.seconds), {}
+    stream = partial(from_stream, window=args.window, steps=args.steps)
     for name, net in students.items():
-        intervals, seconds[name] = measure_stream(name, net, codec, args)
-        found |= intervals
-    truth, others = found["truth"], other_true_clips()
+        times = intervals + [(t, t + 1) for t in range(args.seconds)]
+        measured = measure_all(partial(stream, net, codec, args.seconds), seeds, times, name)
+        found |= {f"{name}, {a}-{b} s": w for (a, b), w in zip(intervals, measured)}
+        by_second[name] = measured[len(intervals) :]
+    reference = range(REFERENCE_SEED, REFERENCE_SEED + REFERENCE_CLIPS)
+    truth, others = found["truth"], measure_truth(5, reference, once, "other true clips")[0]
     rows = {name: with_intervals(w, truth, others) for name, w in found.items()}
-    return rows, {n: [metrics(w, truth, others) for w in ws] for n, ws in seconds.items()}
+    return rows, {n: [metrics(w, truth, others) for w in ws] for n, ws in by_second.items()}
 
 
 # ---- command line; compare.py and ablations.py check and write with the same functions ----
 
 
-def check(args):
-    """Raises ValueError for clips that cannot be measured."""
-    if args.seconds < INTERVAL_SECONDS or args.seconds % INTERVAL_SECONDS:
-        raise ValueError(f"--seconds {args.seconds}: expected a multiple of {INTERVAL_SECONDS}")
-    check_clips(args.clips)
-
-
-def check_clips(clips):
-    """Raises ValueError for fewer than two clips: diversity needs two."""
-    if clips < 2:
+def check(clips, seconds, out, kinds=("json", "md", "png")):
+    """Raise ValueError, before any work is done, for what cannot be measured or written."""
+    if seconds < 5 or seconds % 5:
+        raise ValueError(f"--seconds {seconds}: expected a multiple of 5")
+    if clips < 2:  # diversity needs two
         raise ValueError(f"--clips {clips}: expected at least 2")
-
-
-def check_out(out, kinds=("json", "md", "png")):
-    """Raises ValueError, before any work is done, if results cannot be written there."""
     for kind in kinds:
         files.check_writable(f"{out}.{kind}", makes_folders=True)
 
@@ -483,18 +438,16 @@ def main():
     p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the teacher")
     cli.add_guidance(p, teacher.GUIDANCE, "guidance scale of the teacher")
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="student of stage I")
-    p.add_argument(
-        "--student", nargs="*", default=STUDENTS, help="students of stages II and III; may be none"
-    )
+    p.add_argument("--student", nargs="*", default=STUDENTS, help="students of stages II and III")
     p.add_argument("--window", type=int, help="blocks in the cache; default: as in training")
     p.add_argument("--steps", type=int, help="passes per block; default: as in training")
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()
-    check(args)
-    check_out(args.out)
+    check(args.clips, args.seconds, args.out)
     few_step_sigmas(config.TOY, args.steps)  # raises for --steps
     CachedView(config.TOY, 2, args.window)  # raises for --window
     args.command = cli.command(p, args)
+    args.window = TRAINED if args.window is None else args.window
     start = time.perf_counter()
     rows, by_second = evaluate(args)
     figure = plots.draw_drift(by_second) if by_second else None

@@ -9,60 +9,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-ORDER = (
-    "config.py",
-    "masks.py",
-    "rope.py",
-    "sink_tokens.py",
-    "plumbing/files.py",
-    "kernel/cache_append_attention.py",
-    "kv_cache.py",
-    "model.py",
-    "rollout.py",
-    "plumbing/cli.py",
-    "plumbing/stopwatch.py",
-    "toy/world.py",
-    "toy/codec.py",
-    "toy/detectors.py",
-    "film/decoders.py",
-    "film/mp4.py",
-    "film/sheet.py",
-    "film/page.py",
-    "toy/source.py",
-    "generate.py",
-    "plumbing/processes.py",
-    "plumbing/trainer.py",
-    "plumbing/stages.py",
-    "teacher.py",
-    "dmd.py",
-    "ode_regression.py",
-    "self_forcing.py",
-    "full_size/weights.py",
-    "full_size/text.py",
-    "full_size/decoders.py",
-    "full_size/sharding.py",
-    "full_size/memory.py",
-    "full_size/faster.py",
-    "full_size/source.py",
-    "studies/order.py",
-    "studies/plots.py",
-    "studies/evaluate.py",
-    "studies/compare.py",
-    "studies/ablations.py",
-    "studies/reproduce.py",
-    "benchmarks/page.py",
-    "benchmarks/bench_attention.py",
-    "benchmarks/bench_generate.py",
-    "benchmarks/bench_decode.py",
-    "benchmarks/bench_toy.py",
-    "benchmarks/training_memory.py",
-    "benchmarks/newcomer.py",
-    "plumbing/rename.py",
-    "exercises/coursework.py",
-    "exercises/grader.py",
-    "exercises/__main__.py",
-    "conftest.py",
-)
+ORDER = """
+config.py masks.py rope.py sink_tokens.py plumbing/files.py kernel/cache_append_attention.py
+kv_cache.py model.py rollout.py plumbing/cli.py plumbing/stopwatch.py
+toy/world.py toy/codec.py toy/detectors.py
+film/decoders.py film/mp4.py film/sheet.py film/page.py
+toy/source.py generate.py
+plumbing/processes.py plumbing/trainer.py plumbing/stages.py
+teacher.py dmd.py ode_regression.py self_forcing.py
+full_size/weights.py full_size/text.py full_size/decoders.py full_size/sharding.py
+full_size/memory.py full_size/faster.py full_size/source.py
+studies/order.py studies/plots.py studies/evaluate.py studies/compare.py studies/ablations.py
+studies/reproduce.py
+benchmarks/page.py benchmarks/bench_attention.py benchmarks/bench_generate.py
+benchmarks/bench_decode.py benchmarks/bench_toy.py benchmarks/training_memory.py
+benchmarks/newcomer.py
+plumbing/rename.py exercises/coursework.py exercises/grader.py exercises/__main__.py conftest.py
+""".split()
 
 
 def imports_of(path, in_functions=True) -> set[str]:

@@ -31,8 +31,8 @@ CURVES = ("#1b9e77", "#7570b3", "#e7298a", "#555555", "#a6761d", "#66a61e", "#1f
 TITLES = {
     "video_self": "video self-attention",
     "audio_self": "audio self-attention",
-    "a2v": "A2V: video listens to audio",
-    "v2a": "V2A: audio listens to video",
+    "a2v": "A2V: video queries, audio keys",
+    "v2a": "V2A: audio queries, video keys",
 }
 
 
@@ -52,13 +52,19 @@ class Picture:
         return f"<picture, {len(self.png) // 1000} kB>"
 
 
-def show(figure, dpi=80) -> Picture:
-    """Return a figure as a picture, to end a notebook cell with, and close it."""
+def show(figure, dpi=80, size=1.0) -> Picture:
+    """Return a figure as a picture, to end a notebook cell with, and close it.
+
+    size   factor of the figure's size, but not of its text, which stays readable
+    """
+    width, height = figure.get_size_inches()
+    if size != 1:
+        figure.set_size_inches(width * size, height * size + 0.2)  # room for the labels below
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=dpi, format="png")
     plt.close(figure)
-    # 128 colours are enough, and make the notebook's file a third as large
-    Image.open(drawn).convert("RGB").quantize(128).save(small, "png", optimize=True)
+    # 192 colours are enough, and make the notebook's file a third as large
+    Image.open(drawn).convert("RGB").quantize(192).save(small, "png", optimize=True)
     return Picture(small.getvalue())
 
 
@@ -124,14 +130,10 @@ def draw_slots(moments, pinned=1):
     figure, ax = plt.subplots(figsize=size, layout="constrained")
     for row, blocks in enumerate(moments.values()):
         for slot, block in enumerate(blocks):
-            is_new = block == max(blocks)
-            box = plt.Rectangle(
-                (slot - 0.44, row - 0.4), 0.88, 0.8, lw=2,
-                fc=SINK if slot < pinned else VIDEO,
-                ec="black" if is_new else "white",
-                zorder=2 if is_new else 1,  # the frame lies over its neighbours
-            )  # fmt: skip
-            ax.add_patch(box)
+            # the frame of the newest block lies over its neighbours
+            edge, zorder = ("black", 2) if block == max(blocks) else ("white", 1)
+            fill, place = SINK if slot < pinned else VIDEO, (slot - 0.44, row - 0.4)
+            ax.add_patch(plt.Rectangle(place, 0.88, 0.8, lw=2, fc=fill, ec=edge, zorder=zorder))
             ax.text(slot, row, str(block), ha="center", va="center", color="white", zorder=3)
     ax.set(xlim=(-0.6, width - 0.4), ylim=(len(moments) - 0.4, -0.6), xlabel="slot of the cache")
     ax.set_xticks(range(width))
@@ -157,18 +159,19 @@ def draw_gallery(title, clips, seconds=5, per_second=4, cfg=config.TOY):
     return figure
 
 
-def draw_strips(clips, per_second=3, cfg=config.TOY):
+def draw_strips(clips, per_second=3, cfg=config.TOY, width=6.5):
     """Draw the frames of clips below each other: {label: frames (P, 3, H, W) in [0, 1]}."""
     seconds = max(1 / per_second, max(len(f) - 1 for f in clips.values()) / cfg.fps)
-    size = 10, 0.35 + len(clips) * 10 / (seconds * per_second)
-    figure, axes = plt.subplots(
-        len(clips), 1, figsize=size, squeeze=False, layout="constrained"
-    )  # fmt: skip
+    # inches: a letter of a label takes about 0.075, and pictures are about as high as wide
+    height = (width - 0.075 * max(map(len, clips))) / (seconds * per_second) + 0.06
+    size = width, 0.5 + len(clips) * height
+    figure, axes = plt.subplots(len(clips), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, (label, frames) in zip(axes[:, 0], clips.items()):
         draw_strip(ax, frames, 0, seconds, per_second, cfg)
-        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    axes[-1, 0].set_xticks(np.arange(int(seconds) + 1, step=max(1, int(seconds) // 12)))
-    axes[-1, 0].set_xlabel("seconds", fontsize=8)
+        ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+    ticks = np.arange(int(seconds) + 1, step=max(1, int(seconds) // 12))
+    axes[-1, 0].set_xticks(ticks, ticks, fontsize=9)
+    axes[-1, 0].set_xlabel("seconds", fontsize=9)
     return figure
 
 
@@ -186,9 +189,8 @@ def draw_maps(
     marks     positions to mark with a line on both axes
     """
     colours = [colour] * len(maps) if isinstance(colour, str) else colour
-    figure, axes = plt.subplots(
-        1, len(maps), figsize=(min(11, 4.6 * len(maps)), 3.8), squeeze=False, layout="constrained"
-    )
+    size = min(11, 4.6 * len(maps)), 3.8
+    figure, axes = plt.subplots(1, len(maps), figsize=size, squeeze=False, layout="constrained")
     for ax, (title, values), tint in zip(axes[0], maps.items(), colours):
         shades = matplotlib.colors.LinearSegmentedColormap.from_list("shades", ["white", tint])
         values = torch.as_tensor(values)
@@ -232,9 +234,8 @@ def draw_plane(panels, arrows=None, reach=4.0):
 
     arrows   {title: (positions (n, 2), directions (n, 2))}
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(3.5 * len(panels), 3.6), squeeze=False, layout="constrained"
-    )
+    size = 3.5 * len(panels), 3.6
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for ax, (title, sets) in zip(axes[0], panels.items()):
         for (label, points), colour in zip(sets.items(), CURVES):
             ax.plot(*torch.as_tensor(points).T, ".", ms=3, alpha=0.5, color=colour, label=label)
@@ -255,10 +256,8 @@ def draw_calls(calls):
         if i == 0 or calls[i - 1][0] != block:
             ax.axvline(i - 0.5, color="black", lw=0.8)
             ax.text(i - 0.4, 1.08, f"block {block}", fontsize=8)
-    for label, colour in (
-        ("no gradient", CURVES[0]), ("gradient", CURVES[2]), ("refresh at sigma = 0", CURVES[3]),
-    ):  # fmt: skip
-        ax.bar(0, 0, color=colour, label=label)
+    for label, i in {"no gradient": 0, "gradient": 2, "refresh at sigma = 0": 3}.items():
+        ax.bar(0, 0, color=CURVES[i], label=label)
     ax.set(xlabel="pass", ylabel="sigma", ylim=(0, 1.2))
     ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -266,10 +265,14 @@ def draw_calls(calls):
 
 # ---- trainings ----
 
-NOISE_RANGES = {  # of the teacher's video loss: label and line
-    "low": ("video, sigma < .4", ":"),
-    "mid": ("video, .4 - .7", "--"),
-    "high": ("video, > .7", "-."),
+LOSSES = {  # columns of a training log: label, line and colour
+    "video": ("video", "-", VIDEO),
+    "audio": ("audio", "-", AUDIO),
+    "low": ("video, sigma < .4", ":", SINK),
+    "mid": ("video, .4 - .7", "--", SINK),
+    "high": ("video, > .7", "-.", SINK),
+    "critic v": ("critic, video", "--", VIDEO),
+    "critic a": ("critic, audio", "--", AUDIO),
 }
 
 
@@ -277,10 +280,8 @@ def draw_loss(log, title):
     """Draw the losses of a training log, a list of {"step": .., name: ..}."""
     figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
     steps = [row["step"] for row in log]
-    for name in log[0]:
-        if name not in ("step", "norm", "loss"):
-            colour = {"video": VIDEO, "audio": AUDIO}.get(name, SINK)
-            label, line = NOISE_RANGES.get(name, (name, "-"))
+    for name, (label, line, colour) in LOSSES.items():
+        if name in log[0]:
             ax.plot(steps, [row[name] for row in log], line, color=colour, lw=1.2, label=label)
     ax.set(xlabel="step", ylabel="loss", yscale="log", title=title)
     ax.legend(fontsize=7)
@@ -320,12 +321,11 @@ def draw_drift(by_time, step=1):
     for ax, (metric, (label, limits)) in zip(axes.flat, DRIFT.items()):
         for name, rows in by_time.items():
             student, _, condition = name.partition(", ")
-            line, colour = students.index(student), conditions.index(condition)
-            colour = line if len(conditions) == 1 else colour
-            ax.plot(
-                (np.arange(len(rows)) + 0.5) * step, [row[metric] for row in rows],
-                ("--", "-", ":")[line % 3], color=CURVES[colour % len(CURVES)], label=name, lw=1.3,
-            )  # fmt: skip
+            i, j = students.index(student), conditions.index(condition)
+            style = {"ls": ("--", "-", ":")[i % 3], "lw": 1.3}
+            style["color"] = CURVES[(i if len(conditions) == 1 else j) % len(CURVES)]
+            middles = (np.arange(len(rows)) + 0.5) * step
+            ax.plot(middles, [row[metric] for row in rows], label=name, **style)
         ax.set(title=label, ylim=limits)
         ax.grid(alpha=0.3)
     for ax in axes[1]:
@@ -334,24 +334,19 @@ def draw_drift(by_time, step=1):
     return figure
 
 
-def draw_joint(results):
-    """Draw how well video and audio match: {name: {metric: [value, low, high]}}."""
-    return _draw_rows(results, {"f1": "F1", "wall": "sound from the wall that was hit"})
+STREAM_ENDS = {
+    "f1": "F1",
+    "onsets_rate": "onsets, share of the truth's",
+    "kept": "identity kept",
+    "spread": "spread of identities",
+}
 
 
-def draw_streams(results):
-    """Draw how streams end: {name: {metric: [value, low, high]}}."""
-    titles = {
-        "f1": "F1",
-        "onsets_rate": "onsets, share of the truth's",
-        "kept": "identity kept",
-        "spread": "spread of identities",
-    }
-    return _draw_rows(results, titles)
+def draw_rows(results, titles=STREAM_ENDS):
+    """Draw a panel for each {metric: title}, with a bar and its interval for each result.
 
-
-def _draw_rows(results, titles):
-    """Draw a bar with its interval for each result, and a panel for each {metric: title}."""
+    results   {name: {metric: [value, low, high]}}
+    """
     size = 3 + 3.5 * len(titles), 1.2 + 0.24 * len(results)
     figure, axes = plt.subplots(1, len(titles), figsize=size, layout="constrained", sharey=True)
     for ax, (metric, title) in zip(axes, titles.items()):
@@ -385,18 +380,16 @@ def _bars(ax, values, names, title, xerr=None):
 # ---- imports ----
 
 
-def draw_imports(order):
+def draw_imports():
     """Draw files from top to bottom, with an arc from each file up to every file it imports."""
-    figure, ax = plt.subplots(figsize=(6, 0.27 * len(order)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(6, 0.27 * len(ORDER)), layout="constrained")
     angle = np.linspace(-np.pi / 2, np.pi / 2, 40)
-    for i, file in enumerate(order):
+    for i, file in enumerate(ORDER):
         ax.text(-0.2, i, file, ha="right", va="center", fontsize=9)
-        for j in (order.index(other) for other in imports_of(file) & set(order)):
-            ax.plot(
-                0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2,
-                color=CURVES[j % len(CURVES)], lw=0.8,
-            )  # fmt: skip
-    ax.set(xlim=(-5, 0.3 * len(order)), ylim=(len(order), -1))
+        for j in (ORDER.index(other) for other in imports_of(file) & set(ORDER)):
+            x, y = 0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2
+            ax.plot(x, y, color=CURVES[j % len(CURVES)], lw=0.8)
+    ax.set(xlim=(-5, 0.3 * len(ORDER)), ylim=(len(ORDER), -1))
     ax.axis("off")
     return figure
 
@@ -419,9 +412,7 @@ def check(args):
 def main():
     p = cli.parser(__doc__)
     p.add_argument("picture", choices=("masks", "losses", "imports"), help="which pictures to draw")
-    p.add_argument(
-        "--config", default="toy", help=f"masks: one of {', '.join(config.CONFIGS)}"
-    )  # fmt: skip
+    p.add_argument("--config", default="toy", help=f"masks: one of {', '.join(config.CONFIGS)}")
     p.add_argument("--blocks", type=int, default=4, help="masks: blocks of the clip")
     p.add_argument("--window", type=int, help="masks: past blocks that are visible; default all")
     p.add_argument("--out", help="masks, imports: file to write; default assets/PICTURE.png")
@@ -429,12 +420,8 @@ def main():
     if args.picture == "losses":
         draw_losses()
         return
-    if args.picture == "masks":
-        figure = draw_masks(check(args), args.blocks, args.window)
-    else:
-        figure = draw_imports(ORDER)
-    out = args.out or f"assets/{args.picture}.png"
-    save(figure, out)
+    is_masks, out = args.picture == "masks", args.out or f"assets/{args.picture}.png"
+    save(draw_masks(check(args), args.blocks, args.window) if is_masks else draw_imports(), out)
     print(f"wrote {out}")
 
 

@@ -49,25 +49,18 @@ def trainings(students) -> list:
     """Return the commands that train these students and are not in FULL, with their minutes."""
     released = [command for command, _ in FULL]
     commands = dict.fromkeys(s.command for s in students.values() if s.command not in released)
-    return [(command, minutes_of(command)) for command in commands]
+    # a short stage II, self-forcing, a stage II
+    minutes = [7 if "--steps" in c else 20 if c.startswith("self") else 30 for c in commands]
+    return list(zip(commands, minutes))
 
 
-def minutes_of(command) -> int:
-    """Return the minutes of a training of stage II or III."""
-    if "--steps" in command:  # the short stage II
-        return 7
-    return 30 if command.startswith("ode_regression.py") else 20
-
-
-MINUTE = shlex.join(name for name in compare.CONTROLS if name.startswith("stage "))
+STAGES = shlex.join(name for name in compare.CONTROLS if name.startswith("stage "))
+MINUTE = f"--clips 96 --seconds 60 --only {STAGES} --out results/minute"
 WINDOW_2 = "runs/controls/window_2.safetensors"
 CONTROLS = [
     *trainings(compare.CONTROLS),
     ("-m studies.compare controls --clips 96 --seconds 20", 16),
-    (
-        f"-m studies.compare controls --clips 96 --seconds 60 --only {MINUTE} --out results/minute",
-        16,
-    ),
+    (f"-m studies.compare controls {MINUTE}", 16),
     (f"self_forcing.py --window 2 --run runs/controls/window_2 --out {WINDOW_2}", 20),
     (f"-m studies.compare drift --student {WINDOW_2} --out results/drift_window_2", 4),
     *trainings(compare.MEMORY),
@@ -77,23 +70,14 @@ CONTROLS = [
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 5),
-    (
-        "ode_regression.py --teacher runs/quick/quick_dmd.safetensors --clips 256 --steps 200 "
-        "--run runs/quick/ode --out runs/quick/quick_ode_regression.safetensors",
-        3,
-    ),
-    (
-        "self_forcing.py --student runs/quick/quick_ode_regression.safetensors --steps 40 "
-        "--run runs/quick/self_forcing --out runs/quick/quick_self_forcing.safetensors",
-        8,
-    ),
-    (
-        "-m studies.evaluate --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
-        "--student runs/quick/quick_ode_regression.safetensors "
-        "runs/quick/quick_self_forcing.safetensors --out results/quick",
-        2,
-    ),
-]
+    ("ode_regression.py --teacher runs/quick/quick_dmd.safetensors --clips 256 --steps 200 "
+     "--run runs/quick/ode --out runs/quick/quick_ode_regression.safetensors", 3),
+    ("self_forcing.py --student runs/quick/quick_ode_regression.safetensors --steps 40 "
+     "--run runs/quick/self_forcing --out runs/quick/quick_self_forcing.safetensors", 8),
+    ("-m studies.evaluate --clips 32 --seconds 10 --few-step runs/quick/quick_dmd.safetensors "
+     "--student runs/quick/quick_ode_regression.safetensors "
+     "runs/quick/quick_self_forcing.safetensors --out results/quick", 2),
+]  # fmt: skip
 # For one GPU of 80 GB. The minutes are a guess: not measured yet.
 KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_faster.py"  # they run without av
 GPU = [
@@ -119,26 +103,18 @@ def main():
     failed = []
     for i, (command, minutes) in enumerate(steps, 1):
         print(f"{i}/{len(steps)}  python {command}  (about {minutes} min)", flush=True)
-        if not args.list and (status := run(command)):
+        if args.list:
+            continue
+        if status := subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode:
             failed.append(f"python {command}: exit status {status}")
             if not args.gpu:  # on a GPU, no command needs another one, and time is expensive
                 break
-    if args.controls and not args.list:
-        copy_curves()
+    if args.controls and not args.list:  # a training in runs/ writes its curve beside its weights
+        for curve in (ROOT / "runs" / "controls").glob("*_curve.json"):
+            shutil.copy(curve, ROOT / "results")
     print(f"about {total // 60} h {total % 60} min on {where}")
     if failed:
         raise ValueError(f"{'; '.join(failed)}; start again to go on from there")
-
-
-def run(command) -> int:
-    """Run a command, with its output shown at once; return its exit status."""
-    return subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode
-
-
-def copy_curves():
-    """Copy loss curves to results/: a training in runs/ writes its curve beside its weights."""
-    for curve in (ROOT / "runs" / "controls").glob("*_curve.json"):
-        shutil.copy(curve, ROOT / "results")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ def tensors(tree):
     return [t for t in tree_leaves(tree) if torch.is_tensor(t)]
 
 
+def addresses(tree) -> set[int]:
+    """Where the tensors of a tree are in memory; views are where their base is."""
+    return {t.untyped_storage()._cdata for t in tensors(tree)}
+
+
 def written(function, args, kwargs):
     """The tensors that an operator writes into, by its schema."""
     named = zip((a.name for a in function._schema.arguments), args)
@@ -23,10 +28,10 @@ def written(function, args, kwargs):
 class Tape(TorchDispatchMode):
     """Every operator of a function, with its tensors: run again, it writes where it wrote before.
 
-    As a CUDA graph it knows memory and no contents, and recording leaves no trace: what was written
-    is put back, and what was made on the way is spoilt, until it is replayed. As with a graph, a
-    number that Python has read, a slot that it has computed, or a table that it has made
-    elsewhere, is the recording's for ever.
+    Like a CUDA graph it knows addresses and no contents, and recording leaves no trace: memory that
+    was written is put back, and memory that was allocated is spoilt, until it is replayed. Numbers
+    that Python has read, slots that it has computed and tables that it has made elsewhere stay
+    those of the recording.
     """
 
     def __init__(self):
@@ -40,15 +45,15 @@ class Tape(TorchDispatchMode):
             if storage._cdata not in self.made:
                 self.originals.setdefault(storage._cdata, (storage, storage.clone()))
         out = function(*args, **kwargs)
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+        given = addresses((args, kwargs))
         made = [t for t in tensors(out) if t.untyped_storage()._cdata not in given]
-        self.made |= {t.untyped_storage()._cdata for t in made}
+        self.made |= addresses(made)
         self.calls.append((function, args, kwargs, made))
         return out
 
     @classmethod
     def record(cls, function):
-        """-> (replay, outputs), as `graphs.cuda_recorder` records."""
+        """Return (replay, outputs), as `faster.cuda_recorder` records."""
         with cls() as tape:
             outputs = function()
         for storage, original in tape.originals.values():
@@ -59,7 +64,7 @@ class Tape(TorchDispatchMode):
 
     def replay(self):
         for function, args, kwargs, made in self.calls:
-            given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
+            given = addresses((args, kwargs))
             again = tensors(function(*args, **kwargs))
             again = [t for t in again if t.untyped_storage()._cdata not in given]
             for old, new in zip(made, again, strict=True):
@@ -67,11 +72,11 @@ class Tape(TorchDispatchMode):
 
 
 class TwoStreams(TorchDispatchMode):
-    """A main and a side stream, each in order, together in none: finds what only luck would order.
+    """A main and a side stream, each in order, but in no order to each other: finds missing waits.
 
-    A stream knows up to where it has waited for the other. An
-    operator may read only what it has waited for; and memory that is let go of is handed out again
-    by the stream that made it, so by its next operator the other one must be done with it.
+    A stream knows up to where it has waited for the other. An operator may read only memory that it
+    has waited for. Freed memory is used again by the stream that made it, so by its next operator
+    the other stream must be done with it.
     """
 
     def __init__(self):
@@ -91,8 +96,8 @@ class TwoStreams(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         self.clock[self.stream] += 1
         self._check_reuse()
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        into = {t.untyped_storage()._cdata for t in written(function, args, kwargs or {})}
+        given = addresses((args, kwargs))
+        into = addresses(written(function, args, kwargs or {}))
         for key in given & self.owner.keys():  # others are older than all this: weights, inputs
             self._touch(function, key, key in into)
         for storage in (t.untyped_storage() for t in tensors(out)):

@@ -1,25 +1,23 @@
 """The attention benchmark runs at tiny shapes, counts right, and refuses what it cannot measure."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import run_here
 from torch.nn.attention import SDPBackend
 
 import kv_cache
 from benchmarks import bench_attention as bench
+from benchmarks import bench_decode, bench_generate
 
 
 def test_the_script_runs_on_a_cpu_at_tiny_shapes(monkeypatch, tmp_path, capsys):
     """Every way is timed beside its floor; the file says which path ran."""
     out = tmp_path / "bench.json"
-    args = ["--device", "cpu", "--tiny", "--rounds", "2", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench_attention.py", *args])
     monkeypatch.setattr(bench.kernel, "emulated", None)
-    bench.main()
+    arguments = "--device", "cpu", "--tiny", "--out", out
+    status, printed, _ = run_here(bench, arguments, monkeypatch, capsys)
     result = json.loads(out.read_text())
     assert result["path"] == "PyTorch: no GPU" and len(result["shapes"]) == len(bench.TINY)
     for shape in result["shapes"].values():
@@ -27,10 +25,10 @@ def test_the_script_runs_on_a_cpu_at_tiny_shapes(monkeypatch, tmp_path, capsys):
         for way in ("chain_eager", "cat_eager"):
             assert shape[way]["us"] > 0 and shape[way]["floors"] > 0
         assert shape["chain_eager"]["chain_takes"] == 1
-    assert "chain / this" in capsys.readouterr().out
+    assert status == 0 and bench.table(result["shapes"]) in printed
 
 
-def test_the_full_size_is_the_papers():
+def test_the_shapes_are_those_of_the_full_size():
     """Four sites, two windows; work and traffic of the video by hand."""
     shapes = {(s.site, s.window): s for s in bench.full_shapes()}
     assert len(shapes) == 8
@@ -93,41 +91,34 @@ def test_the_table_shows_times_ratios_and_what_is_taken():
 
 
 def test_without_a_kernel_the_table_has_dashes():
-    """On a CPU: nothing is bold, for nothing of the kernel was timed."""
+    """On a CPU the kernel is not timed, so nothing is bold."""
     table = bench.table({"x": made_up({("chain", "eager"): 4, ("cat", "eager"): 5})})
     assert table.splitlines()[-1] == (
         "| x | eager | 2.0 | 4.0 | 5.0 | – | – | – | – | – | FLASH_ATTENTION |"
     )
 
 
-def test_the_page_has_a_place_for_the_table():
-    """The script fills it in at its very end."""
-    assert (ROOT / "benchmarks" / "README.md").read_text().count("<!-- attention -->") == 2
-
-
-def test_attention_by_plain_mathematics_is_not_timed(monkeypatch):
-    """SDPA's last resort, which writes all scores down, would make every other way look good."""
+def test_unfused_attention_is_not_timed(monkeypatch):
+    """SDPA's last resort stores all scores. Compared with it, every other way would look good."""
     arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)
     assert bench.sdpa_backend(*arguments) == "FLASH_ATTENTION"
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: int(SDPBackend.MATH))
     with pytest.raises(ValueError, match="no fused kernel for this shape"):
         bench.sdpa_backend(*arguments)
-    monkeypatch.delattr(torch, "_fused_sdp_choice")
-    assert bench.sdpa_backend(*arguments) == "this PyTorch does not tell"
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--device", "cpu"], "full size needs a GPU; --device cpu only with --tiny"),
-        (["--device", "cpu", "--tiny", "--rounds", "0"], "--rounds 0: expected at least 1"),
-        pytest.param([], "not usable here", marks=pytest.mark.skipif(
-            torch.cuda.is_available(), reason="there is a GPU")),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_measured_is_refused(options, message):
-    """One line and exit status 2."""
-    command = [sys.executable, "-m", "benchmarks.bench_attention", *options]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2 and message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script, options, message", [
+    (bench, [], "--device cuda: not usable here"),
+    (bench, ["--device", "cpu"], "the CUDA kernel cannot run here (no GPU)"),
+    (bench_generate, [], "--device cuda: not usable here"),
+    (bench_generate, ["--device", "cpu"], "the CUDA kernel cannot run here (no GPU)"),
+    (bench_generate, ["--device", "cpu", "--blocks", "5"], "--blocks 5: expected at least 17"),
+    (bench_generate, ["--device", "cpu", "--rounds", "0"], "--rounds 0: expected 1 or more"),
+    (bench_decode, ["--device", "cpu", "--seconds", "2"], "--seconds 2: expected at least 3"),
+])  # fmt: skip
+def test_what_cannot_be_measured_is_refused(script, options, message, monkeypatch, capsys):
+    """One line and exit status 2, from each of the GPU benchmarks."""
+    monkeypatch.setattr(bench.kernel, "emulated", None)
+    status, _, err = run_here(script, options, monkeypatch, capsys)
+    assert status == 2 and message in err and err.count("\n") == 1

@@ -18,7 +18,7 @@ def test_operations_are_counted_by_the_layer():
 
 def test_the_floor_is_below_the_measurement(monkeypatch):
     """Floor, measurement and ratio belong together."""
-    monkeypatch.setattr(bench_generate, "matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr(bench_toy, "matmul_rate", lambda *_: 1e12)
     net = random_model(tiny(PAPER, sigmas=config.FOUR_STEPS), torch.float32)
     found = bench_toy.bench_floor(net, [torch.randn(1, 3, net.cfg.caption_width)])
     floor = 1000 * found["operations_of_a_block"] / found["matmul_operations_per_second"]

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import PAPER, ROOT, block_rows, random_clip, random_model, random_text, tiny
+from helpers import PAPER, ROOT, random_model, random_text, tiny
 from tape import Operators
 
 import masks
@@ -37,7 +37,6 @@ from full_size.faster import join_projections
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, Heads, RollingCache, attention, cache_append_attention
 from model import draw_noise, ropes_of
-from rollout import rollout, whole_clip
 
 HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -253,68 +252,41 @@ def test_a_full_size_second_of_audio(device):
 # ---- inside the model ----
 
 
-def stream_model(cfg, device, blocks=4):
-    """Velocities of every block of a random clip, window 1: the prefix is moved twice."""
-    net = random_model(cfg, torch.float32)
-    text = torch.randn(1, 3, cfg.caption_width)
-    clip = random_clip(cfg, blocks, dtype=torch.float32)
-    net, view = net.to(device), CachedView(cfg, blocks, window=1)
-    text, sigma = net.project_text(text.to(device)), torch.full((1,), 0.5, device=device)
-    velocities = []
-    for k in range(blocks):
-        tokens = [x[:, rows].to(device) for x, rows in zip(clip, block_rows(k, cfg))]
-        velocities += net(*tokens, sigma, sigma, text, masks.block_span(k, cfg), view)
+@torch.no_grad()
+def stream_model(joined, device="cpu", layers=1, last_pass=contextlib.nullcontext()):
+    """Velocities of four blocks of random tokens, window 1: the prefix is moved twice."""
+    cfg = tiny(PAPER, num_layers=layers, num_heads=1, video_width=40, audio_width=24)
+    ropes_of.cache_clear()  # so that every call computes the tables, whatever ran before
+    net = random_model(cfg, torch.float32).to(device)
+    if joined:
+        join_projections(net)
+    text, sigma = random_text(net, cfg), torch.full((1,), 0.5, device=device)
+    velocities, view = [], CachedView(cfg, 8, window=1)
+    for k in range(4):
+        span = masks.block_span(k, cfg)
+        tokens = [x.to(device) for x in draw_noise(1, span, cfg, None)]
+        with last_pass if k == 3 else contextlib.nullcontext():
+            velocities += net(*tokens, sigma, sigma, text, span, view)
         view.next_block()
     return [v.cpu() for v in velocities]
 
 
-FUSED_OR_APPEND = pytest.mark.parametrize("most, chosen", [(64, "fused"), (3, "append")])
-
-
-def count_calls(most, chosen, monkeypatch):
-    """Limit the tokens of a fused launch; -> the queries of every call of the chosen operator."""
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("most, chosen", [(64, "fused"), (3, "append")])
+def test_a_stream_by_kernel_and_by_pytorch(most, chosen, joined, device, monkeypatch):
+    """Few tokens take one launch. The kernel reads slices of joined projections as they are."""
     calls, operator = [], getattr(kernel, chosen)
     monkeypatch.setattr(kernel, "MAX_FUSED_TOKENS", most)
     monkeypatch.setattr(kernel, chosen, lambda *x: calls.append(x[0]) or operator(*x))
-    return calls
-
-
-@FUSED_OR_APPEND
-def test_a_stream_of_the_model_by_kernel_and_by_pytorch(most, chosen, device, monkeypatch):
-    """All four attentions at the head sizes of the toy; few tokens take one launch."""
-    cfg = tiny(PAPER, num_layers=1, num_heads=1, video_width=40, audio_width=24)
-    calls = count_calls(most, chosen, monkeypatch)
-    actual = stream_model(cfg, device)
+    actual = stream_model(joined, device)
     assert len(calls) == 4 * 4  # attentions of a layer, blocks
+    assert any(not q.is_contiguous() for q in calls) == joined
     monkeypatch.setattr(kernel, "supports", lambda *_: False)
-    expected = stream_model(cfg, device)
     # On a GPU, SDPA multiplies float32 in pieces of 11 bits, and an angle of 500 rad differs in its
     # last digit.
     near = 1e-5 if device == "cpu" else 1e-4
-    for one, other in zip(actual, expected, strict=True):
+    for one, other in zip(actual, stream_model(joined, device), strict=True):
         torch.testing.assert_close(one, other, atol=near, rtol=near)
-
-
-@FUSED_OR_APPEND
-def test_joined_projections_hand_slices_to_the_kernel(most, chosen, device, monkeypatch):
-    """The kernel reads slices of a larger product as they are."""
-    cfg = tiny(PAPER, num_layers=1, num_heads=1, video_width=40, audio_width=24)
-    calls = count_calls(most, chosen, monkeypatch)
-
-    @torch.no_grad()
-    def clip():
-        net = random_model(cfg, torch.float32).to(device)
-        join_projections(net)
-        text = random_text(net, cfg)
-        g, view = torch.Generator().manual_seed(0), CachedView(cfg, 4, window=1)
-        return whole_clip(rollout(net, lambda k: text, 4, (1.0, 0.5, 0.0), g, view=view))
-
-    actual = clip()
-    assert len(calls) == 4 * (4 * 2 + 3)  # attentions; passes of four blocks, refreshes of three
-    assert any(not q.is_contiguous() for q in calls)
-    monkeypatch.setattr(kernel, "supports", lambda *_: False)
-    for one, other in zip(actual, clip(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::repeat"}
@@ -322,20 +294,7 @@ COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::re
 
 def copies_of_a_pass(layers, joined):
     """Count the copying operators in one pass with a full window."""
-    cfg = tiny(PAPER, num_layers=layers, num_heads=1, video_width=40, audio_width=24)
-    ropes_of.cache_clear()  # so that every call computes the tables, whatever ran before
-    net = random_model(cfg, torch.float32)
-    if joined:
-        join_projections(net)
-    view, seen, level = CachedView(cfg, 8, window=1), Operators(), torch.ones(1)
-    with torch.no_grad():
-        text = random_text(net, cfg)
-        for k in range(4):
-            span = masks.block_span(k, cfg)
-            x = draw_noise(1, span, cfg, None)
-            with seen if k == 3 else contextlib.nullcontext():
-                net(*x, level, level, text, span, view)
-            view.next_block()
+    stream_model(joined, layers=layers, last_pass=(seen := Operators()))
     return Counter({name: n for name, n in seen.counts.items() if name in COPIES})
 
 

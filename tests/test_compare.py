@@ -1,7 +1,6 @@
 """Comparisons measure what they say, and their command lines run from start to end."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -11,23 +10,28 @@ from helpers import random_clip, random_model, run_here
 import config
 import kv_cache
 import model
-from masks import block_span, clip_span, num_blocks
-from plumbing import cli, files
+from masks import block_span, clip_of_seconds, num_blocks
+from plumbing import files
 from studies import compare
 
-SMALL = dict(num_layers=1, num_heads=2, video_width=24, audio_width=16)
-TINY = replace(config.TOY, **SMALL)
+TINY = replace(config.TOY, num_layers=1, num_heads=2, video_width=24, audio_width=16)
 BLOCKS = num_blocks(5, TINY)
 
 
-def span_of(cfg):
-    return clip_span(num_blocks(5, cfg), cfg)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function that runs an experiment, and returns the JSON of one with a table."""
+    monkeypatch.setattr(compare.evaluate, "RESAMPLES", 3)
+    monkeypatch.setattr(compare, "TEACHER_SIGMAS", (1.0, 0.5, 0.0))
 
+    def run(experiment, *arguments):
+        out = tmp_path / experiment
+        words = experiment, *arguments, "--out", out
+        assert run_here(compare, words, monkeypatch, capsys)[0] == 0
+        if experiment in compare.TABLES:
+            return json.loads(out.with_suffix(".json").read_text())
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["studies/compare.py", *map(str, arguments)])
-    with cli.one_line_errors():
-        compare.main()
+    return run
 
 
 @pytest.fixture
@@ -40,14 +44,11 @@ def weights(tmp_path):
     return paths
 
 
-def test_drift_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
+def test_drift_from_the_command_line(run, weights, tmp_path, monkeypatch):
     """Three kinds of stream, ten seconds: a row per five seconds, and how it was measured."""
     names = "window 2", "nothing pinned", "no refresh"
     monkeypatch.setattr(compare, "STREAMS", {name: compare.STREAMS[name] for name in names})
-    out = tmp_path / "drift"
-    arguments = ["--clips", 2, "--seconds", 10, "--student", weights["toy"], "--out", out]
-    run(monkeypatch, "drift", *arguments)
-    written = json.loads((tmp_path / "drift.json").read_text())
+    written = run("drift", "--clips", 2, "--seconds", 10, "--student", weights["toy"])
     result, about = written["result"], written["about"]
     assert about["command"].endswith("-- drift") and {"device", "date", "threads"} <= about.keys()
     assert [len(rows) for rows in result.values()] == [2, 2, 2]
@@ -73,15 +74,12 @@ def test_without_refresh_a_clean_pass_writes_nothing():
     assert not torch.equal(keys_after(net, 0.5, 0.0), keys_after(net, 0.5))
 
 
-def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
+def test_controls_from_the_command_line(run, weights, tmp_path, monkeypatch):
     """First and last five seconds of each student; the table has one row for all seeds."""
-    monkeypatch.setattr(compare.evaluate, "RESAMPLES", 3)
-    student = compare.Student(weights["toy"], "x.py", window=4)
+    student = compare.Student(weights["toy"].with_suffix(""), 4, "x.py")
     made = dict.fromkeys(("II", "II, seed 1", "II, seed 2", "control"), student)
     monkeypatch.setitem(compare.COMPARED, "controls", made)
-    out = "--out", tmp_path / "controls"
-    run(monkeypatch, "controls", "--clips", 2, "--seconds", 10, *out)
-    result = json.loads((tmp_path / "controls.json").read_text())["result"]
+    result = run("controls", "--clips", 2, "--seconds", 10)["result"]
     pooled = [f"II, 3 seeds, {t} s" for t in ("0-5", "5-10")]
     assert len(result) == 10 and result.keys() >= set(pooled)
     assert result[pooled[0]]["f1"][0] == pytest.approx(result["II, 0-5 s"]["f1"][0])
@@ -94,20 +92,13 @@ def test_controls_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
 def test_a_control_that_is_not_trained_says_how(tmp_path, monkeypatch, capsys):
     """The error names the command."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "controls", "--only", "III from stage I")
+    arguments = "controls", "--only", "III from stage I"
+    status, _, err = run_here(compare, arguments, monkeypatch, capsys)
     wanted = "train first: python self_forcing.py --student weights/toy_dmd.safetensors --run runs"
-    assert wanted in capsys.readouterr().err
+    assert status == 2 and wanted in err
 
 
-def test_an_unknown_student_is_refused(monkeypatch, capsys):
-    """The error lists the known students."""
-    with pytest.raises(SystemExit, match="2"):
-        run(monkeypatch, "memory", "--only", "nobody")
-    assert "--only nobody: expected some of 'stage II' 'stage II, 4+3k'" in capsys.readouterr().err
-
-
-STAGE_III = compare.evaluate.STUDENTS[1]
+TEACHER, STAGE_III = "weights/toy_teacher.safetensors", compare.evaluate.STUDENTS[1]
 BAD = {
     "clips": (("drift", "--clips", 0), "--clips 0: expected"),
     "no seconds": (("drift", "--seconds", 0), "--seconds 0: expected"),
@@ -115,13 +106,12 @@ BAD = {
     "clip": (("gallery", "--clip", -1), "--clip -1: expected 0 or more"),
     "no student": (("joint", "--student"), "--student: expected at least one argument"),
     "same names": (("drift", "--student", STAGE_III, STAGE_III), "called self_forcing; rename"),
-    "a teacher": (
-        ("gallery", "--student", "weights/toy_teacher.safetensors"), "called teacher; rename"
-    ),
+    "a teacher": (("gallery", "--student", TEACHER), "called teacher; rename"),
+    "unknown": (("memory", "--only", "nobody"), "expected some of 'stage II' 'stage II, 4+3k'"),
     "only": (("drift", "--only", "stage II"), "--only: for controls and memory; drift has no"),
     "out": (("joint", "--out", "README.md/e"), "README.md/e.json: not writable"),
     "out of a picture": (("identity", "--out", "README.md/e"), "README.md/e.png: not writable"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
@@ -134,24 +124,20 @@ def test_bad_input_ends_in_one_line(arguments, message, monkeypatch, capsys):
 
 
 def test_the_table_of_students_is_consistent():
-    """The window is as in training unless the name tells it; a command makes its own file."""
+    """The window is as in training unless the name tells it; the command is that of the stage.
+
+    Commands run in the order of the table, start at files that exist by then, make their own file.
+    """
+    made = {"weights/toy_dmd.safetensors", *compare.evaluate.STUDENTS}
     for name, student in (compare.CONTROLS | compare.MEMORY).items():
         trained = 3 if "4+3k" in name else 4
         assert student.window == (1 if "window 1" in name else trained), name
-        assert student.command.endswith(f" --out {student.path}"), name
-        stage_iii = "III" in name
-        assert student.command.startswith("self_forcing" if stage_iii else "ode_reg"), name
-        seed = name.rpartition(", seed ")[2] if ", seed " in name else "0"
-        assert (f"--seed {seed} " in student.command) or seed == "0", name
-
-
-def test_a_student_is_trained_after_the_one_it_starts_at():
-    """Commands run in the order of the table, and start at files that exist by then."""
-    made = {"weights/toy_dmd.safetensors", *compare.evaluate.STUDENTS}
-    for name, student in (compare.CONTROLS | compare.MEMORY).items():
         words = student.command.split()
-        if "--student" in words:
-            assert words[words.index("--student") + 1] in made, name
+        assert words[0] == ("self_forcing.py" if "III" in name else "ode_regression.py"), name
+        _, has_seed, seed = name.partition(", seed ")
+        assert not has_seed or f" --seed {seed} " in student.command, name
+        assert "--student" not in words or words[words.index("--student") + 1] in made, name
+        assert words[-2:] == ["--out", student.path], name
         made.add(student.path)
 
 
@@ -163,7 +149,7 @@ def test_a_deaf_stream_hears_nothing(streams):
     video, audio = random_clip(TINY, BLOCKS, dtype=torch.float32)
 
     def velocities(net, video, audio):
-        return net(video, audio, sigma, sigma, text, span_of(TINY), kv_cache.MaskedView())
+        return net(video, audio, sigma, sigma, text, clip_of_seconds(TINY), kv_cache.MaskedView())
 
     deafened = compare.deaf(net, *streams)
     v = [velocities(deafened, video, x)[0] for x in (audio, audio + 1)]
@@ -172,31 +158,28 @@ def test_a_deaf_stream_hears_nothing(streams):
     assert not torch.equal(velocities(net, video, audio)[0], velocities(net, video, audio + 1)[0])
 
 
-def test_two_clips_put_together_are_two(weights):
+def test_two_clips_put_together_are_two():
     """Pictures of one seed, sound of the next."""
     got = compare.put_together(lambda clips, seed: (f"v{seed}", f"a{seed}"), None, 5)
     assert got == ("v5", "a6")
 
 
-def test_joint_and_gallery_from_the_command_line(weights, tmp_path, monkeypatch, capsys):
+def test_joint_and_gallery_from_the_command_line(run, weights, tmp_path):
     """Ten rows with intervals; a picture of ground truth, teacher and a stream."""
-    monkeypatch.setattr(compare.evaluate, "RESAMPLES", 3)
-    monkeypatch.setattr(compare, "TEACHER_SIGMAS", (1.0, 0.5, 0.0))
     made = "--real", weights["toy_teacher"], "--student", weights["toy"]
-    run(monkeypatch, "joint", "--clips", 2, *made, "--out", tmp_path / "joint")
-    result = json.loads((tmp_path / "joint.json").read_text())["result"]
+    result = run("joint", "--clips", 2, *made)["result"]
     assert len(result) == 10 and "stage III, both deaf" in result
-    run(monkeypatch, "gallery", "--seconds", 10, *made, "--out", tmp_path / "gallery")
+    run("gallery", "--seconds", 10, *made)
     assert (tmp_path / "gallery.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_identity_streams_both_shipped_students(tmp_path, monkeypatch, capsys):
+def test_identity_streams_both_shipped_students(run, monkeypatch):
     """Six strips of the given length, two per caption; another caption changes them."""
     drawn = []
     monkeypatch.setattr(compare.plots, "draw_strips", lambda clips, **options: drawn.append(clips))
     monkeypatch.setattr(compare.plots, "save", lambda figure, path: None)
     for clip in (0, 3):
-        run(monkeypatch, "identity", "--seconds", 5, "--clip", clip, "--out", tmp_path / "identity")
+        run("identity", "--seconds", 5, "--clip", clip)
     captions = [name.rsplit(", ", 1)[0] for name in drawn[0]]
     assert len(captions) == 6 and captions[::2] == captions[1::2]
     assert {len(frames) for frames in drawn[0].values()} == {5 * config.TOY.fps + 1}

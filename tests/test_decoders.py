@@ -18,13 +18,6 @@ CFG = replace(config.FULL, height=64, width=64)
 N = 4  # blocks
 
 
-def chunks(decoder, x, sizes):
-    """All outputs, if x is given in parts of these sizes."""
-    parts = x.split(sizes, dim=2)
-    out = [*map(decoder.add, parts), decoder.finish()]
-    return [y for y in out if y is not None]
-
-
 def upsampler(reach, stride, first):
     """A filter over `reach` inputs on either side, then repetition: the rule of lengths."""
     kernel = torch.rand(1, 1, 2 * reach + 1, generator=torch.Generator().manual_seed(0)) + 0.1
@@ -42,35 +35,9 @@ def test_chunks_with_enough_overlap_equal_decoding_at_once(stride, first, sizes)
     """Context and look-ahead of the filter's reach, plus one for the short first input: bitwise
     the same, in whatever parts the inputs come."""
     decode, x = upsampler(2, stride, first), torch.randn(1, 1, 13)
-    out = chunks(ChunkedDecoder(decode, stride, first, context=3, look_ahead=2), x, sizes)
-    assert torch.equal(torch.cat(out, 2), decode(x))
-
-
-def test_less_look_ahead_costs_exactness_but_no_output():
-    """The error grows with fewer later inputs; the lengths stay right."""
-    decode, x = upsampler(2, 8, 1), torch.randn(1, 1, 13)
-    errors = []
-    for look_ahead in (2, 1, 0):
-        out = chunks(ChunkedDecoder(decode, 8, 1, 3, look_ahead), x, [1, 3, 3, 3, 3])
-        assert torch.cat(out, 2).shape == (1, 1, 97)
-        errors.append((torch.cat(out, 2) - decode(x)).square().mean())
-    assert errors[0] == 0 < errors[1] < errors[2]
-
-
-def test_look_ahead_makes_the_first_output_wait():
-    """With a look-ahead of two, the first input is decoded when the third has come."""
-    chunked = ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=1, look_ahead=2)
-    x = torch.randn(1, 1, 4)
-    out = [*(chunked.add(x[:, :, i : i + 1]) for i in range(4)), chunked.finish()]
-    assert [None if y is None else y.shape[2] for y in out] == [None, None, 1, 8, 16]
-
-
-def test_memory_is_constant():
-    """Only context and look-ahead are kept, however long the stream is."""
-    chunked = ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=2, look_ahead=1)
-    for _ in range(50):
-        chunked.add(torch.randn(1, 1, 3))
-    assert chunked.kept.shape[2] == 3
+    chunked = ChunkedDecoder(decode, stride, first, context=3, look_ahead=2)
+    parts = [*map(chunked.add, x.split(sizes, dim=2)), chunked.finish()]
+    assert torch.equal(torch.cat([y for y in parts if y is not None], 2), decode(x))
 
 
 def test_a_short_first_input_needs_context():
@@ -98,23 +65,30 @@ def blocks():
         yield Block(k, video, torch.randn(1, len(span.audio), 128, generator=g))
 
 
-def decoded(networks, overlap):
-    decoder = Decoder(*networks, CFG, overlap)
+def decoded(networks, *overlap):
+    """All frames and samples, and the number of frames of every block."""
+    decoder = Decoder(*networks, CFG, Overlap(*overlap))
     frames, _, samples = zip(*map(decoder.decode, blocks()), decoder.finish())
     return torch.cat(frames), torch.cat(samples, 1), [len(f) for f in frames]
 
 
+EVERYTHING = (99, 99), (99, 99), (999, 999)  # context and look-ahead of all three networks
+
+
 def test_blocks_come_out_as_frames_and_samples(networks):
     """24 frames and 24000 stereo samples a second, in range, the first block a single frame."""
-    frames, samples, counts = decoded(networks, Overlap())
+    frames, samples, counts = decoded(networks)
     assert frames.shape == (73, 3, 64, 64) and counts == [1, 24, 24, 24, 0]
     assert samples.shape == (2, 301 * 240)
     assert 0 <= frames.min() < frames.max() <= 1 and samples.abs().max() <= 1
 
 
 def test_enough_overlap_gives_the_whole_clip(networks):
-    """All past and future as context: the same as decoding at once, for all networks."""
-    once = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))
+    """All past and future as context: the same as decoding at once, for all networks.
+
+    With the default overlap, sound is nearly the same, without seams.
+    """
+    once = decoded(networks, *EVERYTHING)
     vae, audio_vae, vocoder = networks
     whole = list(blocks())
     video = torch.cat([b.video for b in whole], 1).unflatten(1, (-1, *CFG.grid))
@@ -124,22 +98,13 @@ def test_enough_overlap_gives_the_whole_clip(networks):
     audio = torch.cat([b.audio for b in whole], 1) * audio_vae.latents_std + audio_vae.latents_mean
     mel = audio_vae.decode(audio.unflatten(2, (8, 16)).transpose(1, 2)).sample
     torch.testing.assert_close(once[1], vocoder(mel)[0], atol=1e-5, rtol=0)
-
-
-def test_sound_has_no_seams(networks):
-    """With the default overlap, sound is nearly that of decoding at once."""
-    whole = decoded(networks, Overlap((99, 99), (99, 99), (999, 999)))[1]
-    error = (decoded(networks, Overlap())[1] - whole).abs().max()
-    assert error < 1e-3 * whole.abs().max()
+    assert (decoded(networks)[1] - once[1]).abs().max() < 1e-3 * once[1].abs().max()
 
 
 def test_pictures_get_better_with_look_ahead(networks):
     """The difference to decoding at once falls with every latent of look-ahead."""
-    whole = decoded(networks, Overlap((99, 99)))[0]
-    errors = [
-        float((decoded(networks, Overlap((4, look_ahead)))[0] - whole).abs().mean())
-        for look_ahead in (0, 1, 2)
-    ]
+    whole, *found = (decoded(networks, part)[0] for part in ((99, 99), (4, 0), (4, 1), (4, 2)))
+    errors = [(frames - whole).abs().mean() for frames in found]
     assert errors[0] > errors[1] > errors[2]
 
 
@@ -152,14 +117,14 @@ def test_a_folder_that_lacks_a_part_is_refused(tmp_path):
 
 def test_channels_last_changes_the_layout_only(networks):
     """Weights are equal, results up to rounding; the kernels of the VAE have another layout."""
-    plain = decoded(networks, Overlap())
+    plain = decoded(networks)
     faster = copy.deepcopy(networks)
     decoders.channels_last(faster)
     for old, new in zip(networks[0].parameters(), faster[0].parameters()):
         assert torch.equal(old, new)
     kernels = [p for p in faster[0].parameters() if p.dim() == 5]
     assert all(p.is_contiguous(memory_format=torch.channels_last_3d) for p in kernels)
-    for one, other in zip(plain[:2], decoded(faster, Overlap())):
+    for one, other in zip(plain[:2], decoded(faster)):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 

@@ -51,15 +51,15 @@ def test_draws_follow_the_generator_and_find_every_prompt(folder):
     assert set(one[:, 0, 0].tolist()) == {float(len(p)) for p in PROMPTS}
 
 
-def test_other_prompts_have_another_mark(folder, tmp_path):
+def test_other_prompts_have_another_identity(folder, tmp_path):
     """What trajectories remember of their prompts tells one folder from another, not its path."""
     for name, prompts in (("same", PROMPTS), ("fewer", PROMPTS[:2])):
         captions.encode_to_folder(reader([]), prompts, "", tmp_path / name)
-    mark, same, fewer = (
+    identity, same, fewer = (
         captions.EncodedPrompts(path, CFG).identity
         for path in (folder, tmp_path / "same", tmp_path / "fewer")
     )
-    assert mark == same != fewer
+    assert identity == same != fewer
 
 
 def test_a_killed_encoding_goes_on_where_it_was(folder):
@@ -89,7 +89,7 @@ def test_foreign_folders_and_files_are_refused(folder, tmp_path):
 
 
 def test_a_text_file_holds_one_prompt_a_line(tmp_path):
-    """Empty lines and empty files are refused by number and name."""
+    """Empty lines, empty files and other encodings than UTF-8 are refused by number and name."""
     path = tmp_path / "prompts.txt"
     path.write_text("a dog barks\n rain \n")
     assert captions.read_lines(path) == ["a dog barks", "rain"]
@@ -99,6 +99,9 @@ def test_a_text_file_holds_one_prompt_a_line(tmp_path):
     path.write_text("")
     with pytest.raises(ValueError, match="no prompts; expected one a line"):
         captions.read_lines(path)
+    path.write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match="prompts.txt: expected text in UTF-8"):
+        captions.read_lines(path)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "{"])
@@ -107,10 +110,3 @@ def test_a_foreign_index_is_refused_by_file(folder, text):
     (folder / "prompts.json").write_text(text)
     with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
         captions.EncodedPrompts(folder, CFG)
-
-
-def test_prompts_in_another_encoding_are_refused_by_file(tmp_path):
-    """Latin-1 is not taken for text."""
-    (tmp_path / "prompts.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match="prompts.txt: expected text in UTF-8"):
-        captions.read_lines(tmp_path / "prompts.txt")

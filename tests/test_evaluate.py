@@ -13,13 +13,17 @@ from plumbing import files
 from studies import evaluate
 from toy import world as toy_world
 
-SEEDS = range(toy_world.HELD_OUT, toy_world.HELD_OUT + 16)
-FIVE = [(0, 5)]  # seconds
+SEEDS = evaluate.held_out(16)
+
+
+def measured(make):
+    """The Interval of the first five seconds of the clips that `make` returns."""
+    return evaluate.measure_all(make, SEEDS, [(0, 5)], "")[0]
 
 
 @pytest.fixture(scope="module")
 def truth():
-    return evaluate.measure_all(partial(evaluate.true_clips, 5), SEEDS, FIVE, "truth")[0]
+    return measured(partial(evaluate.true_clips, 5))
 
 
 def test_truth_is_perfect(truth):
@@ -32,29 +36,23 @@ def test_truth_is_perfect(truth):
 
 def test_shuffled_sounds_are_noticed(truth):
     """With the sound of another clip, F1 falls to chance; metrics of the frames stay."""
-    shuffled = evaluate.measure_all(partial(evaluate.true_clips, 5), SEEDS, FIVE, "", shuffle=True)[
-        0
-    ]
-    m = evaluate.metrics(shuffled, truth, truth)
+    m = evaluate.metrics(measured(partial(evaluate.shuffled_clips, 5)), truth, truth)
     assert m["f1"] < 0.3 and m["whole"] == 1 and m["colour"] == 1
 
 
 def test_silence_is_noticed(truth):
     """A silent clip has no onsets, and its missing partners count in capped DeSync."""
-
-    def silent(clips, seed):
-        video, sound = evaluate.true_clips(5, clips, seed)
-        return video, 0 * sound
-
-    m = evaluate.metrics(evaluate.measure_all(silent, SEEDS, FIVE, "")[0], truth, truth)
-    assert m["f1"] == m["onsets_rate"] == 0
-    assert m["capped_ms"] == 300
+    clips = toy_world.draw_clips(SEEDS)
+    video, sound = evaluate.true_clips(5, clips, 0)
+    silent = evaluate.measure(video, 0 * sound, clips.words, [(0, 5)])[0]
+    m = evaluate.metrics(silent, truth, truth)
+    assert m["f1"] == m["onsets_rate"] == 0 and m["capped_ms"] == 300
 
 
 def test_intervals_split_the_events():
     """The events of all seconds add up to the events of the stream."""
     times = [(0, 4), *((t, t + 1) for t in range(4))]
-    whole, *seconds = evaluate.measure_all(partial(evaluate.true_clips, 4), SEEDS, times, "")
+    whole, *seconds = evaluate.measure_truth(4, SEEDS, times)
     assert sum(w.match[:, 1].sum() for w in seconds) == whole.match[:, 1].sum() > 0
 
 
@@ -94,8 +92,10 @@ def run(tmp_path, monkeypatch, capsys):
 def test_command_line(run, tmp_path):
     """Table, JSON and plot are written, for untrained students too."""
     rows = run("--student", untrained(tmp_path, config.TOY))["rows"]
-    assert {"truth", "stage I, 4 steps", "stage I streamed, never trained to"} <= rows.keys()
-    assert "toy, 0-5 s" in rows
+    assert list(rows) == [
+        "truth", "truth, sounds shuffled", "truth through the codec", "teacher, 32 steps",
+        "teacher, 4 steps", "stage I, 4 steps", "stage I streamed, never trained to", "toy, 0-5 s"
+    ]  # fmt: skip
     assert (tmp_path / "new" / "e.png").exists()
 
 
@@ -104,38 +104,26 @@ def test_without_students_there_are_the_other_rows(run, tmp_path, monkeypatch):
     makers = {"stage I, 4 steps": partial(evaluate.true_clips, 5)}
     monkeypatch.setattr(evaluate, "five_second_rows", lambda codec, args: makers)
     result = run("--guidance", 1, 1, "--student")
-    assert list(result["rows"]) == ["truth", "truth, sounds shuffled", "stage I, 4 steps"]
+    assert list(result["rows"]) == ["truth", "stage I, 4 steps"]
     assert result["by_second"] == {} and not (tmp_path / "new" / "e.png").exists()
     about = result["about"]
     assert about.keys() == {"command", "device", "torch", "cuda", "date", "threads"}
-    assert about["command"].startswith(
-        "python -m studies.evaluate --clips 2 --seconds 5 --teacher "
-    )
-    assert " --guidance 1.0 1.0 " in about["command"] and about["command"].endswith(" --student")
+    command = about["command"]
+    assert command.startswith("python -m studies.evaluate --clips 2 --seconds 5 --teacher ")
+    assert " --guidance 1.0 1.0 " in command and command.endswith(" --student")
 
 
 @pytest.mark.parametrize("cfg, least", [(config.TOY, 4), (config.TOY_RELEASED, 3)])
 def test_a_window_of_none_is_all(cfg, least, monkeypatch):
     """None means all blocks, as everywhere; by default, a stream sees as far as in training."""
-    asked = []
-
-    def no_rollout(*arguments, batch, view):
-        asked.append(view.window)
-        raise StopIteration
-
-    monkeypatch.setattr(evaluate, "rollout", no_rollout)
-    net, clips = model.build(cfg), toy_world.draw_clips([toy_world.HELD_OUT])
-    streams = (
-        evaluate.streams_of(net, None, 10, window=None),
-        evaluate.streams_of(net, None, 10),
-    )
-    for stream in streams:
-        with pytest.raises(StopIteration):
-            stream(clips, 0)
-    assert asked == [num_blocks(10, cfg), least]
+    fakes = {"rollout": lambda *_, batch, view: view.window, "whole_clip": int}
+    for name, fake in {**fakes, "decode": lambda codec, window: window}.items():
+        monkeypatch.setattr(evaluate, name, fake)
+    stream = partial(evaluate.from_stream, model.build(cfg), None, 10, toy_world.draw_clips([0]), 0)
+    assert (stream(window=None), stream()) == (num_blocks(10, cfg), least)
 
 
-STAGE_III = evaluate.STUDENTS[1]
+TEACHER, STAGE_III = "weights/toy_teacher.safetensors", evaluate.STUDENTS[1]
 BAD = {
     "seconds": (["--seconds", 7], "--seconds 7: expected a multiple of 5"),
     "clips": (["--clips", 1], "--clips 1: expected at least 2"),
@@ -144,10 +132,8 @@ BAD = {
     "window": (["--window", 0], "window=0: a block must remember"),
     "out": (["--out", "README.md/e"], "README.md/e.json: not writable"),
     "same names": (["--student", STAGE_III, STAGE_III], "another row is called self_forcing"),
-    "a teacher": (
-        ["--student", "weights/toy_teacher.safetensors"], "another row is called teacher"
-    ),
-}  # fmt: skip
+    "a teacher": (["--student", TEACHER], "another row is called teacher"),
+}
 
 
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)

@@ -8,6 +8,7 @@ import contextlib
 import functools
 from collections import Counter
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -80,16 +81,8 @@ def test_a_second_stream_is_recorded_anew():
     assert recorded.counts["recorded"] == 4
 
 
-def test_what_is_recorded_twice_as_long_is_not_recorded_more_often():
-    """A recording for each place in the ring, however long the stream."""
-    net, texts = with_texts(CFG)
-    recorded = Counting(net)
-    stream(recorded, texts, blocks=16)
-    assert recorded.counts["recorded"] == 2
-
-
 def test_without_a_full_window_nothing_is_recorded():
-    """A short stream forgets nothing, and its passes all differ in what they read."""
+    """A short stream evicts nothing, and its passes all read different slots."""
     net, texts = with_texts(CFG)
     recorded = Counting(net)
     assert_bitwise(stream(net, texts, blocks=3), stream(recorded, texts, blocks=3))
@@ -112,34 +105,21 @@ def test_a_pass_that_carries_a_gradient_is_not_recorded():
     assert_bitwise(*found)
 
 
-def frozen_tables(self, span, view):
-    """A recording that reads the rotation tables it was made with."""
-    latents, sigmas, _ = self.inputs
-    now = model.ropes_of(self.cfg, SPAN, torch.device("cpu"), torch.float64)
-    return self.net(*latents, *sigmas, self.text, span, view, now)
+@pytest.mark.parametrize("frozen", ["tables", "prompt", "level"])
+def test_a_recording_that_keeps_an_input_is_noticed(frozen, monkeypatch):
+    """Rotation tables, prompt or noise level stay those of the recording: the stream changes."""
 
+    def run(self, span, view):
+        latents, sigmas, ropes = self.inputs
+        text = self.prompt if frozen == "prompt" else self.text
+        if frozen == "tables":
+            ropes = model.ropes_of(CFG, block_span(3, CFG), torch.device("cpu"), torch.float64)
+        if frozen == "level":
+            sigmas = [torch.full_like(s, float(s.max())) for s in sigmas]
+        return self.net(*latents, *sigmas, text, span, view, ropes)
 
-def frozen_prompt(self, span, view):
-    """A recording that reads the prompt it was made with."""
-    latents, sigmas, ropes = self.inputs
-    return self.net(*latents, *sigmas, self.prompt, span, view, ropes)
-
-
-def frozen_level(self, span, view):
-    """A recording for one noise level."""
-    latents, sigmas, ropes = self.inputs
-    sigmas = [torch.full_like(s, float(s.max())) for s in sigmas]
-    return self.net(*latents, *sigmas, self.text, span, view, ropes)
-
-
-SPAN, FROZEN = block_span(3, CFG), [frozen_tables, frozen_prompt, frozen_level]
-
-
-@pytest.mark.parametrize("frozen", FROZEN, ids=lambda f: f.__name__)
-def test_contents_that_a_recording_keeps_are_noticed(frozen, monkeypatch):
-    """What the tests above would say if one of the inputs were baked in."""
     net, texts = with_texts(CFG)
-    monkeypatch.setattr(faster.Recorded, "_run", frozen)
+    monkeypatch.setattr(faster.Recorded, "_run", run)
     one, other = stream(net, texts, 6), stream(Counting(net), texts, 6)
     assert not all(map(torch.equal, one, other))
 
@@ -179,59 +159,42 @@ def test_a_missing_wait_is_noticed():
     assert any("may not have written yet" in fault for fault in streams.faults)
 
 
-@pytest.mark.parametrize("is_let_go_of", [False, True])
-def test_memory_that_is_reused_too_early_is_noticed(is_let_go_of):
-    """What audio reads is let go of before video, launched second, makes its tensors."""
+@pytest.mark.parametrize("is_freed", [False, True])
+def test_memory_that_is_reused_too_early_is_noticed(is_freed):
+    """Memory that audio reads is freed before video, launched second, makes its tensors."""
     with TwoStreams() as streams:
         x = torch.zeros(3) + 1
         side = Side(streams)
         side.fork(lambda: None)
         streams.begin_side()
         y = 2 * x
-        if is_let_go_of:
+        if is_freed:
             del x
         streams.stream = "main"  # which has not waited yet
         z = torch.zeros(3) + 1
-    assert bool(streams.faults) == is_let_go_of and len(y) == len(z)
-
-
-class FakeStream:
-    """Writes down, for both streams, what is asked of which."""
-
-    log, current = [], None
-
-    def __init__(self, device=None, name="side"):
-        self.device, self.name = device, name
-
-    def record_event(self):
-        self.log.append(f"{self.name} passes the fork")
-        return "the fork"
-
-    def wait_event(self, event):
-        self.log.append(f"{self.name} waits for {event}")
-
-    def wait_stream(self, other):
-        self.log.append(f"{self.name} waits for {other.name}")
+    assert bool(streams.faults) == is_freed and len(y) == len(z)
 
 
 def test_a_side_stream_forks_where_it_is_called_and_joins_where_it_ends(monkeypatch):
-    """With stand-ins for torch.cuda: what is launched in between runs beside, and no longer."""
-    FakeStream.current, FakeStream.log = FakeStream(name="main"), []
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda s: setattr(FakeStream, "current", s))
+    """With stand-ins for torch.cuda: only audio is launched on the side stream."""
+    cuda = mock.Mock()  # notes all calls in their order
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: cuda.side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: cuda.main)
+    monkeypatch.setattr(torch.cuda, "set_stream", cuda.set_stream)
     side = faster.SideStream()
-
-    def launch(what):
-        FakeStream.log.append(f"{what} on {FakeStream.current.name}")
-
     for _ in range(2):
-        side.fork(launch, "video")
-        side.beside(launch, "audio")
-        launch("both")
-    expected = ["main passes the fork", "video on main", "side waits for the fork"]
-    expected += ["audio on side", "main waits for side", "both on main"]
-    assert FakeStream.log == 2 * expected
+        side.fork(cuda.video, "step")
+        side.beside(cuda.audio, "step")
+    fork = cuda.main.record_event.return_value
+    assert cuda.mock_calls == 2 * [
+        mock.call.main.record_event(),
+        mock.call.video("step"),
+        mock.call.side.wait_event(fork),
+        mock.call.set_stream(cuda.side),
+        mock.call.audio("step"),
+        mock.call.set_stream(cuda.main),
+        mock.call.main.wait_stream(cuda.side),
+    ]
 
 
 def test_recordings_share_a_pool(monkeypatch):
@@ -304,7 +267,7 @@ def no_waiting():
 @pytest.mark.gpu
 @both_kernels
 @pytest.mark.parametrize("record", [False, True])
-def test_behind_a_full_window_no_block_waits_for_the_gpu(record, few, monkeypatch):
+def test_no_block_waits_for_the_gpu_once_the_window_is_full(record, few, monkeypatch):
     """Refresh, noise, positions, passes on both streams, pinned keys: PyTorch itself watches."""
     net, texts = on_gpu()
     monkeypatch.setattr(kernel, "MAX_FUSED_TOKENS", few)
@@ -321,7 +284,7 @@ def test_behind_a_full_window_no_block_waits_for_the_gpu(record, few, monkeypatc
 
 @pytest.mark.gpu
 def test_a_number_that_is_read_back_is_noticed():
-    """What the test above would say of it."""
+    """The test above would fail."""
     with no_waiting(), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         torch.ones(1, device="cuda").item()
 

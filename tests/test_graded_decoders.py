@@ -24,10 +24,8 @@ def test_the_first_input_gives_fewer_outputs():
         for inputs in (-2, 0, 1, 2, 5):
             right = len([*range(first), *range(stride * (inputs - 1))]) if inputs > 0 else 0
             found = chunked._num_outputs(inputs)
-            assert found == right, (
-                f"{inputs} inputs give {right} outputs (the first {first}, the others {stride}), "
-                f"not {found}"
-            )
+            each = f"(the first {first}, the others {stride})"
+            assert found == right, f"{inputs} inputs give {right} outputs {each}, not {found}"
 
 
 def blurred(x):
@@ -49,10 +47,8 @@ def test_no_output_is_lost_or_repeated():
     x = torch.randn(1, 1, 10)
     for look_ahead, right in ((0, [1, 24, 24, 24, 0]), (2, [0, 9, 24, 24, 16])):
         found = [0 if y is None else y.shape[2] for y in decoded(x, 3, look_ahead)]
-        assert found == right, (
-            f"blocks of 1, 3, 3, 3 inputs and a look-ahead of {look_ahead} give {found} outputs, "
-            f"expected {right}"
-        )
+        given = f"blocks of 1, 3, 3, 3 inputs and a look-ahead of {look_ahead}"
+        assert found == right, f"{given} give {found} outputs, expected {right}"
 
 
 @pytest.mark.points(2, "ChunkedDecoder._decode_until")
@@ -97,9 +93,8 @@ def test_a_block_decodes_to_its_own_second():
         chunk = decoder.decode(block)
         found = [len(chunk.frames), len(chunk.levels), chunk.samples.shape[1]]
         right = [24, 100, 24000] if block.index else [1, 1, 0]
-        assert found == right, (
-            f"block {block.index} became {found} frames, mel frames and samples, expected {right}"
-        )
+        what = "frames, mel frames and samples"
+        assert found == right, f"block {block.index} became {found} {what}, expected {right}"
 
 
 @pytest.mark.points(2, "ToyDecoder.decode")
@@ -110,10 +105,8 @@ def test_sound_has_no_seams():
     frames, levels, samples = zip(*map(decoder.decode, blocks))
     frames, levels, samples = torch.cat(frames), torch.cat(levels), torch.cat(samples, 1)[0]
     video, audio = (torch.cat([block[i] for block in blocks], 1) for i in (1, 2))
-    assert torch.allclose(frames, codec.decode_video(video, True)[0], atol=1e-5), (
-        "the frames differ from those of the clip decoded at once"
-    )
-    whole = codec.decode_audio(audio, True)[0]
+    pictures, whole = codec.decode_video(video, True)[0], codec.decode_audio(audio, True)[0]
+    assert torch.allclose(frames, pictures, atol=1e-5), "the frames differ from those of the clip"
     assert torch.allclose(levels, whole, atol=1e-5), "the levels differ from those of the clip"
     away = (samples - toy_codec.synthesise(whole, 0, CFG)).abs()
     second = int(away.argmax()) // toy_codec.SAMPLE_RATE

@@ -91,21 +91,16 @@ def test_a_prompt_applies_from_the_first_block_that_begins_at_its_time_or_later(
     net, _ = streamed((0, "red fast metal"), (1.5, "blue slow wood"), (3, "green slow wood"))
     right = ["red fast metal"] * 3 + ["blue slow wood"] + ["green slow wood"]
     for block, text, *_ in net.passes:
-        begins = max(0, block - 1)
-        found = prompt_of(text)
-        assert found == right[block], (
-            f"block {block}, which begins at second {begins}, reads {found!r}; its prompt is "
-            f"{right[block]!r} (cues at 0, 1.5 and 3 seconds)"
-        )
+        which, found = f"block {block}, which begins at second {max(0, block - 1)}", prompt_of(text)
+        assert found == right[block], f"{which}, reads {found!r}; its prompt is {right[block]!r}"
 
 
 @pytest.mark.points(1, "stream")
 def test_a_prompt_is_projected_once_and_only_when_its_time_has_come():
     """Not for every block, and not before the first block."""
     net, _ = streamed((0, "red fast metal"), (2, "blue slow wood"))
-    assert len(net.projected) == 2, (
-        f"two prompts are projected {len(net.projected)} times: keep their keys and values"
-    )
+    times = len(net.projected)
+    assert times == 2, f"two prompts are projected {times} times: keep their keys and values"
     net = Net()
     blocks = generate.stream(net, [generate.Cue(0, "red"), generate.Cue(2, "blue")], 4)
     assert not net.passes, "the stream runs before a block is asked for: return a generator"

@@ -34,9 +34,8 @@ def test_the_velocity_leads_back_to_the_clean_tokens():
     sigma = torch.tensor([[0.1, 0.3, 0.5, 0.7, 0.9]])
     x, v = x0 + sigma[..., None] * (noise - x0), noise - x0
     found = model.to_x0(x, sigma, v)
-    assert not torch.allclose(found, x + sigma[..., None] * v), (
-        "the sign is wrong: v points from clean to noise, so go against it"
-    )
+    forwards = torch.allclose(found, x + sigma[..., None] * v)
+    assert not forwards, "the sign is wrong: v points from clean to noise, so go against it"
     assert torch.allclose(found, x0, atol=1e-6), "this is not the clean end: x0 = x - sigma v"
 
 
@@ -46,9 +45,8 @@ def test_clean_estimates_are_computed_in_float32():
     x, v = torch.randn(2, 1, 200, 3, generator=torch.Generator().manual_seed(0)).bfloat16().unbind()
     found = model.to_x0(x, torch.full((1, 1), 0.4207186), v)
     assert found.dtype == torch.bfloat16, f"bfloat16 tokens became {found.dtype}"
-    assert torch.equal(found, (x.float() - 0.4207186 * v.float()).bfloat16()), (
-        "rounded too early: compute in float32, then return to the dtype of the tokens"
-    )
+    right = (x.float() - 0.4207186 * v.float()).bfloat16()
+    assert torch.equal(found, right), "rounded too early: compute in float32, then round"
 
 
 @pytest.mark.points(1, "per_token")
@@ -77,9 +75,7 @@ def test_cosines_then_sines_of_falling_rates():
     close = dict(abs=1e-3)
     assert found != pytest.approx(sines + cosines, **close), "sines come first, not cosines"
     too_far = sum(waves([10000 ** (-i / (half - 1)) for i in range(half)]), [])
-    assert found != pytest.approx(too_far, **close), (
-        "the rates reach 1/10000: divide by half, not by half - 1"
-    )
+    assert found != pytest.approx(too_far, **close), "divide by half, not by half - 1"
     assert found == pytest.approx(cosines + sines, **close), f"tau = 700 gave {found}"
 
 
@@ -107,9 +103,8 @@ def test_self_attention_is_a_gated_residual_of_modulated_tokens():
     assert given is context or torch.equal(given, context), "in self attention, context = queries"
     assert rest == ["table", "table", "attend"], "queries and keys need the same rotation table"
     close = dict(atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(given, n * (1 + shift) + scale, **close), (
-        "shift and scale are swapped"
-    )
+    swapped = n * (1 + shift) + scale
+    assert not torch.allclose(given, swapped, **close), "shift and scale are swapped"
     assert not torch.allclose(given, x * (1 + scale) + shift, **close), "x is not normalised"
     assert not torch.allclose(given, n * scale + shift, **close), "scale by 1 + scale, not by scale"
     assert torch.allclose(given, n * (1 + scale) + shift, **close), "not N(x) (1 + scale) + shift"
@@ -191,10 +186,9 @@ def test_both_streams_attend_to_each_other_as_they_were():
         (kind, me, own), (kind_2, they, theirs), *_ = half.steps[2].given
         assert (kind, me) == ("queries", name), f"{name} attends with the {kind} of {me}"
         assert (kind_2, they) == ("context", other), f"{name} attends to the {kind_2} of {they}"
-        assert torch.equal(theirs, halves[other].steps[1].result), (
-            f"{name} attends to {other} after {other} has changed: both streams must read the "
-            f"values from before this step"
-        )
+        late = f"{name} attends to {other} after {other} has changed"
+        is_before = torch.equal(theirs, halves[other].steps[1].result)
+        assert is_before, f"{late}: both streams must read the values from before this step"
         assert torch.equal(own, half.steps[1].result), f"{name}: queries are from the wrong step"
 
 
@@ -208,10 +202,8 @@ def test_each_attention_has_its_own_site_and_rotations():
         assert positions == f"{name}_self", f"{name}: self attention rotates by {positions}"
         assert modulation == f"modulation of {name}", f"{name}: self attention gets {modulation}"
         _, _, modulation, *rotations, found = halves[name].steps[2].given
-        assert found[:2] == (7, site), (
-            f"{name} attends to the other stream at {found[:2]}, not at {(7, site)}: queries of "
-            f"{site} come from {name}"
-        )
+        where = f"{name} attends to the other stream at {found[:2]}"
+        assert found[:2] == (7, site), f"{where}, but queries of {site} come from {name}"
         right = [f"{name}_cross", f"{SWAPPED[name]}_cross"]
         assert rotations == right, f"{name}: rotations of (queries, keys) are {rotations}"
         assert modulation == f"modulation of {name}", f"{name}: cross attention gets {modulation}"

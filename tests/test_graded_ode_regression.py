@@ -3,10 +3,12 @@
 Blocks are counted by hand. The student is a stand-in that predicts the given ends.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
+from test_graded_masks import block_of
 
 import config
 import ode_regression as ode
@@ -18,22 +20,13 @@ FRAMES = {"video": (7, 3, 4), "audio": (51, 25, 1)}  # frames, frames per later 
 LEVELS = torch.tensor([[0, 3, CLEAN], [CLEAN, 2, 1]])  # of two clips
 
 
-def block_of(frame, step):
-    """Count the block of a frame: frame 0 is block 0, then every `step` frames are one block."""
-    block = 0
-    while frame >= 1 + block * step:
-        block += 1
-    return block
-
-
 @pytest.mark.points(1, "fine_sigmas")
 def test_fine_levels_lie_evenly_between_the_levels_of_the_student():
     """Every third one is a level of the student; none is left out or repeated."""
     found = ode.fine_sigmas((1.0, 0.4, 0.1), 3)
     assert len(found) == 7, f"3 levels with 3 steps between neighbours are 7, not {len(found)}"
-    assert found[::3] == pytest.approx([1.0, 0.4, 0.1]), (
-        f"off by one step: every third level should be the student's, found {found[::3]}"
-    )
+    third = found[::3]
+    assert third == pytest.approx([1.0, 0.4, 0.1]), f"off by one step: every third one is {third}"
     assert found == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.3, 0.2, 0.1]), f"not even: {found}"
 
 
@@ -54,11 +47,10 @@ def test_every_frame_is_in_the_state_of_its_own_level():
     levels = torch.tensor([[0, 4, 2], [1, 1, 3]])
     found = ode.gather_states(states, levels)
     assert found.shape == (2, 3, 2, 2), f"(B, F, ...) is (2, 3, 2, 2), not {tuple(found.shape)}"
-    for b in range(2):
-        for f in range(3):
-            assert torch.equal(found[b, f], states[b, levels[b, f], f]), (
-                f"clip {b}, frame {f} is not in its state at level {int(levels[b, f])}"
-            )
+    for b, f in itertools.product(range(2), range(3)):
+        level = int(levels[b, f])
+        is_right = torch.equal(found[b, f], states[b, level, f])
+        assert is_right, f"clip {b}, frame {f} is not in its state at level {level}"
 
 
 @pytest.mark.points(2, "draw_levels")
@@ -119,14 +111,11 @@ def test_video_and_audio_of_a_block_share_its_level():
     _, student, _ = regress()
     for (name, (frames, step, _)), sigma in zip(FRAMES.items(), student.sigmas):
         per_frame = sigma[:, :: sigma.shape[1] // frames]  # (B, F), also from (B, T)
-        for b in range(2):
-            for f in range(frames):
-                found, block = float(per_frame[b, f]), block_of(f, step)
-                right = SIGMAS[LEVELS[b, block]]
-                assert found == pytest.approx(right), (
-                    f"{name} frame {f} (block {block}) has level {found:.3f}, its block has "
-                    f"{right:.3f}: video and audio of a block share one level"
-                )
+        for b, f in itertools.product(range(2), range(frames)):
+            found, block = float(per_frame[b, f]), block_of(f, 1, step)
+            right = pytest.approx(SIGMAS[LEVELS[b, block]])
+            wrong = f"{name} frame {f} (block {block}) has level {found:.3f}, not that of its block"
+            assert found == right, f"{wrong}: video and audio of a block share one level"
 
 
 @pytest.mark.points(1, "regression_losses")
@@ -134,14 +123,12 @@ def test_the_student_sees_the_state_at_its_level():
     """Token by token, the input is the trajectory's state at the level of the token's block."""
     _, student, states = regress()
     for (name, (_, step, tokens)), x in zip(FRAMES.items(), student.seen):
-        for b in range(2):
-            for t in range(x.shape[1]):
-                level = int(LEVELS[b, block_of(t // tokens, step)])
-                matches = [i for i in range(5) if torch.equal(x[b, t], states[name][b, i, t])]
-                assert matches == [level], (
-                    f"{name} token {t} should be in its state at level {level}, but it is in "
-                    f"{f'that at level {matches[0]}' if matches else 'none of the trajectory'}"
-                )
+        for b, t in itertools.product(range(2), range(x.shape[1])):
+            level = int(LEVELS[b, block_of(t // tokens, 1, step)])
+            found = [i for i in range(5) if torch.equal(x[b, t], states[name][b, i, t])]
+            place = f"that at level {found[0]}" if found else "none of the trajectory"
+            right = f"{name} token {t} should be in its state at level {level}"
+            assert found == [level], f"{right}, but it is in {place}"
 
 
 @pytest.mark.points(1, "regression_losses")
@@ -150,17 +137,14 @@ def test_the_target_is_the_clean_end_of_the_trajectory():
     losses, _, _ = regress()
     assert len(losses) == 2, f"one loss for video and one for audio, not {len(losses)}"
     for name, loss in zip(FRAMES, losses):
-        assert loss < 1e-6, (
-            f"{name}: a student that predicts the clean end has a loss of {float(loss):.2f}, not "
-            f"0: the target is the end of the trajectory"
-        )
+        found = f"{name}: a student that predicts the clean end has a loss of {float(loss):.2f}"
+        assert loss < 1e-6, f"{found}, not 0: the target is the end of the trajectory"
 
 
 @pytest.mark.points(1, "regression_losses")
 def test_clean_blocks_do_not_count():
     """An error of 2 is a loss of 4, however many blocks are clean."""
     for name, loss in zip(FRAMES, regress(off=2.0)[0]):
-        assert float(loss) == pytest.approx(4, rel=1e-3), (
-            f"{name}: an error of 2 gives a loss of {float(loss):.2f}, not 4: clean blocks, where "
-            f"nothing is to be learnt, must not count in the mean"
-        )
+        found = float(loss)
+        rule = "clean blocks, where nothing is to be learnt, must not count in the mean"
+        assert found == pytest.approx(4, rel=1e-3), f"{name}: {found:.2f} instead of 4: {rule}"

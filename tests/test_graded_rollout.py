@@ -71,9 +71,8 @@ def test_blocks_are_joined_in_order_for_each_stream():
     net = Net()
     blocks = [rollout.Block(k, *net.block(k)) for k in range(BLOCKS)]
     for name, found, right in zip(("video", "audio"), rollout.whole_clip(blocks), net.clip):
-        assert found.shape == right.shape, (
-            f"{name} is {tuple(found.shape)}, not {tuple(right.shape)}"
-        )
+        shape, expected = tuple(found.shape), tuple(right.shape)
+        assert shape == expected, f"{name} is {shape}, not {expected}"
         assert torch.equal(found, right), f"the blocks of {name} are not in order"
 
 
@@ -84,10 +83,9 @@ def test_a_block_is_cut_out_at_its_place():
     for k in range(BLOCKS):
         found = rollout.block_of(net.clip, k, CFG)
         for name, x, right, per in zip(("video", "audio"), found, net.block(k), (4, 1)):
-            assert x.shape == right.shape, (
-                f"{name} of block {k} is {tuple(x.shape)}, not {tuple(right.shape)}: a frame has "
-                f"{per} tokens"
-            )
+            shape, expected = tuple(x.shape), tuple(right.shape)
+            wrong = f"{name} of block {k} is {shape}, not {expected}"
+            assert shape == expected, f"{wrong}: a frame has {per} tokens"
             assert torch.equal(x, right), f"{name} of block {k} is cut out at the wrong place"
 
 
@@ -134,14 +132,12 @@ def test_fresh_noise_takes_the_estimate_to_the_next_level():
     for i, p in enumerate(net.passes[1:], 1):
         noise = [(x - (1 - SIGMAS[i]) * x0) / SIGMAS[i] for x, x0 in zip(p.x, net.block(1))]
         for stream, n in zip(("video", "audio"), noise):
-            assert abs(float(n.std()) - 1) < 0.1 and abs(float(n.mean())) < 0.1, (
-                f"pass {i} sees {stream} that is not (1 - s) x0 + s noise for its level "
-                f"s = {SIGMAS[i]:.3f}"
-            )
+            wrong = f"pass {i} sees {stream} that is not (1 - s) x0 + s noise"
+            is_noise = abs(float(n.std()) - 1) < 0.1 and abs(float(n.mean())) < 0.1
+            assert is_noise, f"{wrong} for its level s = {SIGMAS[i]:.3f}"
         for earlier in seen:
-            assert (noise[0] - earlier[0]).abs().max() > 0.1, (
-                f"pass {i} sees noise that was used before: draw fresh noise"
-            )
+            is_new = (noise[0] - earlier[0]).abs().max() > 0.1
+            assert is_new, f"pass {i} sees noise that was used before: draw fresh noise"
         seen.append(noise)
 
 
@@ -182,10 +178,8 @@ def test_a_block_takes_four_passes_and_a_refresh_but_the_last_block_no_refresh()
     for k in range(BLOCKS - 1):
         found = levels(net, k)
         assert found[:4] == ROUNDED[:4], f"passes of block {k} at levels {found}, not {ROUNDED}"
-        assert found[4:] == [0.0], (
-            f"after its passes block {k} is refreshed at levels {found[4:]}, not once at 0: the "
-            f"cache keeps the keys of a noisy block"
-        )
+        wrong = f"after its passes block {k} is refreshed at levels {found[4:]}, not once at 0"
+        assert found[4:] == [0.0], f"{wrong}: the cache keeps the keys of a noisy block"
     found = levels(net, BLOCKS - 1)
     assert found == ROUNDED[:4], f"the last block needs no refresh, but has passes at {found}"
 
@@ -197,16 +191,13 @@ def test_the_refresh_sees_the_finished_block():
     blocks = list(roll(net))
     for block in blocks[:-1]:
         refresh = [p for p in net.passes if p.block == block.index][-1]
-        assert all(map(torch.equal, refresh.x, block[1:])), (
-            f"the refresh does not see the finished block {block.index}, so the cache holds "
-            f"something else"
-        )
+        is_cached = all(map(torch.equal, refresh.x, block[1:]))
+        assert is_cached, f"the refresh does not see the finished block {block.index}"
     net.passes.clear()
     list(roll(net, history=[x + 5 for x in net.clip]))
     refresh = net.passes[4]
-    assert all(torch.equal(x, y + 5) for x, y in zip(refresh.x, net.block(0))), (
-        "the given history is ignored: it must be cached instead of the generated blocks"
-    )
+    is_cached = all(torch.equal(x, y + 5) for x, y in zip(refresh.x, net.block(0)))
+    assert is_cached, "the given history is ignored: cache it instead of the generated blocks"
 
 
 @pytest.mark.points(1, "rollout")
@@ -215,10 +206,8 @@ def test_the_cache_moves_on_once_per_block():
     net, view = Net(), CachedView(CFG, BLOCKS, window=20)
     list(roll(net, view=view))
     for i, p in enumerate(net.passes):
-        assert p.cache == p.block, (
-            f"during pass {i % 5} of block {p.block} the cache stands at block {p.cache}: it must "
-            f"move on once, after the refresh"
-        )
+        where = f"during pass {i % 5} of block {p.block} the cache stands at block {p.cache}"
+        assert p.cache == p.block, f"{where}: it must move on once, after the refresh"
         assert p.view is view and p.window == 20, "the given view is not used"
         assert p.text == f"text {p.block}", f"block {p.block} reads the prompt of another block"
     net.passes.clear()
@@ -235,9 +224,8 @@ def test_no_gradient_crosses_from_block_to_block():
         found = [p.has_grad for p in net.passes if p.block == k]
         assert found[3], f"the last pass of block {k} carries no gradient"
         assert not any(found[:3]), f"too many passes of block {k} record a gradient: {found}"
-        assert not any(found[4:]), (
-            f"the refresh of block {k} records a gradient, which would cross to later blocks"
-        )
+        refresh = f"the refresh of block {k} records a gradient"
+        assert not any(found[4:]), f"{refresh}, which would cross to later blocks"
     assert blocks[1].video.requires_grad, "the yielded block carries no gradient"
 
 
@@ -247,10 +235,9 @@ def test_a_finished_block_is_yielded_at_once():
     net = Net()
     block = next(iter(roll(net)))
     assert block.index == 0, f"the first block has index {block.index}"
-    assert len(net.passes) == 4, (
-        f"block 0 is yielded after {len(net.passes)} passes, not 4: its refresh, or other blocks, "
-        f"came first"
-    )
+    found = len(net.passes)
+    why = "its refresh, or other blocks, came first"
+    assert found == 4, f"block 0 is yielded after {found} passes, not 4: {why}"
 
 
 @pytest.mark.points(1, "rollout")
@@ -260,8 +247,6 @@ def test_blocks_end_at_the_given_exit_steps():
         net = Net()
         list(roll(net, exit_steps=exit_steps))
         for k, exit_step in enumerate(exit_steps):
-            right = ROUNDED[: exit_step + 1] + [0.0] * (k < BLOCKS - 1)
-            assert levels(net, k) == right, (
-                f"with exit_steps={exit_steps} block {k} has passes at {levels(net, k)}, expected "
-                f"{right}"
-            )
+            found, right = levels(net, k), ROUNDED[: exit_step + 1] + [0.0] * (k < BLOCKS - 1)
+            block = f"with exit_steps={exit_steps} block {k}"
+            assert found == right, f"{block} has passes at {found}, expected {right}"

@@ -44,10 +44,8 @@ def test_a_latent_stands_in_the_middle_of_its_input_frames():
         for f in range(4):
             found = float(rope._midpoints(range(f, f + 1), stride))
             right = (frames[0] + frames[-1] + 1) / 2
-            assert found == right, (
-                f"stride {stride}: latent {f} covers input frames {frames[0]} to {frames[-1]}, "
-                f"their middle is {right}, not {found}"
-            )
+            covers = f"latent {f} covers input frames {frames[0]} to {frames[-1]}"
+            assert found == right, f"{covers}, their middle is {right}, not {found}"
             frames = range(frames[-1] + 1, frames[-1] + 1 + stride)
 
 
@@ -56,14 +54,12 @@ def test_frequencies_go_from_pi_over_2_to_theta_times_that():
     """K = width // (2 axes) of them, evenly spaced on a logarithmic scale, both ends included."""
     for width, axes in ((32, 3), (16, 1)):
         found, right = rope.frequencies(width, axes, CFG).tolist(), grid(width, axes, CFG)
-        assert len(found) == len(right), (
-            f"{width} channels are {width // 2} pairs; {axes} axes share them, so there are "
-            f"{len(right)} frequencies, not {len(found)}"
-        )
+        pairs = f"{width} channels are {width // 2} pairs for {axes} axes"
+        count = len(found)
+        assert count == len(right), f"{pairs}: {len(right)} frequencies, not {count}"
         for name, j in (("first", 0), ("last", -1), ("second", 1)):
-            assert found[j] == pytest.approx(right[j], rel=1e-6), (
-                f"the {name} frequency is {found[j]:.5g}, expected {right[j]:.5g}"
-            )
+            message = f"the {name} frequency is {found[j]:.5g}, expected {right[j]:.5g}"
+            assert found[j] == pytest.approx(right[j], rel=1e-6), message
 
 
 @pytest.mark.points(1, "frequencies")
@@ -124,9 +120,8 @@ def test_a_shift_is_the_difference_of_two_times():
         assert found.shape == (1, 8), f"{site}: one row of audio_width / 2, not {found.shape}"
         right = torch.tensor([g * 14 / CFG.rope_max_seconds for g in grid(16, 1, CFG)]).double()
         position = torch.tensor([g * (14 / CFG.rope_max_seconds - 1) for g in grid(16, 1, CFG)])
-        assert not torch.allclose(found[0].float(), position), (
-            f"{site}: this is the angle *of* 7 s; a shift *by* 7 s is a difference, without the -1"
-        )
+        is_position = torch.allclose(found[0].float(), position)
+        assert not is_position, f"{site}: this is the angle *of* 7 s, not the difference of 7 s"
         torch.testing.assert_close(found[0], right, rtol=1e-5, atol=0, msg=f"{site}: wrong angle")
 
 

@@ -55,6 +55,5 @@ def test_the_ablations_change_exit_steps_and_history():
     assert len(set(found)) > 1, f"share_exit=False, but all blocks have {found[0]} passes"
     net, _ = rolled(0, clips=5, history=lambda clips: [x + clips for x in Net(blocks=6).clip])
     refresh = next(p for p in net.passes if p.sigma == 0)
-    assert all(torch.equal(x, y + 5) for x, y in zip(refresh.x, net.block(0))), (
-        "the history of the clips is ignored: its blocks must be cached"
-    )
+    is_cached = all(torch.equal(x, y + 5) for x, y in zip(refresh.x, net.block(0)))
+    assert is_cached, "the history of the clips is ignored: its blocks must be cached"

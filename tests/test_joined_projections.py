@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import PAPER, block_rows, random_clip, random_model, random_text, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from tape import Operators
 
 from full_size import faster
 from kv_cache import CachedView, MaskedView
@@ -11,6 +11,7 @@ from masks import block_span
 from plumbing import files
 
 CFG = tiny(PAPER, num_sinks=2)
+PRODUCTS = "aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::baddbmm"
 
 
 def two_models():
@@ -29,19 +30,6 @@ def velocities(net, view, sigma=0.4):
     return net(*tokens, level, level, text, block_span(0, CFG), view)
 
 
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        names = ("aten::addmm", "aten::mm", "aten::linear", "aten::bmm", "aten::baddbmm")
-        self.count += function._schema.name in names
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("view", [MaskedView, lambda: CachedView(CFG, 3)])
 def test_joined_weights_give_the_same_velocities(view):
     """In float64, with and without a cache, by fewer products."""
@@ -50,9 +38,9 @@ def test_joined_weights_give_the_same_velocities(view):
     with torch.no_grad():
         outputs = []
         for net in (plain, joined):
-            with Products() as products:
+            with Operators() as seen:
                 outputs.append(velocities(net, view()))
-            counts.append(products.count)
+            counts.append(sum(seen.counts[name] for name in PRODUCTS))
     for one, other in zip(*outputs):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
     # per layer: self attention of two streams 6 -> 2, the two listening ones 6 -> 4, text 4 -> 2
@@ -88,7 +76,7 @@ def test_weights_that_change_later_are_the_ones_used(change):
 
 
 def test_a_gradient_reaches_each_weight():
-    """Under autograd the layers are used one by one."""
+    """With gradients, the layers are called one by one."""
     _, joined = two_models()
     joined.requires_grad_(True)
     sum(v.square().sum() for v in velocities(joined, MaskedView())).backward()
@@ -97,7 +85,7 @@ def test_a_gradient_reaches_each_weight():
             assert p.grad is not None and p.grad.shape == p.shape, name
 
 
-def test_a_prompts_values_do_not_keep_the_product_that_they_were_part_of():
+def test_the_values_of_a_prompt_do_not_keep_the_whole_product():
     """Keys and values of a prompt take their own bytes and no more, joined or not."""
     for net in two_models():
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """The counted memory is the real one: rows against the bytes that running models hold."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -70,20 +71,17 @@ def test_the_cache_row_is_what_a_stream_holds(cfg, blocks, window):
 def test_weights_and_text_are_counted_to_the_byte():
     """Parameters of the model, keys and values of two prompts of 1024 tokens."""
     net = random_model(tiny(LAYOUTS[0]), F32)
-    size = sum(p.numel() * p.element_size() for p in net.parameters())
-    assert memory.weights_row(net, F32).num_bytes == size
+    size = sum(p.nbytes for p in net.parameters())
+    assert memory.weights_row(net.cfg, F32).num_bytes == size
     prompts = random_text(net, net.cfg, text.TOKENS, clips=2)
     tensors = [t for stream in (prompts.video, prompts.audio) for pair in stream for t in pair]
-    held = sum(t.numel() * t.element_size() for t in tensors)
-    assert memory.text_row(net.cfg, 2, F32).num_bytes == held
+    assert memory.text_row(net.cfg, 2, F32).num_bytes == sum(t.nbytes for t in tensors)
 
 
 def test_a_pass_is_as_large_as_its_widest_layer():
-    """Ten layers need no more activations than two; twice the clips need twice as much."""
-    two, ten = (model.build(replace(config.TOY, num_layers=n), device="meta") for n in (2, 10))
-    sizes = [memory.pass_row(net, F32).num_bytes for net in (two, ten)]
-    assert sizes[0] == sizes[1] > 0
-    assert 1.9 < memory.pass_row(two, F32, batch=2).num_bytes / sizes[0] <= 2
+    """Ten layers need no more activations than two."""
+    two, ten = (memory.pass_row(config.TOY, F32, layers) for layers in (2, 10))
+    assert two == ten and two.num_bytes > 0
 
 
 def test_recorded_passes_need_a_pool_and_a_copy_of_the_prompt():
@@ -127,14 +125,23 @@ def test_a_request_is_checked_with_its_text_encoder(monkeypatch, tmp_path, capsy
         cfg=tiny(LAYOUTS[0]), num_blocks=6, window=2, dtype=F32, device=torch.device("cpu"),
         speedups=("graph",), cues=["a", "b"], ltx2=tmp_path,
     )  # fmt: skip
-    folder = tmp_path / text.TEXT_PARTS[0]
-    folder.mkdir()
-    (folder / "a.safetensors").write_bytes(bytes(10**7))
+    # As published, the folder of the text encoder has a second copy and its index.
+    for name, size in (
+        ("text_encoder/model", 10**7),
+        ("text_encoder/old", 10**9),
+        ("connectors/x", 9),
+    ):
+        file = tmp_path / f"{name}.safetensors"
+        file.parent.mkdir(exist_ok=True)
+        with open(file, "wb") as f:
+            f.truncate(size)  # takes no space on the disk
+        index = {"weight_map": {"a": file.name}}
+        file.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
     rows = memory.film_rows(request.cfg, 6, 2, F32, request.speedups, prompts=2)
     assert memory.total(rows) < 10**7
     memory.check_stream(request)
     printed = capsys.readouterr().out
-    assert "3 x 1024 tokens" in printed and "0.01 GB  before all that" in printed
+    assert "3 x 1024 tokens" in printed and " 0.01 GB  before all that" in printed
     monkeypatch.setattr(memory, "free_bytes", lambda device: memory.total(rows))
     with pytest.raises(ValueError, match="a text encoder of 0.0 GB"):
         memory.check_stream(request)

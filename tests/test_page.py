@@ -17,16 +17,21 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def toy_clip():
+    """Three seconds of frames and sound."""
     clips = toy_world.draw_clips([toy_world.HELD_OUT])
     return toy_world.render_video(clips, 3)[0], toy_world.render_sound(clips, 3)[0]
+
+
+def contents(cfg=config.TOY, blocks=4):
+    return page.contents(*toy_clip(), cfg, blocks, window=1)
 
 
 @pytest.fixture
 def written(tmp_path):
     """A page with a made-up video."""
     (tmp_path / "film.mp4").write_bytes(b"\x00film")
-    data = page.contents(*toy_clip(), config.TOY, num_blocks=4, window=1)
-    page.write(tmp_path / "page.html", tmp_path / "film.mp4", "red </script> & metal", data)
+    title = "red </script> & metal"
+    page.write(tmp_path / "page.html", tmp_path / "film.mp4", title, contents())
     return tmp_path / "page.html"
 
 
@@ -39,8 +44,11 @@ def test_the_page_needs_nothing_but_itself(written):
 
 
 def test_what_is_drawn_is_what_happened():
-    """Ground truth: as many impacts as onsets, at the same times; four blocks and their cache."""
-    data = page.contents(*toy_clip(), config.TOY, num_blocks=4, window=1)
+    """Ground truth: as many impacts as onsets, at the same times; four blocks and their cache.
+
+    Of a longer stream, these first seconds are shown.
+    """
+    data = contents()
     assert data["seconds"] == 3 and data["blocks"] == [[0, 0], [0, 1], [1, 2], [2, 3]]
     assert data["cache"] == [[0], [0, 1], [0, 1, 2], [0, 3, 2]]
     inside = [[t for t, _ in data[kind] if 0.2 < t < 2.8] for kind in ("seen", "heard")]
@@ -48,12 +56,13 @@ def test_what_is_drawn_is_what_happened():
     assert max(abs(a - b) for a, b in zip(*inside)) < 0.03
     levels = torch.tensor(data["levels"])
     assert levels.shape == (151, toy_world.BANDS) and levels.min() == 0 and levels.max() == 100
+    assert contents(blocks=101) == data
 
 
 @pytest.mark.parametrize("cfg", [config.TOY_RELEASED, config.TOY_TEACHER], ids=lambda cfg: cfg.name)
 def test_every_toy_has_events_and_walls(cfg):
     """Marks and labels do not depend on the block layout."""
-    data = [page.contents(*toy_clip(), c, num_blocks=4, window=1) for c in (cfg, config.TOY)]
+    data = contents(cfg), contents()
     assert data[0]["seen"] == data[1]["seen"] != [] and data[0]["heard"] == data[1]["heard"] != []
     figure = sheet.draw_clip(*toy_clip(), cfg=cfg)
     walls = [label.get_text() for label in figure.axes[1].get_yticklabels()]
@@ -84,12 +93,6 @@ def test_every_training_log_becomes_a_picture(tmp_path):
     (tmp_path / "x_curve.json").write_text('[{"step": 25, "loss": 2, "video": 1, "low": 0.5}]')
     plots.draw_losses(tmp_path)
     assert (tmp_path / "x_curve.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_of_a_long_stream_the_first_part_is_shown():
-    """3 seconds of frames, 101 blocks: four rows."""
-    data = page.contents(*toy_clip(), config.TOY, num_blocks=101, window=4)
-    assert len(data["blocks"]) == len(data["cache"]) == 4
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")

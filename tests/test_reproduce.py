@@ -1,12 +1,10 @@
 """The commands of reproduce.py exist, and run in the right order."""
 
 import subprocess
-import sys
 
 import pytest
-from helpers import options_of
+from helpers import options_of, run_here
 
-from plumbing import cli
 from studies import reproduce
 
 STEPS = reproduce.FULL + reproduce.CONTROLS + reproduce.QUICK + reproduce.GPU
@@ -14,26 +12,31 @@ STAGES = ("teacher", "dmd", "ode_regression", "self_forcing")
 COMMANDS = [command for command, _ in STEPS if not command.startswith("-m pytest")]
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["studies/reproduce.py", *args])
-    with cli.one_line_errors():
-        reproduce.main()
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """A function that runs the command line; no command runs, those that would are in run.ran."""
+
+    def run(*arguments, failing=None):
+        run.ran = []
+
+        def fake(command, cwd):
+            run.ran.append(" ".join(command[1:]))
+            return subprocess.CompletedProcess(command, 2 if len(run.ran) == failing else 0)
+
+        monkeypatch.setattr(reproduce.subprocess, "run", fake)
+        return run_here(reproduce, arguments, monkeypatch, capsys)
+
+    return run
 
 
-def script_of(command):
-    """The file that a command runs: "-m toy.codec --fit" -> "toy/codec.py"."""
-    first, *others = command.split()
-    return others[0].replace(".", "/") + ".py" if first == "-m" else first
-
-
-@pytest.mark.parametrize("script", sorted({script_of(command) for command in COMMANDS}))
-def test_every_option_is_known(script):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_known(command):
     """The script exists and has every option that it is given."""
-    used = [word for c in COMMANDS if script_of(c) == script for word in c.split()[1:]]
+    first, *others = command.removeprefix("-m ").split()
+    script = first if first.endswith(".py") else first.replace(".", "/") + ".py"
     assert (reproduce.ROOT / script).exists()
-    if not used:
-        return  # nothing to ask, and scripts without options have no --help
-    assert {word for word in used if word.startswith("--")} <= options_of(script)
+    used = {word for word in others if word.startswith("--")}  # without options, no --help
+    assert not used or used <= options_of(script)
 
 
 def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():
@@ -47,34 +50,18 @@ def test_the_quick_one_is_short_and_keeps_its_hands_off_what_is_shipped():
         assert not any(path.endswith(".safetensors") and "/quick_" not in path for path in written)
 
 
-def test_commands_run_in_order_until_one_fails(monkeypatch, capsys):
+def test_commands_run_in_order_until_one_fails(run):
     """The commands after a failure do not run; the error tells how to continue."""
-    ran = []
-
-    def fake(command, cwd):
-        ran.append(" ".join(command[1:]))
-        return subprocess.CompletedProcess(command, 0 if len(ran) < 3 else 2)
-
-    monkeypatch.setattr(reproduce.subprocess, "run", fake)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "--quick")
-    assert ran == [command for command, _ in reproduce.QUICK[:3]]
-    assert "exit status 2; start again to go on from there" in capsys.readouterr().err
+    _, _, err = run("--quick", failing=3)
+    assert run.ran == [command for command, _ in reproduce.QUICK[:3]]
+    assert "exit status 2; start again to go on from there" in err
 
 
-def test_on_a_gpu_a_failure_stops_nothing(monkeypatch, capsys):
+def test_on_a_gpu_a_failure_stops_nothing(run):
     """The other commands run all the same, and the failure is reported at the end."""
-    ran = []
-
-    def fake(command, cwd):
-        ran.append(" ".join(command[1:]))
-        return subprocess.CompletedProcess(command, int(len(ran) == 1))
-
-    monkeypatch.setattr(reproduce.subprocess, "run", fake)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "--gpu")
-    assert len(ran) == len(reproduce.GPU)
-    assert "tests/test_faster.py: exit status 1; start" in capsys.readouterr().err
+    status, _, err = run("--gpu", failing=1)
+    assert status == 2 and len(run.ran) == len(reproduce.GPU)
+    assert "tests/test_faster.py: exit status 2; start" in err
 
 
 def test_every_test_for_a_gpu_is_run_there():
@@ -84,18 +71,15 @@ def test_every_test_for_a_gpu_is_run_there():
     assert marked - {"tests/test_reproduce.py"} == set(reproduce.KERNEL_TESTS.split())
 
 
-def test_two_kinds_at_once_are_refused(monkeypatch, capsys):
+def test_two_kinds_at_once_are_refused(run):
     """--quick or --controls, not both."""
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "--quick", "--controls", "--list")
-    assert "not allowed with argument --quick" in capsys.readouterr().err
+    assert "not allowed with argument --quick" in run("--quick", "--controls", "--list")[2]
 
 
-def test_the_list_runs_nothing(monkeypatch, capsys):
+def test_the_list_runs_nothing(run):
     """--list prints every command and the sum of minutes."""
-    monkeypatch.setattr(reproduce.subprocess, "run", None)
-    run(monkeypatch, "--list")
-    out = capsys.readouterr().out
+    status, out, _ = run("--list")
+    assert status == 0 and run.ran == [] and "about 3 h" in out
     assert all(f"python {command}" in out for command, _ in reproduce.FULL)
 
 
@@ -108,14 +92,12 @@ def test_every_training_of_the_full_run_writes_released_weights():
         assert out.startswith("weights/") and (reproduce.ROOT / out).exists()
 
 
-def test_curves_of_controls_are_copied(monkeypatch, tmp_path):
+def test_curves_of_controls_are_copied(run, monkeypatch, tmp_path):
     """After --controls, the loss curves of runs/controls are in results/; --list copies none."""
     (tmp_path / "runs" / "controls").mkdir(parents=True)
     (tmp_path / "results").mkdir()
     (tmp_path / "runs" / "controls" / "own_exit_curve.json").write_text("[]")
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    monkeypatch.setattr(reproduce, "run", lambda command: 0)
-    run(monkeypatch, "--controls", "--list")
-    assert not list((tmp_path / "results").iterdir())
-    run(monkeypatch, "--controls")
-    assert [p.name for p in (tmp_path / "results").iterdir()] == ["own_exit_curve.json"]
+    for options, copied in ((["--list"], []), ([], ["own_exit_curve.json"])):
+        run("--controls", *options)
+        assert [p.name for p in (tmp_path / "results").iterdir()] == copied

@@ -37,16 +37,10 @@ def psnr(x, y):
 # ---- rates and shapes ----
 
 
-def test_a_second_is_48_video_tokens_and_25_audio_tokens(codec):
-    """As in LTX-2, video is the dense stream: one more second adds 48 tokens, 25 for audio."""
-    one, two = (toy_codec.encode_clips(codec, world.draw_clips([0]), s) for s in (1, 2))
-    assert [y.shape[1] - x.shape[1] for x, y in zip(one, two)] == [48, 25]
-
-
 def test_encoding_and_decoding_have_the_shapes_of_the_config(codec, clip, latents):
-    """16 latent frames of 16 tokens, 126 audio latents; decoding gives the shapes of the clip."""
-    assert latents[0].shape == (24, 16 * 16, config.TOY.video_channels)
-    assert latents[1].shape == (24, 126, config.TOY.audio_channels)
+    """After the first latent, a second is 48 video tokens and 25 audio tokens; decoding inverts."""
+    assert latents[0].shape == (24, 16 + 48 * SECONDS, config.TOY.video_channels)
+    assert latents[1].shape == (24, 1 + 25 * SECONDS, config.TOY.audio_channels)
     assert codec.decode_video(latents[0], True).shape == clip[0].shape
     assert codec.decode_audio(latents[1], True).shape == clip[1].shape
 
@@ -64,16 +58,12 @@ def test_the_first_latent_depends_on_the_first_frame_only(codec, clip):
     assert all(torch.equal(x[:, n:], y[:, n:]) for x, y, n in zip(last, after, (16, 1)))
 
 
-def test_a_first_latent_alone_decodes_to_one_frame(codec, latents):
-    """A stream can begin at once: block 0 is one frame and one mel frame."""
-    assert codec.decode_video(latents[0][:, :16], True).shape[1] == 1
-    assert codec.decode_audio(latents[1][:, :1], True).shape[1] == 1
-
-
-def test_a_later_latent_alone_decodes_to_8_frames_and_4_mel_frames(codec, latents):
-    """Every latent after the first covers as many frames as the stride of its stream."""
-    assert codec.decode_video(latents[0][:, 16:32], False).shape[1] == 8
-    assert codec.decode_audio(latents[1][:, 1:2], False).shape[1] == 4
+@pytest.mark.parametrize("starts_clip, frames", [(True, (1, 1)), (False, (8, 4))])
+def test_a_latent_alone_decodes_to_its_own_frames(starts_clip, frames, codec, latents):
+    """The first to one frame, so that a stream can begin at once; others to their stride."""
+    video, audio = latents[0][:, :16], latents[1][:, :1]
+    decoded = codec.decode_video(video, starts_clip), codec.decode_audio(audio, starts_clip)
+    assert tuple(x.shape[1] for x in decoded) == frames
 
 
 @pytest.mark.parametrize("frames", [1, 8])

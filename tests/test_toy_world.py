@@ -202,24 +202,16 @@ def test_both_streams_begin_with_one_frame_at_time_0():
 
 
 def test_captions_survive_a_round_trip_through_words():
-    """Every one of the 16 captions, in any order and case, parses to its own tokens."""
+    """All 16 captions, in any order and case; words that are left out have token 0."""
     words = torch.cartesian_prod(torch.arange(4), torch.arange(2), torch.arange(2))
     for row, tokens in zip(words, world.caption_tokens(CLIPS._replace(words=words))):
         names = [world.SLOTS[slot][i] for slot, i in enumerate(row)]
-        for text in (" ".join(names), ", ".join(reversed(names)).upper(), f"a {names[1]} ball"):
-            parsed = world.parse_prompt(text)[0]
-            assert (parsed == tokens)[parsed > 0].all() and parsed.any()
-        assert torch.equal(world.parse_prompt(" ".join(names))[0], tokens)
+        for text in (" ".join(names), ", ".join(reversed(names)).upper()):
+            assert torch.equal(world.parse_prompt(text)[0], tokens)
+        assert world.parse_prompt(f"a {names[1]} ball").tolist() == [[0, tokens[1], 0]]
 
 
-def test_words_may_be_left_out():
-    """A partial prompt has token 0 for the other words."""
-    assert world.parse_prompt("blue").tolist() == [[world.VOCABULARY.index("blue"), 0, 0]]
-
-
-@pytest.mark.parametrize(
-    "text", ["purple", "red fast glass", "fast red metall", "5: red", "", " a"]
-)
+@pytest.mark.parametrize("text", ["purple", "red fast glass", "red metall", "5: red", "", " a"])
 def test_bad_prompts_are_refused_with_the_vocabulary(text):
     """The message always lists all words."""
     with pytest.raises(ValueError) as error:

@@ -107,15 +107,12 @@ class ToyCodec(nn.Module):
         return sound[:, :1], sound[:, 1:].unflatten(1, (-1, self.cfg.audio_stride)).flatten(2)
 
     def encode(self, video, sound):
-        """Encode (B, 8k + 1, 3, H, W) and (B, 4m + 1, 16).
-
-        Returns (B, (k + 1) rows columns, 48) and (B, m + 1, 20).
-        """
-        first, later = self._video_patches(video)
+        """Encode frames and levels of clips; both begin with one frame at time 0."""
+        first, later = self._video_patches(video)  # of (B, 8k + 1, 3, H, W)
         v = torch.cat([self.video_first.encode(first), self.video_later.encode(later)], 1)
-        first, later = self._audio_patches(sound)
+        first, later = self._audio_patches(sound)  # of (B, 4m + 1, 16)
         a = torch.cat([self.audio_first.encode(first), self.audio_later.encode(later)], 1)
-        return v.flatten(1, 2), a
+        return v.flatten(1, 2), a  # (B, (k + 1) rows columns, 48) and (B, m + 1, 20)
 
     def decode_video(self, tokens, starts_clip):
         """Decode the tokens of consecutive latent frames to (B, P, 3, H, W) in [0, 1].
@@ -148,10 +145,7 @@ class ToyCodec(nn.Module):
 
 
 def load(cfg=config.TOY) -> ToyCodec:
-    """Load the codec that the shipped models were trained with.
-
-    Raises ValueError, in one line, if the file is incomplete.
-    """
+    """Load the codec that the shipped models were trained with."""
     codec = ToyCodec(cfg)
     files.load_into(codec, files.read_weights(FILE)[0], FILE)
     return codec
@@ -171,11 +165,6 @@ def synthesise(levels, first_frame=0, cfg=config.TOY):
 
     levels        (M + 1, 16) of the mel frames `first_frame` to `first_frame + M`
     ->            (240 M,) samples in [-1, 1] between the first and the last of these frames
-
-    >>> x = torch.rand(31, 16)
-    >>> chunks = torch.cat([synthesise(x[:11]), synthesise(x[10:], first_frame=10)])
-    >>> torch.equal(chunks, synthesise(x))
-    True
     """
     # Levels change linearly between frames, and phases follow absolute time. So there is no seam
     # between blocks if each is synthesised from the last frame of the one before.

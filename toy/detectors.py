@@ -129,7 +129,7 @@ def _reflections(track, axis, radius, cfg):
 
 
 def _local_maximum(x, reach):
-    """Whether each value of (B, T) is positive and the largest within +-reach."""
+    """Tell whether each value of (B, T) is positive and the largest within +-reach."""
     peak = torch.nn.functional.max_pool1d(x[:, None], 2 * reach + 1, 1, reach)[:, 0]
     return (x > 0) & (x == peak)
 
@@ -191,10 +191,8 @@ class Match(NamedTuple):
 
 
 def match(seen: Events, heard: Events, start, stop) -> Match:
-    """Pair impacts and onsets, and count those in [start, stop) seconds; partners may lie outside.
-
-    At either end of a clip, leave out MARGIN: a reflection there is not visible on both sides.
-    """
+    """Pair impacts and onsets, and count those in [start, stop) seconds."""
+    # Partners may lie outside of the interval, or an event near its ends would count as a miss.
     distance = (seen.times[:, None] - heard.times[None]).abs()
     # In a corner, two impacts are a few ms apart. There the wall decides which events are a pair.
     other_wall = seen.walls[:, None] != heard.walls[None]
@@ -261,7 +259,7 @@ def speeds(ball: Ball, cfg=config.TOY):
 
 
 def _rings_long(levels, onsets, cfg=config.TOY):
-    """Whether the median onset keeps its level like metal.  False if nothing was heard."""
+    """Tell whether the median onset keeps its level like metal: no, if nothing was heard."""
     kept = []  # level 130 ms after each onset, as a fraction of its peak
     for time, wall in zip(*onsets):
         m = round(float(time + world.ATTACK) * cfg.mel_rate)
@@ -273,15 +271,12 @@ def _rings_long(levels, onsets, cfg=config.TOY):
 
 
 def persistence(ball: Ball):
-    """Whether each frame shows exactly one ball of about the normal size: (B, P)."""
+    """Tell whether each frame shows exactly one ball of about the normal size: (B, P)."""
     return (ball.mass > 0.6) & (ball.mass < 1.5) & (ball.spread > 0.7) & (ball.spread < 1.35)
 
 
 def identity(ball: Ball, sound, onsets) -> torch.Tensor:
-    """Measure hue (degrees from its colour), radius (pixels) and pitch shift (bands): (B, 3).
-
-    The pitch shift is NaN if nothing was heard.
-    """
+    """Measure hue (degrees from its colour), radius (pixels) and pitch shift (bands): (B, 3)."""
     away = _colour_distances(ball)
     hue = away.gather(1, away.abs().argmin(1, keepdim=True))[:, 0]
     radius = world.RADIUS * ball.mass.median(1).values.clamp(min=0).sqrt()
@@ -290,7 +285,7 @@ def identity(ball: Ball, sound, onsets) -> torch.Tensor:
 
 
 def _pitch_shift(levels, onsets, cfg=config.TOY):
-    """Return the median difference, in bands, between the pitch of an onset and of its wall."""
+    """Return the median distance, in bands, of an onset from the pitch of its wall, or NaN."""
     bands = torch.arange(len(BAND_WALLS))
     shifts = []
     for time, wall in zip(*onsets):
@@ -306,8 +301,7 @@ if __name__ == "__main__":
     ball, sound = see_ball(world.render_video(clips, 5)), world.render_sound(clips, 5)
     seen, heard = find_impacts(ball), find_onsets(sound)
     agreed = [match(s, h, MARGIN, 5 - MARGIN) for s, h in zip(seen, heard)]
-    pairs = sum(m.pairs for m in agreed)
-    print(f"{pairs} pairs of {sum(m.impacts for m in agreed)} impacts seen")
-    offset = sum(m.offsets for m in agreed) / sum(m.near for m in agreed)
-    print(f"{1000 * offset:.1f} ms apart on average")
+    m = Match(*map(sum, zip(*agreed)))
+    print(f"{m.pairs} pairs of {m.impacts} impacts seen")
+    print(f"{1000 * m.offsets / m.near:.1f} ms apart on average")
     assert torch.equal(read_words(ball, sound, heard), clips.words)

@@ -1,7 +1,7 @@
-"""Where the toy's weights, prompts, clips and decoder come from: all are in this repository.
+"""Where weights, prompts, clips and decoder of the toy come from: all are in this repository.
 
-`StreamSource` has what generate.py needs, `TrainingSource` what the stages need, `TrainingClips`
-what teacher.py needs. full_size/source.py has the same two sources for LTX-2.
+generate.py needs `StreamSource`, the stages need `TrainingSource`, teacher.py needs
+`TrainingClips`. full_size/source.py has the same two sources for LTX-2.
 """
 
 import copy
@@ -18,7 +18,7 @@ from toy import codec as toy_codec
 from toy import world
 
 FOLDER = Path(__file__).parent.parent / "weights"
-# the released students
+# students that generate.py loads by default
 WEIGHTS = {name: FOLDER / f"{name}_self_forcing.safetensors" for name in ("toy", "toy_released")}
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # probability that a caption, or a word, is hidden in training
 
@@ -27,15 +27,12 @@ DROP_CAPTION, DROP_WORD = 0.10, 0.05  # probability that a caption, or a word, i
 
 
 def toy_features(prompt) -> tuple:
-    """Caption features (1, 3, 9) of a prompt, the same for both streams.
-
-    Raises ValueError for unknown words, listing the known ones.
-    """
+    """Return the caption features (1, 3, 9) of a prompt, the same for both streams."""
     return (world.caption_features(world.parse_prompt(prompt)),)
 
 
 def toy_captions(tokens) -> model.Captions:
-    """Captions of (B, 3) word tokens; token 0 means no word.
+    """Return the captions of (B, 3) word tokens; token 0 means no word.
 
     >>> captions = toy_captions(torch.tensor([[1, 5, 7], [2, 0, 8]]))
     >>> len(captions), captions.with_nothing()[0].shape
@@ -56,18 +53,17 @@ def drop_caption_words(tokens, generator):
 class ToyPrompts:
     """The captions of random clips; every seed is one clip."""
 
-    identity = "toy"  # tells these prompts from others
+    identity = "toy"  # stored with trajectories, which belong to their prompts
 
     def numbers(self, seeds) -> torch.Tensor:
-        """(B, 3) word tokens of the clips of these seeds."""
+        """Return the word tokens (B, 3) of the clips of these seeds."""
         return world.caption_tokens(world.draw_clips(seeds))
 
     def captions(self, numbers) -> model.Captions:
-        """Captions of (B, 3) word tokens."""
         return toy_captions(numbers)
 
     def draw(self, n, generator):
-        """n random clips and their captions.  (Only `--history true` uses the clips themselves.)"""
+        """Draw n random clips and their captions; only `--history true` uses the clips."""
         seeds = torch.randint(world.HELD_OUT, (n,), generator=generator).tolist()
         clips = world.draw_clips(seeds)
         tokens = drop_caption_words(world.caption_tokens(clips), generator)
@@ -81,15 +77,15 @@ TOY_PROMPTS = ToyPrompts()
 
 
 def true_latents(clips):
-    """Latents (video, audio) of the real clips, of 5 seconds."""
+    """Return the latents (video, audio) of real clips of 5 seconds."""
     return toy_codec.encode_clips(toy_codec.load(), clips, config.CLIP_SECONDS)
 
 
 class TrainingClips:
-    """Latents and captions of clips by seed, to train the teacher on."""
+    """Real clips to train the teacher on: latents and captions, by seed."""
 
-    def __init__(self, codec=None):
-        self.codec = codec or toy_codec.load()
+    def __init__(self):
+        self.codec = toy_codec.load()
         self.codec_id = files.fingerprint(self.codec.state_dict())
 
     def __call__(self, seeds, generator):
@@ -102,17 +98,15 @@ class TrainingClips:
 
 
 def load_student(path, cfg, device="cpu", dtype=torch.float32):
-    """Load a student for this config.  Raises ValueError for a file that does not fit it."""
+    """Load a student, and check that its file was made for this config."""
     net = model.load(path)
     files.check_config(path, net.cfg, cfg)
     return net.to(device, dtype)
 
 
 def student_from(tensors, cfg, seed=0, path="teacher"):
-    """Create a student that starts at these weights; sinks that they lack are new.
-
-    path   file of the weights, for the error if they do not fit
-    """
+    """Create a student that starts at these weights; path: their file, for errors."""
+    # The weights of a teacher have no sinks: those of the new model stay.
     net = model.build(cfg, seed)
     sinks = {n: p for n, p in net.state_dict().items() if n.startswith("sinks.")}
     files.load_into(net, {**sinks, **tensors}, path)
@@ -126,7 +120,7 @@ class StreamSource:
     read = staticmethod(toy_features)  # words -> caption features
 
     def __init__(self, request):
-        """request: `generate.Request`.  Raises ValueError for weights that do not fit."""
+        """request: `generate.Request`."""
         cfg, device, dtype = request.cfg, request.device, request.dtype
         if request.weights == "random":
             from full_size.weights import random_weights
@@ -137,7 +131,7 @@ class StreamSource:
         self.codec = toy_codec.load(cfg)
 
     def decoder(self, watch):
-        """A decoder for one stream; watch: `Stopwatch.watch`."""
+        """Return a decoder for one stream; watch: `Stopwatch.watch`."""
         return ToyDecoder(self.codec, watch)
 
 
@@ -152,7 +146,7 @@ class ToyWeights(NamedTuple):
         return self.net.cfg
 
     def load(self, learns):
-        """A copy for this training, sharded under torchrun."""
+        """Return a copy of the net for this training, sharded under torchrun."""
         net = copy.deepcopy(self.net).requires_grad_(learns)
         if torch.distributed.is_initialized():
             from full_size import sharding
@@ -171,13 +165,11 @@ class TrainingSource:
         self.cfg = cfg  # of the student; None: as in its weight file
 
     def open(self, path, cfg=None, seed=0) -> ToyWeights:
-        """Read a weight file; with `cfg`, as the start of a student with this config.
-
-        Raises ValueError for a file that does not fit.
-        """
+        """Read a weight file; with `cfg`, as the start of a student with this config."""
         net = model.load(path)
         if cfg:
-            if net.cfg.name != config.TOY_TEACHER.name:  # a student already has its block layout
+            # A teacher has no blocks yet. A student has them, and they must be those of `cfg`.
+            if net.cfg.name != config.TOY_TEACHER.name:
                 files.check_config(path, net.cfg, cfg)
             net = student_from(net.state_dict(), cfg, seed, path)
         return ToyWeights(net, files.fingerprint(net.state_dict()))

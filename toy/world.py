@@ -83,11 +83,7 @@ def _draw_clip(seed):
 
 
 def caption_tokens(clips) -> torch.Tensor:
-    """Return the tokens (B, 3) of the clips: colour, speed, material.
-
-    >>> [VOCABULARY[t] for t in caption_tokens(draw_clips([0]))[0]]
-    ['yellow', 'fast', 'metal']
-    """
+    """Return the tokens (B, 3) of the clips: colour, speed, material."""
     first = torch.tensor([VOCABULARY.index(slot[0]) for slot in SLOTS])
     return clips.words + first
 
@@ -104,8 +100,6 @@ def words_of(clips) -> list[str]:
 def parse_prompt(text) -> torch.Tensor:
     """Return the tokens (1, 3) of a prompt.  Words may come in any order or be left out.
 
-    Raises ValueError for an empty prompt, an unknown word or two words for the same thing.
-
     >>> parse_prompt("fast red metal").tolist()
     [[1, 6, 8]]
     >>> parse_prompt("a purple ball")
@@ -120,10 +114,8 @@ def parse_prompt(text) -> torch.Tensor:
         slot = next((i for i, words in enumerate(SLOTS) if word in words), None)
         if slot is None:
             raise ValueError(f"prompt: unknown word {word!r}; known: {known}")
-        if tokens[slot]:
-            raise ValueError(
-                f"prompt: {VOCABULARY[tokens[slot]]!r} and {word!r} exclude each other"
-            )
+        if other := VOCABULARY[tokens[slot]]:
+            raise ValueError(f"prompt: {other!r} and {word!r} exclude each other")
         tokens[slot] = VOCABULARY.index(word)
     if not any(tokens):
         raise ValueError(f"prompt {text!r} says nothing; use some of: {known}")
@@ -212,9 +204,8 @@ def wall_profiles(clips) -> torch.Tensor:
     """Return the energy per band (B, 4, 16) of an impact of level 1 on each wall."""
     shift = PITCH_RANGE * clips.identity[:, 2].float()[:, None, None]
     is_metal = clips.words[:, 2].float()[:, None, None]
-    return _bump(torch.tensor(WALL_BANDS)[:, None] + shift) + SHIMMER**2 * is_metal * _bump(
-        SHIMMER_BAND + shift
-    )
+    pitch = _bump(torch.tensor(WALL_BANDS)[:, None] + shift)
+    return pitch + SHIMMER**2 * is_metal * _bump(SHIMMER_BAND + shift)
 
 
 def _bump(centre):
