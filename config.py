@@ -1,13 +1,13 @@
-"""Every constant of the project in one frozen dataclass, with its unit and its source.
+"""The sizes of model, latents and blocks in one frozen dataclass, with units and sources.
 
-The same code runs a toy on two CPU cores and a model of 19 billion parameters on one GPU. Only
-the constants in this file differ:
+The same code runs a toy on two CPU cores and a model of 19 billion parameters on one GPU. The
+sizes are here; plumbing/stages.py lists what else differs.
 
     TOY           the default: bouncing balls with impact sounds, about 3 M parameters
     TOY_TEACHER   TOY without sinks: the bidirectional teacher of the toy world
     TOY_RELEASED  TOY with the block layout of RELEASED
-    FULL          the paper: blocks of 1+3k video and 1+25k audio latents, 16 audio sinks
-    RELEASED      the released OmniForcing generator: blocks of 4+3k and 26+25k, no sinks
+    FULL          the paper: k blocks after block 0 end at 1+3k video, 1+25k audio latents; 16 sinks
+    RELEASED      the released OmniForcing generator: they end at 4+3k and 26+25k; no sinks
     LTX2          the bidirectional teacher LTX-2; FULL and RELEASED start from its weights
 
 Derived values are properties, so no value is stored twice. `python config.py` prints all six.
@@ -47,21 +47,21 @@ class Config:
     rope_theta: float = 10000.0  # ratio of the highest to the lowest frequency
     rope_max_seconds: float = 20.0  # over this time the slowest channel pair rotates by pi
     rope_max_pixels: float = 2048.0  # the same for rows and columns
-    rope_heads: str = "contiguous"  # | "round_robin": which head gets which frequency (rope.py)
+    rope_heads: str = "contiguous"  # | "round_robin": which head gets which pairs (rope.py)
 
-    # --- three flags that change the results, but no parameter name and no shape ---
+    # --- flags in which LTX-2 and its students differ; no weight name or shape shows them ---
     rope_layout: str = "split"  # "split" | "interleaved": which channels of a head rotate together
     rope_float64: bool = True  # frequency grid in float64 | float32
-    gate_timestep_scale: float = 1000.0  # the cross-modal gates (model.py) read sigma times this
+    gate_timestep_scale: float = 1000.0  # times sigma: timestep of the cross-modal gates (model.py)
 
     # --- latent rates (VAEs of LTX-2; the first latent of each stream covers one frame only) ---
     fps: int = 24  # pixel frames per second
-    video_stride: int = 8  # pixel frames per later video latent frame
+    video_stride: int = 8  # pixel frames per video latent, except the first
     pixel_stride: int = 32  # pixels per latent row or column
     height: int = 512  # pixels
     width: int = 768  # pixels
     mel_rate: int = 100  # mel frames per second (16 kHz / hop 160)
-    audio_stride: int = 4  # mel frames per later audio latent frame
+    audio_stride: int = 4  # mel frames per audio latent, except the first
 
     # --- blocks and sinks (OmniForcing) ---
     block_seconds: float = 1  # length of a block; must hold whole latents of both streams
@@ -71,7 +71,7 @@ class Config:
     sink_positions: str = "identity"  # "identity" (paper) | "incremental" (ablation of the paper)
 
     # --- few-step generation ---
-    sigmas: tuple[float, ...] = ()  # noise levels of a student's passes, from 1 down to 0
+    sigmas: tuple[float, ...] = ()  # noise levels from 1 to 0; one pass per level above 0
 
     # ---- derived ----
 
@@ -125,20 +125,20 @@ class Config:
                 )
 
     def _check_blocks(self):
-        """Reject blocks of incomplete latents, and a block 0 whose streams do not end together."""
+        """Reject blocks that cut a latent, and a block 0 whose streams end at different times."""
         for stream, rate in (("video", self.video_rate), ("audio", self.audio_rate)):
             latents = Fraction(self.block_seconds) * rate
             if latents < 1 or latents.denominator != 1:
                 raise ValueError(
                     f"block_seconds={self.block_seconds}: a block would hold {float(latents):g} "
-                    f"{stream} latents; it must be a whole number "
+                    f"{stream} latents; expected a whole number "
                     f"(video {self.video_rate}/s, audio {self.audio_rate}/s)"
                 )
         video, audio = self.prefix_video_frames - 1, self.prefix_audio_frames - 1
         if video < 0 or audio < 0 or video / self.video_rate != audio / self.audio_rate:
             raise ValueError(
                 f"block 0 of {self.prefix_video_frames} video and {self.prefix_audio_frames} audio "
-                f"latents: after the first latent of each, both streams must last equally long "
+                f"latents: without the first latent of each, both must last equally long "
                 f"(1+1 and 4+26 do)"
             )
 
@@ -181,14 +181,14 @@ class Config:
         return cls(**{**values, "sigmas": tuple(values["sigmas"])})
 
 
-# Noise levels of the few-step students. The official code lists them in thousandths and maps each
-# to the nearest level of LTX-2's 40-step schedule (OmniForcing/OmniForcing, ltx-distillation).
+# Noise levels of the few-step students. The official code lists 1000 sigma and takes, for each, the
+# nearest level of LTX-2's 40-step schedule (OmniForcing/OmniForcing, ltx-distillation).
 # The later release lists 1000, 909, 725, 421, 0: four passes. The first release lists 1000, 757,
 # 522, 0: three passes.
 FOUR_STEPS = (1.0, 0.9062290, 0.7265238, 0.4207186, 0.0)
 THREE_STEPS = (1.0, 0.7506967, 0.5447712, 0.0)
 
-LTX2 = Config(sigmas=THREE_STEPS)  # the levels are for the stage I student, of the same shape
+LTX2 = Config(sigmas=THREE_STEPS)  # sigmas: for its stage I student; LTX-2 takes 40 steps
 
 # FULL and RELEASED rotate interleaved pairs, compute the frequency grid in float32 and do not scale
 # the gate's sigma (OmniForcing/OmniForcing, ltx-causal). LTX-2's weights, from which they start,
@@ -205,8 +205,8 @@ RELEASED = replace(
     **_STUDENT_FLAGS,
 )
 
-# The toy keeps the latent rates of LTX-2 (3 and 25 per second) and its asymmetry: 48 video tokens
-# per second against 25 audio tokens (LTX-2: 1152 against 25).
+# The toy keeps the latent rates of LTX-2 (3 and 25 per second). It has 48 video tokens per second
+# and 25 audio tokens (LTX-2: 1152 and 25).
 TOY = replace(
     LTX2,
     name="toy",

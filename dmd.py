@@ -1,9 +1,9 @@
 """Distribution matching distillation: many steps become four (stage I).
 
-From pure noise, the x0 prediction is the mean of all possible clips, so each step of a teacher goes
-only a short way, and a clip takes some 30 steps. A few-step student must produce one sharp clip.
-No unique target exists, so there is nothing to regress. Distribution matching (DMD) compares
-distributions instead:
+From pure noise, the teacher's x0 prediction is the mean of all possible clips, which is blurred. So
+it goes a short way, predicts again, and needs 30 to 40 steps. A student of few steps must make a
+sharp clip, but many clips are right. Distribution matching (DMD) therefore gives it no target clip.
+It compares distributions:
 
     make    clips x with the student
     noise   them                                 x_sigma = (1 - sigma) x + sigma noise
@@ -13,17 +13,17 @@ distributions instead:
 
 Up to a factor that depends on sigma only, (f - r) is the gradient of the Kullback-Leibler
 divergence between noised clips of the student and noised real clips (DMD, Yin et al. 2024, eq. 7).
-A score is ((1-sigma) x0(x_sigma) - x_sigma) / sigma^2, so two scores differ as their x0 predictions
-do.
+A score is ((1-sigma) x0(x_sigma) - x_sigma) / sigma^2, so the difference of two scores is
+(1-sigma) / sigma^2 times that of their x0 predictions.
 
-Three networks of the teacher's shape, all starting at the teacher's weights:
+Stage I has three networks of the teacher's shape. All start with the teacher's weights:
 
     generator   trained: the few-step student
     real        frozen: the teacher with classifier-free guidance, one scale for each stream
     fake        trained: the critic, which learns the generator's clips by flow matching
 
-The critic must stay close to the generator, so each generator update is followed by five critic
-updates.
+The critic must keep up with the generator's clips, so each generator update is followed by five
+critic updates.
 
     python dmd.py            distils the shipped teacher; see --help
 """
@@ -44,7 +44,7 @@ from rollout import denoise
 # five critic updates, so 400.
 STEPS = 150, 400
 CRITIC_UPDATES = 5  # per generator update (OmniForcing, as Self-Forcing)
-MIN_TIME, MAX_TIME = 0.02, 0.98  # of the noise schedule, for the scores (DMD2, OmniForcing)
+MIN_TIME, MAX_TIME = 0.02, 0.98  # range of sigma before the shift (DMD2, OmniForcing)
 
 
 # ---- clips of the few-step generator ----
@@ -52,7 +52,7 @@ MIN_TIME, MAX_TIME = 0.02, 0.98  # of the noise schedule, for the scores (DMD2, 
 
 def draw_exit_step(sigmas, generator) -> int:
     """Draw the index of the pass to train.  Its input comes from the passes before it."""
-    # Paper: the official code draws one per clip, and may draw sigma = 0, where nothing is learnt.
+    # Paper: stage I of the first release draws one per clip, and may draw sigma = 0: no learning.
     return int(torch.randint(len(sigmas) - 1, (), generator=generator))
 
 
@@ -69,7 +69,7 @@ def few_step_clips(net, captions, generator, sigmas=None, exit_step=None):
 
 
 def backward_simulation(net, clips, captions, generator):
-    """Clips to train stage I on: the x0 of a random pass.  (`clips` are not used.)"""
+    """Training clips of stage I: the x0 of a random pass, as in DMD2.  `clips` is unused."""
     exit_step = draw_exit_step(net.cfg.sigmas, generator)
     return few_step_clips(net, captions, generator, exit_step=exit_step)
 
@@ -78,7 +78,7 @@ def backward_simulation(net, clips, captions, generator):
 
 
 def draw_score_sigmas(n, generator) -> torch.Tensor:
-    """Draw (n,) noise levels to compare the scores at: uniform in the time of the noise schedule.
+    """Draw (n,) noise levels at which to compare scores: uniform, then shifted to high noise.
 
     One level per clip, for video and audio: the scores judge whether the two belong together.
     """
@@ -100,7 +100,7 @@ def dmd_gradient(x, real, fake):
 
 
 def surrogate(x, gradient):
-    """A scalar whose derivative by x is `gradient / x.numel()`.
+    """A scalar whose gradient with respect to x is `gradient / x.numel()`.
 
     >>> x = torch.tensor([3.0, 5.0], requires_grad=True)
     >>> surrogate(x, torch.tensor([10.0, -4.0])).backward()
@@ -143,7 +143,7 @@ def make_update(generator, critic, real, guidance, make, draw):
 
     generator, critic               trainer.Learner, each with its own optimiser
     real                            the frozen teacher
-    make(net, clips, captions, g)   clips (video, audio) by the generator, for these captions
+    make(net, clips, captions, g)   clips (video, audio) that the generator makes of these captions
     draw(n, g)                      n random training examples: clips (or None), and `Captions`
     """
     batch, seed = processes.share_of(generator.recipe.batch), generator.recipe.seed
@@ -173,10 +173,10 @@ def make_recipes(steps, seed, batch=8, is_toy=True):
             trainer.Recipe, steps, batch, seed, muon_lr=0, betas=(0.0, 0.95), ema=0.95
         )
         return shared(adam_lr=2e-4, warmup=10), shared(adam_lr=5e-4, warmup=1)
-    # Paper: both at 2e-5, constant; betas and clip of the later release's stage III. Its weight
-    # decay, 0.01, would shrink weights by 4e-4 in the critic's 2000 updates, and is left out. Its
-    # average starts at its step 200 (our 40) with 0.99. Ours starts at once, follows faster at
-    # first (trainer.Averaged), and reaches .98 at the end.
+    # Paper: learning rate 2e-5, constant. Betas and clip: stage III of the later release.
+    # That has a weight decay of 0.01, which in 2000 critic updates would shrink weights by 4e-4; we
+    # leave it out. It averages from its step 200 (our 40) on, with 0.99. We average from the first
+    # step on; the decay grows (trainer.Averaged) and is .98 at the end.
     shared = functools.partial(
         trainer.Recipe, steps, batch, seed,
         muon_lr=0, adam_lr=2e-5, betas=(0.0, 0.999), warmup=1, decay=0.0,
@@ -186,14 +186,17 @@ def make_recipes(steps, seed, batch=8, is_toy=True):
 
 def make_learners(net, critic, recipes) -> dict:
     """The generator, which starts as `net`, and its critic, which starts as the teacher."""
-    pairs = zip(("generator", "critic"), (net, critic), recipes)
-    return {name: trainer.Learner(learning, recipe) for name, learning, recipe in pairs}
+    return {
+        "generator": trainer.Learner(net, recipes[0]),
+        "critic": trainer.Learner(critic, recipes[1]),
+    }
 
 
 def options(doc, name):
     """The command line that stages I and III share."""
     p = cli.parser(doc)
-    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the real score")
+    about = "weights of the teacher, which gives the real score"
+    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help=about)
     cli.add_guidance(p, teacher.GUIDANCE, "guidance scale of the real score")
     stages.add_options(p, STEPS, name)
     return p

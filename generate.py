@@ -1,4 +1,4 @@
-"""Stream video and sound from a prompt: noise, block by block, into a film that grows.
+"""Stream video and sound from a prompt, block by block, into an mp4 that grows.
 
     python generate.py
     python generate.py --prompt "blue slow wood" --seconds 20 --seed 3
@@ -13,21 +13,21 @@ metal), in any order. The model chooses what is left out. "5: ..." changes the p
 
 Each block is one second (block 0 may be a single frame). The model attends to block 0 and to the
 last --window seconds, so memory and time per block are constant. In toy_released, block 0 is a
-whole second, as in the later release; this student keeps its ball's colour, size and pitch longer.
+whole second, as in the later release. With --window 1 the ball keeps its colour and pitch longer.
 An interrupted stream leaves a playable file of all finished blocks. On one machine, the same seed
 gives the same bytes.
 
-At full size, on one GPU, with published weights or with random ones (to measure):
+At full size, on one GPU, with published weights, or with random weights to measure speed:
 
     python generate.py --config released --device cuda --weights omniforcing/ --ltx2 LTX-2/ \\
                        --prompt "A dog barks at the waves."
     python generate.py --config full --device cuda --weights random --seconds 30
 
---weights is a .safetensors file, an index or a folder of the generator. --ltx2 is the folder of
+--weights: the generator's .safetensors file, index file or folder. --ltx2: the folder of
 LTX-2 in the format of diffusers, with text_encoder, tokenizer, connectors, vae, audio_vae and
 vocoder. --speed-up: full_size/README.md.
 
-Speed.  TTFC: time from having weights and prompt until the first second of video and sound is
+Speed.  TTFC: time from loaded weights and prompt until the first second of video and sound is
 written.  passes: the transformer alone.  end to end: with decoding and writing. Both rates are of
 the median block from the third block on. --report also has the timings of the whole stream, of
 each block and of each stage.
@@ -56,9 +56,9 @@ from rollout import few_step_sigmas, rollout
 from toy import source as toy_source
 
 STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
-TOY_PROMPT = "red fast metal"  # defaults
+TOY_PROMPT = "red fast metal"  # default prompts
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
-SHEET_SECONDS, SHEET_PIXELS = 60, 64  # the contact sheet shows the first 60 s, frames reduced
+SHEET_SECONDS, SHEET_PIXELS = 60, 64  # contact sheet: first 60 s, frames reduced to about 64 pixels
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,7 +112,7 @@ def check_prompts_used(cues, blocks, cfg):
     used = {prompt_at(start, cues) for start in starts}
     for cue in (cue for i, cue in enumerate(cues) if i not in used):
         raise ValueError(
-            f"no block would read the prompt at second {cue.seconds:g}: one begins every "
+            f"no block uses the prompt at second {cue.seconds:g}: a block begins every "
             f"{cfg.block_seconds:g} s, the last at {starts[-1]:g}"
         )
 
@@ -209,14 +209,14 @@ def options():
         help="passes per block besides the refresh; default as trained: 4, or 3 (full); fewer are "
         "faster and worse",
     )  # fmt: skip
-    p.add_argument("--out", default="out.mp4", help="film; the contact sheet ends in .png instead")
+    p.add_argument("--out", default="out.mp4", help="film to write; its contact sheet is NAME.png")
     p.add_argument(
-        "--html", help="write a page with film, sound, events and cache on one time axis"
+        "--html", help="web page to write: film, sound, events and cache on one time axis"
     )
     p.add_argument("--report", help="write the timings to this JSON file")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
-    p.add_argument("--weights", help="default: the released student of a toy; random: to measure")
-    p.add_argument("--ltx2", help="at full size: folder of LTX-2 with text path and decoders")
+    p.add_argument("--weights", help="default for a toy: the shipped one; random: to measure speed")
+    p.add_argument("--ltx2", help="at full size: folder of LTX-2 with text encoder and decoders")
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     p.add_argument(
         "--speed-up", nargs="+", metavar="NAME",
@@ -236,7 +236,7 @@ def check_args(args) -> Request:
         raise ValueError(f"--seed {args.seed}: expected 0 or more, and less than 2^63")
     cfg = cli.find_config(args.config)
     if cfg.name not in STREAMED:
-        raise ValueError(f"--config {cfg.name}: no student; expected one of {', '.join(STREAMED)}")
+        raise ValueError(f"--config {cfg.name}: not a student; expected {', '.join(STREAMED)}")
     if cfg.is_toy:
         default, check = TOY_PROMPT, toy_source.toy_features
     else:
@@ -250,11 +250,11 @@ def check_args(args) -> Request:
     check_prompts_used(cues, blocks, cfg)
     window = trained_window(cfg) if args.window is None else args.window
     if window < 1:
-        raise ValueError(f"--window {args.window}: a block must remember at least 1 second")
+        raise ValueError(f"--window {args.window}: expected 1 or more")
     if not cfg.is_toy and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
     if cfg.is_toy and args.ltx2:
-        raise ValueError(f"--ltx2 {args.ltx2}: --config {cfg.name} has a codec of its own")
+        raise ValueError(f"--ltx2 {args.ltx2}: not used by --config {cfg.name}; leave --ltx2 out")
     if not cfg.is_toy and args.weights != "random" and not args.ltx2:
         raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
     device, speedups = cli.find_device(args.device), ()
@@ -277,7 +277,7 @@ def open_source(request):
         from full_size.source import StreamSource
 
         source = StreamSource(request)
-    if request.device.type == "cuda":  # if there is a kernel, it is compiled now
+    if request.device.type == "cuda":  # kernel.path compiles the CUDA kernel if it can
         print(f"attention by {kernel.path(request.device)}")
     if request.speedups:
         from full_size import faster
@@ -336,7 +336,7 @@ def progress_line(index, low, high, watch):
 
 
 def add(chunk, movie, shown, cfg):
-    """Write a decoded chunk, and keep its start for the contact sheet."""
+    """Write a decoded chunk; keep small frames of the first 60 s for the contact sheet."""
     frames = (chunk.frames * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     movie.add(frames, chunk.samples.float().cpu().numpy())
     if movie.frames <= SHEET_SECONDS * cfg.fps + 1:
@@ -344,7 +344,7 @@ def add(chunk, movie, shown, cfg):
 
 
 def thumbnails(frames):
-    """(P, 3, H, W) frames on the CPU, reduced by the factor H // SHEET_PIXELS, if above 1."""
+    """Reduce frames (P, 3, H, W) by H // SHEET_PIXELS, if above 1, and move them to the CPU."""
     factor = frames.shape[2] // SHEET_PIXELS
     frames = frames.float()
     return (F.avg_pool2d(frames, factor) if factor > 1 and len(frames) else frames).cpu()

@@ -2,8 +2,8 @@
 
 In training on whole clips, all tokens are computed at once and a mask hides the future. In
 streaming, the past is finished. Its keys and values are kept, so block 6000 costs as much as
-block 6. Both ways give the same numbers. The whole project rests on this invariant, and
-`tests/test_kv_cache.py` checks it for every block.
+block 6. Until a block is evicted, both ways give the same numbers (tests/test_kv_cache.py checks
+every block). Later they differ by the position of the pinned keys, see below.
 
 Each layer has four attentions over the two streams. Each has a cache of its own:
 
@@ -15,19 +15,19 @@ front. After it, a ring holds the latest blocks, including the current one. A ne
 the oldest (eviction):
 
     window = 2            slots:   prefix | ring of 3 blocks
-    during block 3                 S V0   | 1  2  3
-    during block 4                 S V0   | 4  2  3      1 is evicted
-    during block 5                 S V0   | 4  5  3      2 is evicted
+    during block 3                    0   | 1  2  3
+    during block 4                    0   | 4  2  3      1 is evicted
+    during block 5                    0   | 4  5  3      2 is evicted
 
-The slots are not in order of time. Attention does not need that, because the keys contain their
-positions. The filled slots are always [0, n), and the CPU knows n: a slice replaces a mask.
+The slots are not in order of time. Attention does not need that, because every key is already
+rotated by its position. The filled slots are always [0, n), so a slice replaces a mask.
 
 Each block takes several passes: one per noise level, then one at sigma = 0, the *refresh*, which
 leaves the clean keys and values for later blocks. Every pass writes the same slots. Only the loop
 (rollout.py) moves on to the next block, by `next_block()`. A pass may therefore be repeated.
 
-Positions.  When a block is evicted, the pinned keys move one block later in time. Prefix and sinks
-then stay at a distance seen in training, however long the stream is. Rotations add up (rope.py).
+Positions.  When a block is evicted, the pinned keys move one block later in time. With the window
+of training, they stay at a distance seen there, for ever. Rotations add up (rope.py).
 The unmoved pinned keys are kept and rotated once by the total shift, so rounding errors do not
 accumulate.
 
@@ -88,7 +88,7 @@ class MaskedView:
         self.masks = masks or {}  # site -> (Q, K) booleans, see masks.four_masks
 
     def for_recompute(self, layer):
-        """Return the view for a second run of a layer: it holds no state, so itself."""
+        """Return a view for running the layer again: this one, because it holds no state."""
         return self
 
     def attend(self, layer, site, q, k, v, heads: Heads):
@@ -105,13 +105,13 @@ class RollingCache:
         self.block_tokens = block_tokens  # keys of every later block
         self.ring_blocks = ring_blocks  # window + 1: the current block needs a place as well
         self.block = 0  # index of the current block
-        self.first_visible = 0  # slot; prefix_tokens once an unpinned prefix has left the window
+        self.first_visible = 0  # first slot to read; prefix_tokens once an unpinned prefix is out
         self.k = self.v = None  # (B, slots, H, D), allocated by the first append
         self.unmoved_prefix_k = None  # (B, prefix, H, D) pinned keys as they were written
 
     @property
     def num_filled(self) -> int:
-        """Slots in use once the current block is written; always the first ones."""
+        """Number of slots in use, current block included; they are always the first ones."""
         return self.prefix_tokens + min(self.block, self.ring_blocks) * self.block_tokens
 
     @property
@@ -142,7 +142,7 @@ class RollingCache:
         return self.visible()
 
     def checked_slots(self, k) -> slice:
-        """Slots for the keys (B, T, H, D).  Raises ValueError if they do not fill them exactly."""
+        """Slots of the current block; allocates buffers.  Raises ValueError if k does not fit."""
         if self.k is None:
             slots = self.prefix_tokens + self.ring_blocks * self.block_tokens
             self.k, self.v = (k.new_empty(len(k), slots, *k.shape[2:]) for _ in range(2))
@@ -167,11 +167,11 @@ class RollingCache:
         return torch.cat([buffer[:, before], buffer[:, after], new], 1)
 
     def next_block(self):
-        """Keep the current block and move to the next place."""
+        """Keep the current block; later passes write to the next place of the ring."""
         self.block += 1
 
     def move_prefix(self, by: rope.Rope):
-        """Rotate the pinned keys by an angle that is counted from where they were written."""
+        """Rotate the pinned keys; `by` is the total angle since they were written."""
         if self.unmoved_prefix_k is None:  # a stream without evictions needs no second copy
             self.unmoved_prefix_k = self.k[:, : self.prefix_tokens].clone()
         self.k[:, : self.prefix_tokens] = rope.rotate(self.unmoved_prefix_k, by)
@@ -182,8 +182,8 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
 
     q (B, Q, H*D)   k, v (B, T, H*D) projections -> (B, Q, H*D); Q may differ from T.
 
-    On a GPU and without gradients, a CUDA kernel does this in one launch for few tokens, otherwise
-    in one launch followed by SDPA.
+    On a GPU without gradients, a CUDA kernel runs: for few tokens it does everything, for many it
+    does all but attention, and SDPA follows.
     """
     if kernel.supports(q, k, v, heads):
         if kernel.fits_fused(q, k):
@@ -209,26 +209,31 @@ class CachedView:
         ring = max(1, min(self.window + 1, num_blocks - 1))
         video = cfg.prefix_video_frames * cfg.tokens_per_frame, cfg.video_tokens_per_block, ring
         audio = cfg.num_sinks + cfg.prefix_audio_frames, cfg.audio_frames_per_block, ring
-        sizes = dict(zip(SITES, (video, audio, audio, video)))  # of the keys, see the table above
+        sizes = dict(zip(SITES, (video, audio, audio, video)))  # of keys; table: top of the file
         self.layers = [
             {site: RollingCache(*sizes[site]) for site in SITES} for _ in range(cfg.num_layers)
         ]
         self.block = 0
 
     @property
+    def caches(self) -> list[RollingCache]:
+        """All caches of all layers."""
+        return [cache for layer in self.layers for cache in layer.values()]
+
+    @property
     def num_evicted(self) -> int:
-        """Number of blocks evicted so far."""
+        """Number of blocks evicted so far, block 0 not counted."""
         return max(0, self.block - 1 - self.window)
 
     def attend(self, layer, site, q, k, v, heads: Heads):
         """Projections (B, T, H*D) of the current block -> (B, Q, H*D)."""
         return cache_append_attention(q, k, v, heads, self.layers[layer][site])
 
-    @torch.no_grad()  # the cache holds data: no gradient crosses from block to block
+    @torch.no_grad()  # moves cached tensors, which have no gradient
     def next_block(self):
         """Keep the finished block, move to the next place, move the pinned keys along."""
         self.block += 1
-        for cache in (cache for layer in self.layers for cache in layer.values()):
+        for cache in self.caches:
             cache.next_block()
             if not self.pinned and self.block > self.window:
                 cache.first_visible = cache.prefix_tokens
@@ -248,8 +253,8 @@ class CachedView:
     def for_recompute(self, layer):
         """Return a read-only view of one layer, for activation checkpointing.
 
-        There, the backward pass runs the layer again, after the stream has moved on. The layer then
-        writes nothing, and the history must be as it was: no slot overwritten, no pinned key moved.
+        The backward pass runs the layer again, when the stream is at a later block. The view writes
+        nothing. The earlier blocks must be as they were: none overwritten, no pinned key moved.
 
         Raises ValueError for a window that evicts blocks.
         """
@@ -262,13 +267,12 @@ class CachedView:
 
     def num_bytes(self) -> int:
         """Memory of the caches."""
-        caches = [cache for layer in self.layers for cache in layer.values()]
-        buffers = [b for c in caches for b in (c.k, c.v, c.unmoved_prefix_k)]
+        buffers = [b for c in self.caches for b in (c.k, c.v, c.unmoved_prefix_k)]
         return sum(b.numel() * b.element_size() for b in buffers if b is not None)
 
 
 class ReadOnlyView:
-    """One layer's caches as they were during one block, also after the stream has moved on."""
+    """One layer's caches as they were during one block, readable at a later block."""
 
     def __init__(self, caches):
         self.caches = caches  # site -> copies that share the buffers but keep their own counters

@@ -1,26 +1,26 @@
 """The timeline cut into one-second blocks, and who may attend to whom.
 
 A causal generator must know what "earlier" means for two streams with different rates: 3 video
-latents per second (384 tokens each) and 25 audio latents per second (one token each). OmniForcing
+latents per second (LTX-2: 384 tokens each) and 25 audio latents (one token each). OmniForcing
 cuts both streams at the same times. In both VAEs the first latent (V0, A0) covers a single input
 frame. V0 and A0 therefore stand at time 0, and every later second holds exactly 3 video and 25
 audio latents:
 
     seconds       0        1        2        3
     video      V0 | V1..V3 | V4..V6 | V7..V9 |
-    audio      A0 | A1..25 | 26..50 | 51..75 |         paper: 1 + 3k and 1 + 25k latents
+    audio      A0 | A1..25 | 26..50 | 51..75 |         paper: 1 + 3k, 1 + 25k up to block k
     block       0 |    1   |    2   |    3   |         (block 0 is the "global prefix")
 
-    released checkpoint: the first second joins the prefix, 4 + 3k and 26 + 25k latents
+    released checkpoint: the first second is in block 0, so 4 + 3k and 26 + 25k up to block k
 
 One rule gives all four masks: **a query may attend to a key if the key's block is not later than
 the query's block.** Inside a block, attention goes both ways; between blocks, only backwards in
 time. Sink tokens (sink_tokens.py) stand at the start of the audio stream and belong to block 0:
-every token attends to them, and they attend to block 0 only.  (Paper: asymmetric block-causal
-alignment, global prefix.)
+every query of audio self-attention and A2V attends to them; they attend to block 0 only.  (The
+paper's names: asymmetric block-causal alignment, global prefix.)
 
-In a boolean mask, True means "may attend", as in torch's scaled_dot_product_attention. This is
-every eighth video token of the toy, with 16 tokens in block 0 and 48 in block 1:
+In a boolean mask, True means "may attend", as in torch's scaled_dot_product_attention. Here are
+blocks 0 and 1 of the toy, 16 and 48 video tokens, of which every eighth is drawn:
 
 >>> print(mask_to_text(four_masks(config.TOY, 2, sinks=False)["video_self"][::8, ::8]))
 ##......
@@ -84,7 +84,7 @@ def num_blocks(seconds, cfg) -> int:
 
 
 def full_window(blocks) -> int:
-    """Smallest window with which the last of `blocks` blocks attends to all of them.
+    """Smallest window that lets the last of `blocks` blocks attend to all of them.
 
     >>> bool(may_attend(torch.tensor([5]), torch.arange(6), full_window(6)).all())
     True
@@ -95,7 +95,7 @@ def full_window(blocks) -> int:
 
 
 def trained_window(cfg, seconds=config.CLIP_SECONDS) -> int:
-    """How many blocks back the last block of a training clip attends; longer windows break streams.
+    """Smallest window that hides nothing in a training clip; longer ones harm a stream.
 
     >>> trained_window(config.TOY), trained_window(config.RELEASED)
     (4, 3)
@@ -154,7 +154,7 @@ def block_interval(k, cfg) -> tuple[float, float]:
 
 
 def block_of_frame(frame, prefix, step):
-    """Block index of a latent frame index (number or tensor): 0 in the prefix, then one per `step`.
+    """Block of a latent frame (number or tensor): 0 in the prefix, then one per `step` frames.
 
     Each stream calls this with its own prefix and step. Video and audio frames of the same second
     therefore get the same block index.
@@ -190,7 +190,7 @@ def audio_token_blocks(blocks, cfg, sinks=True) -> torch.Tensor:
 def may_attend(query_blocks, key_blocks, window=None, pinned=True) -> torch.Tensor:
     """The rule.  (Q,) and (K,) block indices -> (Q, K) booleans.
 
-    window   how many blocks before its own a query attends to; None: all of them
+    window   number of blocks, before its own, that a query attends to; None: all of them
     pinned   block 0 (prefix and sinks) stays visible for ever; False is an ablation
 
     >>> may_attend(torch.arange(4), torch.arange(4), window=1).int()

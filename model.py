@@ -1,4 +1,4 @@
-"""The dual-stream transformer: exactly the one of LTX-2, at any size.
+r"""The dual-stream transformer of LTX-2, at any size, with optional sinks.
 
 Video and audio differ only in width, so each part is written once. `HalfLayer` is the half of a
 layer that belongs to one stream, `Layer` is two of them, `Modality` is everything of one stream
@@ -13,14 +13,14 @@ Legend, for the whole project
     sigma   noise level in [0, 1]: **1 is pure noise, 0 is clean**
     x_sigma = (1 - sigma) x0 + sigma noise,   velocity v = noise - x0,   x0 = x_sigma - sigma v
 
-    block   one second: 3 video latent frames and 25 audio latents;  prefix: block 0
+    block   one second: 3 video latent frames, 25 audio latents;  prefix: block 0, see masks.py
     pass    one call of the transformer;  refresh: the pass at sigma = 0 that writes the keys and
             values of a finished block again;  window: blocks kept besides prefix and sinks
 
-One layer (norm is RMSNorm without weight; each arrow is a gated residual)
+One layer (norm is RMSNorm without weight; arrows are residuals, gated except for captions)
 
-    video  v --self--> --captions-->  n_v = norm(v) \\/ --A2V: queries n_v, keys n_a--> --MLP-->
-    audio  a --self--> --captions-->  n_a = norm(a) /\\ --V2A: queries n_a, keys n_v--> --MLP-->
+    video  v --self--> --captions-->  n_v = norm(v) \/ --A2V: queries n_v, keys n_a--> --MLP-->
+    audio  a --self--> --captions-->  n_a = norm(a) /\ --V2A: queries n_a, keys n_v--> --MLP-->
 
 Both n_v and n_a are computed before either stream attends to the other. Sources: Lightricks/LTX-2,
 ltx-core transformer; Hugging Face diffusers, transformer_ltx2.py, against which it is tested.
@@ -42,7 +42,7 @@ from masks import SITES, Span, clip_span, four_masks
 from plumbing import files
 from sink_tokens import SinkTokens, init_sinks, sink_angles
 
-# ---- noise, velocity and clean estimates: the only place that converts between them ----
+# ---- noise, velocity and clean estimates ----
 
 
 def add_noise(x0, noise, sigma):
@@ -68,12 +68,12 @@ def draw_noise(n, span, cfg, generator, device=None, dtype=None):
 
 
 def noise_like(x, generator):
-    """Pure noise with the shape, device and dtype of x; drawn on the CPU as well."""
+    """Pure noise with the shape, device and dtype of x; drawn on the CPU, like draw_noise."""
     return to_device(torch.randn(x.shape, generator=generator), x.device, x.dtype)
 
 
 def to_device(x, device, dtype):
-    """Move a CPU tensor; to a GPU asynchronously, through pinned memory."""
+    """Move a tensor to a device; from CPU to GPU without waiting, through pinned memory."""
     if device is not None and torch.device(device).type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory().to(device, non_blocking=True)
     return x.to(device, dtype)
@@ -96,7 +96,7 @@ def to_x0(x, sigma, v):
 
 
 def timestep_embedding(tau, width=256):
-    """Sines and cosines of a timestep, 0 .. 1000: (B, T) -> (B, T, width) float32, cosines first.
+    """Cosines, then sines of a timestep: (B, T) -> (B, T, width) float32.
 
     >>> timestep_embedding(torch.tensor([[0.0]])).sum()       # 128 cosines of 0
     tensor(128.)
@@ -125,7 +125,7 @@ class AdaLN(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """Rows for all layers of one stream, from the L noise levels of a pass; L: see `modulated`."""
+    """What all layers of a stream add to their tables, at L noise levels; L: see `modulated`."""
 
     main: torch.Tensor  # (B, L, 6, C) shift, scale, gate of self attention; the same of the MLP
     cross: torch.Tensor  # (B, L, 4, C) scale, shift for A2V; scale, shift for V2A
@@ -151,7 +151,7 @@ def modulated(x, scale, shift):
     """
     if scale.shape[1] == 1:
         return x * (1 + scale) + shift
-    # Broadcast, not expanded to all tokens: that would take 11 tensors as large as x per layer.
+    # Broadcast: expanded to all tokens, the 11 rows of a layer would each be as large as x.
     x = x.unflatten(1, (scale.shape[1], -1))
     return (x * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
@@ -208,9 +208,9 @@ class Attention(nn.Module):
 class HalfLayer(nn.Module):
     """The half of a layer that belongs to one stream: all its weights, and the residual steps.
 
-    listen_row   first of the two rows of `cross_table` that modulate this stream's queries; the
-                 other two modulate it as context (keys and values). LTX-2 stores A2V before V2A in
-                 both streams: 0 for video, which provides the queries in A2V, and 2 for audio.
+    listen_row   rows listen_row and listen_row + 1 of `cross_table` modulate this stream's queries,
+                 the other two its keys and values. Rows 0, 1 are for A2V and 2, 3 for V2A, so it
+                 is 0 for video (queries of A2V) and 2 for audio (queries of V2A).
     """
 
     def __init__(self, width, other_width, listen_row, cfg):
@@ -315,7 +315,7 @@ class Modality(nn.Module):
 
     def modulate(self, sigma) -> Modulation:
         """sigma (B, L) -> rows for every level."""
-        tau = 1000 * sigma  # in the dtype of sigma, as LTX-2 does: bfloat16 rounds .421 to 420
+        tau = 1000 * sigma  # in the dtype of sigma, as LTX-2: in bfloat16 .421 becomes 420
         main, final = self.adaln(tau)
         cross, _ = self.adaln_cross(tau)
         gate, _ = self.adaln_gate(sigma * self.cfg.gate_timestep_scale)
@@ -386,7 +386,7 @@ class OmniTransformer(nn.Module):
         text   from `project_text`
         span   which latent frames these are, counted from the start of the clip
         view   MaskedView or CachedView: which keys each query attends to
-        ropes  rotation tables of the span, if they exist already; see `ropes_of`
+        ropes  rotation tables; default: `ropes_of`; full_size/faster.py gives fixed ones
         ->     (B, T_v, C_v), (B, F_a, C_a) velocities
         """
         ropes = ropes or ropes_of(self.cfg, span, video.device, video.dtype)
@@ -483,7 +483,7 @@ def _initialise(model, generator):
 
 
 def load(path) -> OmniTransformer:
-    """Load a weight file of this project: the model in float32, in evaluation mode.
+    """Return the model of a weight file of this project, in float32 and evaluation mode.
 
     Raises ValueError for a file that is incomplete, was not written by this project, or does not
     fit its own config.
@@ -498,7 +498,7 @@ if __name__ == "__main__":
     cfg = config.TOY
     model = build(cfg)
     span = clip_span(6, cfg)
-    noise = torch.randn(1, 256, 48), torch.randn(1, 126, 20)
+    noise = draw_noise(1, span, cfg, torch.Generator())
     sigma = torch.ones(1)
     text = model.project_text(torch.eye(9)[None, 1:4])
     for label, masks in (("bidirectional", None), ("block-causal", four_masks(cfg, 6))):

@@ -1,32 +1,32 @@
 """Stage II: add the causal mask; the student regresses the end points of ODE trajectories.
 
-A bidirectional model cannot simply run causally, because its attention has always used the future
-too. Here it learns to do without. The four-step student of dmd.py denoises whole clips from noise.
-We keep each trajectory's states at the student's noise levels. Its final state x_0 is the
+A bidirectional model cannot simply run causally, because its attention has always used the future.
+Here it learns to work without it. The student of dmd.py makes whole clips from noise, by Euler
+steps without fresh noise. We keep the states at its noise levels. The last one, x_0, is the
 regression target:
 
     noise = x_1 --> x_.91 --> x_.73 --> x_.42 --> x_0        one trajectory of its ODE
 
-The student sees such a clip with **one noise level per block**, drawn independently, under the
-block-causal masks of masks.py, and must predict the clean end:
+The student sees such a clip with **one noise level per block**, drawn independently (as in
+Diffusion Forcing), under the block-causal masks of masks.py, and must predict the clean end:
 
     block        0      1      2      3
     level       .42     0     .91    .42        loss = mean |x0(x_level) - x_0|^2, noisy blocks only
 
 Independent levels teach every mixture of noisy and clean blocks at once. Each block is clean with
 probability 1/4 (CLEAN_SHARE), so most pasts contain a clean block. A long past is rarely clean as
-a whole, although it always is in streaming. (Differs from the paper: uniform over all levels, the
-clean one included.)
+a whole, although it always is in streaming. (Official code: uniform over all levels, so 1/4 in the
+first release and 1/5 in the later one.)
 
-A block's video **and its own audio** share a level. Both streams take the level of
-`masks.frame_blocks`. (Differs from the paper: the official code spreads the levels over the audio
-by rounding 126 / 16 frames, not by block edges. Its edges are 8, 32, 55, 79, 102 instead of 1, 26,
-51, 76, 101, so a few audio tokens of every block carry their neighbour's level.)
+A block's video **and its own audio** share a level. `masks.frame_blocks` gives the block of each
+frame. (Differs from the paper: the official code spreads the levels over the audio by rounding
+126 / 16 frames, not by block edges. Its edges are 8, 32, 55, 79, 102 instead of 1, 26, 51, 76, 101,
+so a few audio tokens of every block carry their neighbour's level.)
 
-In a clip of five seconds, the latest blocks contain everything the past can tell. Nothing then
-teaches a student to use block 0, the only block that a long stream never evicts. With
-`--windows 0 1 2 3`, each batch draws one of these windows, and blocks between block 0 and the
-window are masked (not in the paper).
+In a clip of five seconds no block is evicted, so no example forces a student to use block 0, the
+only block that a long stream keeps. With `--windows 0 1 2 3`, each batch draws one of these
+windows, and blocks between block 0 and the window are masked (not in the paper; alone it brought no
+gain: results/README.md). Block 0 keeps its position there; in a stream it moves.
 
 Trajectories can also come from the many-step teacher, as in the later release, which has no stage
 I. Then use guidance and several Euler steps per kept level:
@@ -50,7 +50,7 @@ from plumbing import cli, files, processes, stages, trainer
 
 STEPS = 2500, 3000  # training steps: toy, full size (paper)
 CLEAN_SHARE = 0.25  # probability that a block is clean
-# trajectories start from captions that the teacher was not trained on
+# first seed of captions that the teacher was not trained on
 FIRST_SEED = teacher.SEEDS * teacher.CLIPS_PER_SEED
 
 
@@ -144,7 +144,7 @@ def gather_states(trajectory, levels):
 
 
 def regression_losses(net, trajectories, levels, sigmas, view):
-    """Mean squared error of x0 over the noisy elements, for video and audio.
+    """Mean squared error of x0 over the tokens of noisy blocks, for video and audio.
 
     trajectories   `Captions`, video (B, L, T_v, C_v), audio (B, L, F_a, C_a)
     levels         (B, N) indices into sigmas, one per block
@@ -210,7 +210,7 @@ def make_recipe(steps, seed=0, batch=8, is_toy=True):
         return trainer.Recipe(steps, batch, seed, muon_lr=0.005, adam_lr=5e-4, ema=0.98)
     # Paper: AdamW at 2e-5; betas, and constant after a warm-up of 100 steps, as in the first
     # release. Gradients are clipped at 1, as in the later one; the first clips at 10. Neither
-    # averages weights here, as far as we know; we write a mean of the last hundred steps or so.
+    # averages weights here, as far as we know; we write an average of about the last 100 steps.
     return trainer.Recipe(
         steps, batch, seed,
         muon_lr=0, adam_lr=2e-5, betas=(0.9, 0.999), warmup=100, decay=0.0, ema=0.99,
@@ -218,7 +218,7 @@ def make_recipe(steps, seed=0, batch=8, is_toy=True):
 
 
 def trial_loss(net, captions, generator):
-    """Loss of made-up trajectories; full_size/memory.py runs it on meta tensors."""
+    """Loss on random trajectories; full_size/memory.py runs it on meta tensors."""
     cfg, batch = net.cfg, len(captions)
     blocks, levels = num_blocks(CLIP_SECONDS, cfg), len(cfg.sigmas)
     ends = model.draw_noise(batch, clip_span(blocks, cfg), cfg, generator)

@@ -8,8 +8,8 @@ One block, with the noise levels 1 > s1 > s2 > s3 > 0:
 
   * Every pass predicts the clean block x0. Fresh noise then takes it back to the next level.
   * The last pass ends at x0: no noise is added after it.
-  * The refresh is one more pass, at sigma = 0. Later blocks must attend to keys and values of the
-    clean block, as in training, and not to those of its last noisy state.
+  * The refresh is one more pass, at sigma = 0. Later blocks then attend to keys and values of the
+    clean block, not to those of its last noisy state.
   * Only the loop moves the cache on to the next block; no layer does.
 
 `generate.py` runs the loop without gradients, `self_forcing.py` trains through it, and `dmd.py`
@@ -27,7 +27,7 @@ from masks import block_span
 
 
 class Block(NamedTuple):
-    """One finished block of B streams."""
+    """One finished block of B clips."""
 
     index: int
     video: torch.Tensor  # (B, T_v, C_v) clean latents
@@ -38,13 +38,13 @@ def rollout(
     net, text_at, num_blocks, sigmas, generator,
     batch=1, view=None, exit_steps=None, history=None,
 ):  # fmt: skip
-    """Yield the blocks of B streams, each as soon as it exists.
+    """Yield the blocks of B clips, each as soon as it is finished.
 
     text_at     function from block index to `model.TextKV`: the prompt may change between blocks
     sigmas      noise levels from 1 to 0: len(sigmas) - 1 passes per block, and the refresh
     generator   torch.Generator on the CPU, the only source of randomness
     view        the cache; default: a CachedView that evicts nothing
-    exit_steps  for each block, the pass whose x0 ends it, see `denoise`; None: the last pass
+    exit_steps  for each block, the index of its last pass, see `denoise`; None: all passes
     history     clean (video, audio) of a real clip, cached instead of the generated blocks
                 (teacher forcing, an ablation)
     """
@@ -80,7 +80,7 @@ def denoise(net, x, sigmas, text, span, view, generator, exit_step=None):
     return x0
 
 
-@torch.no_grad()  # the cache holds data: a gradient would cross from block to block
+@torch.no_grad()  # the cache keeps no gradient, so this pass needs none
 def refresh(net, x0, text, span, view):
     """Write the keys and values of a finished block again, from its clean (video, audio)."""
     zero = x0[0].new_zeros(len(x0[0]))
@@ -88,9 +88,9 @@ def refresh(net, x0, text, span, view):
 
 
 def few_step_sigmas(cfg, steps=None) -> tuple[float, ...]:
-    """Noise levels of `steps` passes, taken evenly from the levels the student was trained on.
+    """Noise levels of `steps` passes: those of the training, or some of them.
 
-    Raises ValueError for more passes than it was trained on.
+    Raises ValueError for no pass, and for more passes than it was trained on.
 
     >>> few_step_sigmas(config.TOY, 2)
     (1.0, 0.7265238, 0.0)
@@ -99,7 +99,7 @@ def few_step_sigmas(cfg, steps=None) -> tuple[float, ...]:
     steps = trained if steps is None else steps
     if not 1 <= steps <= trained:
         raise ValueError(
-            f"{steps} steps: the student knows {trained} noise levels, so 1 to {trained}"
+            f"{steps} steps: the student was trained on {trained}; expected 1 to {trained}"
         )
     return (*(cfg.sigmas[i * trained // steps] for i in range(steps)), 0.0)
 
@@ -125,4 +125,4 @@ if __name__ == "__main__":
     with torch.no_grad():
         for block in rollout(net, lambda k: text, 3, config.TOY.sigmas, torch.Generator()):
             print(f"block {block.index}: passes at {', '.join(passes)}")
-            passes.clear()  # the refresh of a block is the first pass after it
+            passes.clear()  # the refresh runs after the yield: printed with the next block

@@ -1,7 +1,7 @@
 """Rotary position embeddings (RoPE): one clock for video and audio.
 
 Attention compares queries and keys by dot product. RoPE rotates each pair of channels by an angle
-proportional to the token's position, so the dot product depends on the *distance* between two
+that is linear in the token's position, so the dot product depends on the *distance* between two
 tokens. Video and audio share one clock. A position is a time in seconds (for video also a row and a
 column in pixels), never an index. A video latent that lasts a third of a second can therefore find
 the audio latents of the same moment.
@@ -13,15 +13,15 @@ A width of C channels has C/2 pairs, each rotated by one angle. With n axes ther
 K = C // (2n) frequencies. The first (C mod 2n)/2 pairs are not rotated. The others are ordered by
 frequency, then by axis: t0 y0 x0 t1 y1 x1 ... In LTX-2 each of the 32 heads gets contiguous pairs:
 head 0 owns the slowest frequencies. In the toy, the 4 heads take pairs round-robin, so each head
-has the whole range of frequencies. The layout says which two of a head's D channels form a pair:
+has the whole range of frequencies. `rope_layout` says which two of a head's D channels form a pair:
 
     split         channel i with i + D/2          (LTX-2)
     interleaved   channel 2i with 2i + 1          (the student of OmniForcing)
 
-Angles are computed in float64 from exact times, so an hour-long stream is as exact as its first
-second. Only cos and sin are cast to the dtype of the model.
+Angles are computed in float64, so after an hour they are still exact to float32. Only cos and sin
+are cast to the dtype of the model.
 
-    python rope.py    q . k of two tokens 0.2 s apart, now and in an hour
+    python rope.py    prints q . k of two tokens 0.2 s apart, at 0 s and at 3600 s
 """
 
 import functools
@@ -154,16 +154,16 @@ def shift_angles(site, seconds, cfg) -> torch.Tensor:
 
 
 def angle_device(device) -> torch.device:
-    """Device on which to compute angles, for a `with` statement.
+    """Device on which to compute angles; `with angle_device(...)` makes it the default.
 
-    It is the model's own device: a GPU would otherwise wait for the CPU to compute the angles of a
-    large block. MPS has no float64, so its angles are computed on the CPU.
+    It is the model's own device. With angles from the CPU, a GPU would wait at large blocks. MPS
+    has no float64, so its angles are computed on the CPU.
     """
     device = torch.device(device or "cpu")
     return torch.device("cpu") if device.type == "mps" else device
 
 
-@torch.inference_mode(False)  # these tensors are cached, and autograd cannot save inference tensors
+@torch.inference_mode(False)  # model.ropes_of caches these; training may reuse them
 def cos_sin(angles, cfg, device=None, dtype=torch.float32) -> Rope:
     """cos and sin of (T, C/2) angles, in the dtype of the model."""
     to = functools.partial(torch.Tensor.to, device=device, dtype=dtype)

@@ -1,23 +1,23 @@
 """Self-forcing: train on what you generate yourself, block by block, as at inference (stage III).
 
-In stage II, the past of a block is a piece of a real model's trajectory: right, and at a noise
-level of its own. When the student streams, its past is its own output. It is clean because of the
+In stage II, the past of a block is from a trajectory of the stage I student: right, but at other
+noise levels. When the student streams, its past is its own output. It is clean because of the
 refresh, but it has errors that training never showed. This mismatch is exposure bias. Self-forcing
-trains the student on exactly what it will meet: its own rollout (rollout.py).
+trains the student on its own rollout (rollout.py).
 
 One training step:
 
     1  draw captions, and the exit pass at which all blocks of this rollout will end
     2  roll out 5 seconds with the same caches as at inference; only the exit pass of each block
        carries a gradient, and none crosses from block to block: the cache returns detached history
-    3  judge the whole clip by the two bidirectional scores of dmd.py, as in stage I; one backward
+    3  score the whole clip by the two bidirectional scores of dmd.py, as in stage I; backward pass
     4  update the critic on five new rollouts
 
 No real clip is needed, captions are enough. The ablation `--history true` does use real clips:
 every block is then conditioned on the real past (teacher forcing). Loss, steps and cost are the
-same, so the difference measures the effect of self-forcing.
+same, so the difference measures the effect of self-forcing (small here: results/README.md).
 
-Captions get a gradient: their keys and values are computed once per rollout, and every exit pass
+Caption layers get a gradient: keys and values are computed once per rollout, and every exit pass
 reads them. (Differs from the paper: the official code caches them detached, so its caption layers
 learn nothing in this stage.)
 
@@ -35,14 +35,14 @@ from rollout import rollout, whole_clip
 
 
 def rollout_clip(net, clips, captions, generator, window=None, history=None, share_exit=True):
-    """Clips to train stage III on: the student's own rollout, each block as x0 of a random pass.
+    """Training clips of stage III: the student's rollout; each block is the x0 of a random pass.
 
     window       blocks kept in the cache, besides block 0; None: all
     history      clips -> clean latents of the real clips, to be cached instead (teacher forcing)
     share_exit   False: every block ends after a random pass of its own
     """
     blocks, sigmas = num_blocks(CLIP_SECONDS, net.cfg), net.cfg.sigmas
-    # One exit pass for all blocks: each block is then refreshed from an equally good clip
+    # One exit pass for all blocks: the blocks of the past are then equally far denoised
     # (Self-Forcing; same_step_across_blocks in OmniForcing).
     draws = 1 if share_exit else blocks
     exits = [dmd.draw_exit_step(sigmas, generator) for _ in range(draws)]

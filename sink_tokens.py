@@ -2,24 +2,24 @@
 
 The problem.  Under the causal mask, the first audio token can attend to very little. In the paper's
 layout, block 0 holds a single audio latent, A0. In self-attention, A0 attends only to itself, and
-a softmax over one key is always 1. (Video has 384 tokens in block 0.) The paper reports that
+a softmax over one key is always 1. (Video has 384 keys there.) The paper reports that
 training under the mask (its stage II, ode_regression.py) then diverges: NaN for S <= 2. With S = 16
 sinks it is stable (largest gradient norm 9.23).
 
 The remedy.  S learnable vectors are placed before the audio tokens, after the input projection.
 
-  * They belong to block 0: every token attends to them. They attend to block 0: themselves, A0 and
-    V0, the first video latent (masks.py).
+  * They belong to block 0, so no later block masks them as keys. As queries they attend to
+    themselves, A0 and V0, the first video latent (masks.py).
   * Identity RoPE: cos = 1, sin = 0, in audio self-attention and in both cross-modal directions.
-    By the formula of rope.py, angle 0 is the time max/2. All sinks share this one time, so they
-    have no order. In a stream longer than the window, the cache moves all pinned keys along in
-    time, and the keys of the sinks with them.
+    Angle 0 is the time rope_max_seconds / 2 (rope.py). All sinks have this one time, so they
+    have no order. After an eviction, the cache moves all pinned keys in time, so the keys of
+    the sinks are rotated then, too.
   * They get the noise level of A0. All other operations treat them as audio tokens.
   * They are removed before the output layer, and no loss is computed on them.
 
 The later release.  The released checkpoint puts the first second into block 0. Its first audio
-token attends to 26 keys, and it trains without sinks. This supports our hypothesis: sinks are
-needed because block 0 has only one audio latent.
+token attends to 26 keys, and it trains without sinks. This fits our guess that sinks are needed
+for a block 0 of one audio latent. (The toy needs none: results/README.md.)
 
     S      paper's stage II, 3000 steps: largest gradient norm, loss at sigma = 0.5
     24     9.15   0.110
@@ -39,7 +39,7 @@ import rope
 
 
 def init_sinks(num_sinks, width, generator=None) -> torch.Tensor:
-    """(1, S, C_a) sinks at initialisation."""
+    """Initial sinks (1, S, C_a): small random vectors."""
     return 0.02 * torch.randn(1, num_sinks, width, generator=generator)
 
 
@@ -82,8 +82,8 @@ def sink_angles(cfg) -> torch.Tensor:
     tensor(0., dtype=torch.float64)
     """
     if cfg.sink_positions == "incremental":
-        # Paper: it only says "incremental RoPE". Here the sinks then get the times of S further
-        # audio frames just before A0, so that A0 itself stays in sync with V0.
+        # Paper: it only says "incremental RoPE". Our reading: the sinks get the times of S audio
+        # frames before A0, and A0 keeps its own time, like V0.
         frames = torch.arange(-cfg.num_sinks, 0, dtype=torch.float64)
         return rope.time_angles((cfg.audio_stride * frames - 1) / cfg.mel_rate, cfg)
     return torch.zeros(cfg.num_sinks, cfg.audio_width // 2, dtype=torch.float64)

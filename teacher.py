@@ -1,18 +1,18 @@
 """Flow matching: train the bidirectional toy teacher, and sample from it.
 
-The paper starts from LTX-2, a model that turns noise into a whole clip at once in 40 steps. Every
-token attends to every other one, in the past and in the future. This file has the same for the toy
-world.
+The paper starts from LTX-2, which denoises all tokens of a clip together, in 40 steps. Every token
+attends to every other one, in the past and in the future. This file does the same for the toy, in
+32 steps (`schedule(32)`).
 
     x_sigma = (1 - sigma) x0 + sigma noise               noise a clip, to a random level sigma
     loss    = | v(x_sigma, sigma) - (noise - x0) |^2     learn the direction of the noise
 
 Sampling goes the other way: start at sigma = 1 and follow -v in small Euler steps. Classifier-free
-guidance moves the prediction away from the prediction for an empty caption:
-x0_u + s (x0_c - x0_u).
+guidance of scale s moves the prediction c for the caption away from u, that for an empty caption:
+u + s (c - u).
 
-Each clip has one sigma for video and audio. At no noise level may one stream know more about the
-clip than the other.
+Each clip has one sigma for video and audio, so that no stream is cleaner than the other and tells
+it about the clip.
 
     python teacher.py                trains from scratch, an hour and a half on two CPU cores
     python teacher.py --help
@@ -22,13 +22,12 @@ import torch
 
 import config
 import model
-from config import CLIP_SECONDS
 from kv_cache import MaskedView
 from masks import clip_of_seconds
 from plumbing import cli, files, trainer
 
-# Timestep shift of the sampler, and of the scores in dmd.py: more weight on high noise, where the
-# motion is decided. LTX-2 uses e^2.05.
+# Timestep shift of the sampler, and of the scores in dmd.py: more weight on high noise, where we
+# think that motion is decided. LTX-2 uses e^2.05.
 SHIFT = 8.0
 GUIDANCE = 3.0, 5.0  # scales for video and audio (OmniForcing, stages I and III); 1: no guidance
 SEEDS, CLIPS_PER_SEED = 10, 10**7  # every training seed has its own clips
@@ -56,7 +55,7 @@ def schedule(steps, shift=SHIFT) -> list[float]:
 
 
 def draw_training_sigmas(n, generator) -> torch.Tensor:
-    """Draw (n,) noise levels to train on: 90 % sigmoid of N(0.4, 1), 10 % uniform for both ends."""
+    """Draw (n,) noise levels to train on: 90 % sigmoid of N(0.4, 1), 10 % uniform in [0, 1]."""
     sigma = torch.sigmoid(0.4 + torch.randn(n, generator=generator))
     uniform = torch.rand(n, generator=generator)
     return torch.where(torch.rand(n, generator=generator) < 0.1, uniform, sigma)
@@ -75,7 +74,7 @@ def velocity_losses(net, latents, captions, sigma, generator):
 
 
 def training_seeds(recipe) -> range:
-    """Seeds of the clips of a training, in order.
+    """Seeds of the training clips, in order.
 
     Raises ValueError for more than CLIPS_PER_SEED clips, and for a seed whose clips are kept for
     ode_regression.py or for the evaluation.
@@ -84,7 +83,7 @@ def training_seeds(recipe) -> range:
     range(10000000, 10096000)
     """
     if recipe.seed >= SEEDS:
-        raise ValueError(f"--seed {recipe.seed}: the teacher has clips for 0 to {SEEDS - 1}")
+        raise ValueError(f"--seed {recipe.seed}: expected 0 to {SEEDS - 1}")
     if (count := recipe.steps * recipe.batch) > CLIPS_PER_SEED:
         raise ValueError(f"--steps {recipe.steps}: {count} clips; a seed has {CLIPS_PER_SEED}")
     first = recipe.seed * CLIPS_PER_SEED
@@ -109,7 +108,7 @@ def make_losses(net, examples, recipe):
 
 
 def losses_by_noise(video, audio, sigma) -> dict:
-    """Losses to log: of both streams, and of video at low, middle and high noise."""
+    """Losses to log: video, audio, and video at low, middle, high noise (no such clip: all)."""
     values = {"video": video.mean(), "audio": audio.mean()}
     # At high noise the model must decide where the ball flies, at low noise only pixel details.
     for name, low, high in (("low", 0, 0.4), ("mid", 0.4, 0.7), ("high", 0.7, 1.01)):
@@ -144,7 +143,7 @@ class Guided:
 
 
 @torch.no_grad()
-def sample(net, captions, sigmas, seconds=CLIP_SECONDS, guidance=GUIDANCE, seed=0, keep=()):
+def sample(net, captions, sigmas, seconds=config.CLIP_SECONDS, guidance=GUIDANCE, seed=0, keep=()):
     """Sample whole clips by Euler steps, all tokens at once.
 
     captions `Captions` of B clips
@@ -174,7 +173,7 @@ def main():
     p.add_argument("--steps", type=int, default=6000, help="training steps of 16 clips")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--init", help="weights to start at, instead of a new model")
-    p.add_argument("--run", default="runs/teacher", help="folder of the state; resumed if there")
+    p.add_argument("--run", default="runs/teacher", help="folder of the run, to resume it")
     p.add_argument("--out", default="runs/toy_teacher.safetensors", help=trainer.ABOUT_OUT)
     args = p.parse_args()
     trainer.check_places(args.run, args.out)

@@ -386,7 +386,7 @@ def draw_imports():
     angle = np.linspace(-np.pi / 2, np.pi / 2, 40)
     for i, file in enumerate(ORDER):
         ax.text(-0.2, i, file, ha="right", va="center", fontsize=9)
-        for j in (ORDER.index(other) for other in imports_of(file) & set(ORDER)):
+        for j in sorted(ORDER.index(other) for other in imports_of(file) & set(ORDER)):
             x, y = 0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2
             ax.plot(x, y, color=CURVES[j % len(CURVES)], lw=0.8)
     ax.set(xlim=(-5, 0.3 * len(ORDER)), ylim=(len(ORDER), -1))

@@ -25,7 +25,7 @@ def test_half_second_blocks_work_at_other_rates():
     "change, message",
     [
         (dict(block_seconds=0.5), "block_seconds=0.5: a block would hold 1.5 video latents"),
-        (dict(block_seconds=1 / 3), "must be a whole number"),
+        (dict(block_seconds=1 / 3), "expected a whole number"),
         (dict(block_seconds=1, mel_rate=90), "a block would hold 22.5 audio latents"),
         (dict(block_seconds=0), "a block would hold 0 video latents"),
         (dict(prefix_video_frames=4), "block 0 of 4 video and 1 audio latents"),

@@ -128,7 +128,7 @@ BAD = {
     "seconds": (["--seconds", 7], "--seconds 7: expected a multiple of 5"),
     "clips": (["--clips", 1], "--clips 1: expected at least 2"),
     "no file": (["--teacher", "no"], "no: no such file"),
-    "passes": (["--steps", 5], "5 steps: the student knows 4 noise levels"),
+    "passes": (["--steps", 5], "5 steps: the student was trained on 4"),
     "window": (["--window", 0], "window=0: a block must remember"),
     "out": (["--out", "README.md/e"], "README.md/e.json: not writable"),
     "same names": (["--student", STAGE_III, STAGE_III], "another row is called self_forcing"),

@@ -100,14 +100,11 @@ def single_file(path, weights, prefix="model.diffusion_model.", flags=None, **mo
 
 def sharded(folder, weights):
     """An index beside two files, as the released generator."""
-    names = sorted(weights)
-    parts = {
-        "g-00001-of-00002.safetensors": names[::2],
-        "g-00002-of-00002.safetensors": names[1::2],
-    }
-    for file, part in parts.items():
+    names, where = sorted(weights), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"g-0000{number}-of-00002.safetensors"
         save_file({"model." + n: weights[n].contiguous() for n in part}, folder / file)
-    where = {"model." + n: file for file, part in parts.items() for n in part}
+        where |= {"model." + n: file for n in part}
     index = folder / "g.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
     return index

@@ -195,7 +195,7 @@ def test_what_is_kept_is_multiplied_out():
 
 
 def test_a_layer_more_takes_what_the_third_takes():
-    """Five layers counted are five layers extrapolated; weights' gradients leave at once."""
+    """Five layers counted need as much as five layers extrapolated."""
     nets = [("g", replace(CFG, num_layers=5), GENERATOR)]
     counted = memory.peak_of_update(nets, one_pass, 2, 5)
     assert memory.activation_bytes(nets, one_pass, 2) == pytest.approx(counted, rel=0.02)

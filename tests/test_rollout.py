@@ -146,7 +146,7 @@ def test_fewer_steps_use_levels_the_student_knows(steps, expected):
 @pytest.mark.parametrize("steps", [0, -1, 5])
 def test_other_numbers_of_steps_are_refused(steps):
     """The message says how many levels the student knows."""
-    with pytest.raises(ValueError, match=f"{steps} steps: the student knows 4 noise levels"):
+    with pytest.raises(ValueError, match=f"{steps} steps: the student was trained on 4; expected 1 to 4"):
         rollout.few_step_sigmas(config.TOY, steps)
 
 

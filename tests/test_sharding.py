@@ -1,9 +1,10 @@
 """Two processes are one: losses of the three stages, resumption, and weights at the end.
 
-Two processes with gloo between them are started once and do everything; tests look at what they
-left. Sizes are tiny and weights random, so that no agreement is trivial.
+Two processes, connected by gloo, are started once and do everything; tests look at the files that
+they leave. Sizes are tiny and weights random, so that no agreement is trivial.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -34,7 +35,7 @@ STUDENT = tiny(PAPER, num_sinks=4, num_layers=1)
 BLOCKS, STEPS = num_blocks(5, TEACHER), 2
 ROUNDING = dict(rel=2e-4, abs=1e-6)  # float32, added up in another order, and AdamW steps of it
 
-# the same for the full size's way: LTX-2's names, prompts by number, bfloat16
+# the same as at full size: LTX-2's names, prompts by number, bfloat16
 LTX2 = replace(TEACHER, name="tiny_ltx2", sigmas=(1.0, 0.5, 0.0))
 FULL = replace(STUDENT, name="tiny_full", sigmas=(1.0, 0.5, 0.0))
 SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run", "--out"]
@@ -44,7 +45,7 @@ SHORT = ["--steps", "1", "--batch", "2", "--prompts", "features", "--run", "run"
 
 
 def trained(cfg, seed):
-    """A net that learns, cut among the processes; layers run twice where there are several."""
+    """A net that learns, sharded among the processes; if there are several, layers run twice."""
     net = random_model(cfg, torch.float32, seed).requires_grad_(True)
     if processes.is_sharded():
         sharding.passes_apart(sharding.checkpoint_layers(net))
@@ -61,7 +62,7 @@ def matching(cfg, make):
 
 
 def regression():
-    """The update of stage II on made-up walks, by AdamW, and who learns."""
+    """The update of stage II on made-up trajectories, by AdamW, and who learns."""
     torch.manual_seed(0)
     states = [random_clip(STUDENT, BLOCKS, clips=4, dtype=torch.float32) for _ in STUDENT.sigmas]
     video, audio = (torch.stack(x, 1) for x in zip(*states))
@@ -141,7 +142,7 @@ def distilled():
 
 
 def work(rank, folder, ports):
-    """One of two processes; the first writes down what came of it."""
+    """One of two processes; the first writes down the results."""
     os.chdir(folder)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
@@ -157,13 +158,9 @@ def work(rank, folder, ports):
 
 
 def free_ports(n):
-    sockets = [socket.socket() for _ in range(n)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+        return [stack.enter_context(server).getsockname()[1] for server in servers]
 
 
 @pytest.fixture(scope="module")
@@ -201,13 +198,14 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_uninterrupted(two):
     assert found["left"] == ["state-000004"]
 
 
-def test_consolidated_weights_are_read_as_ltx2_files(two):
+def test_consolidated_weights_are_read_as_ltx2_files(two, capsys):
     """All three stages by their command lines; flags are stated, sinks are there, weights moved."""
     before = random_model(LTX2, torch.float32, 1).state_dict()
+    capsys.readouterr()
     for name, cfg in (("dmd", LTX2), ("ode_regression", FULL), ("self_forcing", FULL)):
-        said = []
-        net = ltx2.load(two / f"{name}.safetensors", cfg, say=said.append)
-        assert len(said) == 1 and "stated by the file" in said[0]  # and no word of fresh sinks
+        net = ltx2.Source(two / f"{name}.safetensors", cfg).load()
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and "stated by the file" in said  # and no word of fresh sinks
         weights = net.state_dict()
         assert ("sinks.tokens" in weights) == (cfg is FULL)
         for n, w in before.items():

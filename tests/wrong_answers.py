@@ -223,7 +223,7 @@ refresh at the last level: the cache keeps the keys of a noisy block
 - zero = x0[0].new_zeros(len(x0[0]))
 + zero = x0[0].new_full((len(x0[0]),), 0.4207186)
 gradient through the refresh: which would cross to later blocks
-- @torch.no_grad()  # the cache holds data
+- @torch.no_grad()  # the cache keeps no gradient
 + @torch.enable_grad()  #
 gradient everywhere: too many passes record a gradient
 - in_training and i == last
