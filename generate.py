@@ -358,10 +358,10 @@ def sheet_of(film) -> Path:
 def check_targets(film, *others):
     """Raises ValueError for a file that cannot be written, or two files that are the same."""
     check_film(film)
-    others = sheet_of(film), *others
-    for path in others:
+    paths = [film, sheet_of(film), *others]
+    for path in paths[1:]:
         files.check_writable(path)
-    if len({Path(path).resolve() for path in (film, *others)}) <= len(others):
+    if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError("--out, its .png, --html and --report: expected different files")
 
 

@@ -59,7 +59,7 @@ def decoded(make_decoder, overlap, blocks, device):
 
 
 def near_borders(n, borders, rate, reach) -> torch.Tensor:
-    """(n,) True for samples or frames, `rate` per second, within `reach` seconds of a border.
+    """Return (n,) True for samples or frames, `rate` a second, within `reach` seconds of a border.
 
     >>> near_borders(6, [0.5], 6, 0.2).int()
     tensor([0, 0, 1, 1, 0, 0], dtype=torch.int32)

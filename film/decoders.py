@@ -1,16 +1,16 @@
 """Latents to frames and sound, block by block: chunked decoding, and the toy's decoder.
 
 The toy's codec decodes every latent by itself. The decoders of LTX-2 (full_size/decoders.py) were
-made for whole clips. Its video decoder and its vocoder use both past and future inputs, its audio
-decoder only the past. The frames of a latent thus depend on latents that do not exist yet.
-`ChunkedDecoder` runs any of them on a growing sequence:
+made for whole clips. Its video decoder and its vocoder use past and future inputs, its audio
+decoder uses the past only. The frames of a latent may thus depend on latents that do not exist yet.
+`ChunkedDecoder` runs each of them on a growing sequence:
 
     latents    ... 4 5 6 | 7 8 9 | 10        one chunk: context, new inputs, look-ahead
     written              | 7 8 9 |           the part of the result that is kept
 
 With more context and look-ahead, the result is closer to decoding the whole clip at once.
-Look-ahead also delays the output. The number of outputs follows one rule for all decoders: the
-first of T inputs gives `first` outputs, every other input gives `stride`:
+Look-ahead also delays the output. One rule gives the number of outputs of every decoder: the first
+of T inputs gives `first` outputs, every other input gives `stride`:
 
     video decoder   8 (T - 1) + 1 frames      audio decoder   4 (T - 1) + 1 mel frames
     vocoder         240 T samples
@@ -70,7 +70,7 @@ class ChunkedDecoder:
 
 
 class Chunk(NamedTuple):
-    """The decoded part of a stream; empty while the decoder waits for later latents."""
+    """A decoded piece of a stream; empty while the decoder waits for later latents."""
 
     frames: torch.Tensor  # (P, 3, H, W) in [0, 1]
     levels: torch.Tensor  # (M, bands) loudness of the sound, for pictures
@@ -78,7 +78,7 @@ class Chunk(NamedTuple):
 
 
 class ToyDecoder:
-    """Decode the blocks of one toy stream.  Nothing waits for later latents."""
+    """Decode the blocks of one toy stream, without context or look-ahead."""
 
     channels, scale, sample_rate = 1, 10, toy_codec.SAMPLE_RATE  # 32 pixels become 320
 
@@ -104,7 +104,7 @@ class ToyDecoder:
         return Chunk(frames, levels, samples[None])
 
     def finish(self) -> Chunk:
-        """Return an empty chunk."""
+        """Return an empty chunk: `decode` has returned everything."""
         size = self.cfg.height, self.cfg.width
         return Chunk(torch.zeros(0, 3, *size), self.levels[:0], torch.zeros(self.channels, 0))
 

@@ -1,8 +1,8 @@
 """Write frames and sound into an mp4 while they are being made.
 
-The file is fragmented: its index is written in parts, so an incomplete file plays as far as it
-goes. It grows as NAME.partial.mp4 and gets its final name at the end, or when the stream is
-interrupted. After a kill it stays under the partial name and lacks at most its last quarter second.
+The file is fragmented: its index is written in parts, so an incomplete file can be played. It grows
+as NAME.partial.mp4 and gets its final name at the end, or when the stream is interrupted. After a
+kill it keeps the partial name and lacks at most its last quarter second.
 """
 
 import os
@@ -15,7 +15,7 @@ from plumbing import files
 
 try:
     import av
-except ImportError:  # benchmarks measure a stream without writing it
+except ImportError:  # benchmarks need no av: they do not write the film
     av = None
 
 # Trap: without delay_moov, the header is written before the delay of the audio encoder (43 ms of
@@ -68,7 +68,7 @@ class Movie:
     def close(self):
         """Finish the file and give it its final name.  Without frames, leave no file."""
         if self.frames:
-            self.file.mux(self.video.encode(None))  # what the encoders still hold
+            self.file.mux(self.video.encode(None))  # None: flush the encoder
             self.file.mux(self.audio.encode(None))
             self.file.close()
             os.replace(self.partial, self.path)

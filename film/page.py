@@ -103,21 +103,21 @@ window.onresize = drawAxis;
 
 
 def held_blocks(num_blocks, window) -> list[list[int]]:
-    """Return, for each block, the blocks in the slots of the cache while it is generated.
+    """Return for each block the list of blocks in the cache, slot by slot, while it is generated.
 
     >>> held_blocks(6, 2)
     [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 4, 2, 3], [0, 4, 5, 3]]
     """
     cache, held = RollingCache(1, 1, min(window + 1, max(1, num_blocks - 1))), []
     for k in range(num_blocks):
-        keys = torch.full((1, 1, 1, 1), float(k))  # let the cache itself say where a block goes
+        keys = torch.full((1, 1, 1, 1), float(k))  # the cache itself decides where a block goes
         held.append(cache.append(keys, keys)[0].flatten().int().tolist())
         cache.next_block()
     return held
 
 
 def contents(frames, levels, cfg, num_blocks, window) -> dict:
-    """Return the data of the script; times in seconds.
+    """Return the data for the script of the page; times in seconds.
 
     frames   (P, 3, H, W) from time 0 on; the first minute of a long stream
     levels   (M, bands) of the sound, of the same length

@@ -1,11 +1,11 @@
 """The contact sheet of a clip: frames above the bands of the sound, impacts and onsets marked.
 
-The palette of all pictures is here too: video blue, audio orange, sinks grey, one colour a wall.
+It also holds the palette of all pictures: video blue, audio orange, sinks grey, a colour per wall.
 """
 
 import matplotlib
 
-matplotlib.use("Agg")  # write files, open no windows; before pyplot is imported
+matplotlib.use("Agg")  # draw into files, open no windows; call it before importing pyplot
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +26,7 @@ def save(figure, path, dpi=100):
 
 
 def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_second=4):
-    """Draw a clip in rows of `row_seconds`, with `per_second` frames a second.
+    """Draw a clip in rows of `row_seconds`, with `per_second` frames for each second.
 
     frames   (P, 3, H, W) in [0, 1], all frames from time 0 on
     sound    (M, bands) levels
@@ -75,7 +75,7 @@ def draw_stretch(pair, frames, sound, events, start, width, per_second, cfg):
 def draw_strip(ax, frames, start, width, per_second, cfg):
     """Draw the frames of `width` seconds side by side, `per_second` of each second."""
     step = round(cfg.fps / per_second)
-    first = start * cfg.fps + step // 2  # each picture stands for the time around it
+    first = start * cfg.fps + step // 2  # the middle frame of each time step
     pictures = frames[first : int((start + width) * cfg.fps) + 1 : step]
     if len(pictures):
         image = torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()

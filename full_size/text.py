@@ -115,7 +115,7 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tupl
     features = encode(pipeline, prompts, device)
     seconds = watch.lap()
     del pipeline
-    gc.collect()  # modules of a pipeline may be part of reference cycles
+    gc.collect()  # the encoder may be part of a reference cycle
     torch.cuda.empty_cache()  # the transformer needs this memory; does nothing without a GPU
     return features, seconds
 

@@ -1,4 +1,4 @@
-"""Shared by all command lines: errors in one line with exit status 2, and a help that teaches."""
+"""Parts of all command lines: errors in one line with exit status 2, help, common options."""
 
 import argparse
 import contextlib
@@ -45,7 +45,7 @@ def parser(doc):
 
 
 def shown(path) -> str:
-    """Shorten a path for messages: from the root of the project, or to the name of the file.
+    """Shorten a path for messages: relative to the project; outside of it, the name of the file.
 
     >>> shown(ROOT / "dmd.py"), shown(ROOT / "toy" / "codec.py"), shown("/elsewhere/x.py")
     ('dmd.py', 'toy/codec.py', 'x.py')
@@ -73,7 +73,7 @@ def command(parser, args, leave_out=("run", "out")) -> str:
     """
     room, _, name = parser.prog.rpartition("/")
     words = ["python", "-m", f"{room}.{Path(name).stem}"] if room else ["python", name]
-    # Only what changes the numbers: the same run may write to another place.
+    # Leave out options that change no number, such as the place to write to.
     for name, value in vars(args).items():
         if name not in leave_out and value is not None:
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -101,7 +101,7 @@ def chosen(only, known) -> list:
     ValueError: --only c: expected some of a 'b, long'
     """
     if unknown := set(only or ()) - set(known):
-        # Names may contain spaces and commas: quoted, they can be copied to the command line.
+        # Names may contain spaces and commas. Quote them, so that they can be copied.
         names = shlex.join(known)
         raise ValueError(f"--only {shlex.quote(unknown.pop())}: expected some of {names}")
     return list(only or known)

@@ -33,7 +33,7 @@ def write_beside(path, write):
 
 
 def check_writable(path, makes_folders=False):
-    """Raise ValueError if no file can be written there."""
+    """Raise ValueError if no file can be written at this path."""
     folder = Path(path).resolve().parent
     while makes_folders and not folder.exists():  # `write_beside` will make the missing ones
         folder = folder.parent
@@ -42,7 +42,7 @@ def check_writable(path, makes_folders=False):
     try:
         if Path(path).is_dir():
             raise IsADirectoryError
-        # Permission bits do not answer this: root may write everywhere, but not in /proc.
+        # Try it. Permission bits would allow root to write everywhere, even in /proc.
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         raise ValueError(f"{path}: not writable; choose another place") from None
@@ -60,16 +60,16 @@ def save_weights(path, tensors, cfg, made_by):
     write_beside(path, lambda p: save_file(tensors, p, metadata))
 
 
-def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
+def read_weights(path) -> tuple[dict, Config, dict]:
     """Return tensors, config and made_by of a file that `save_weights` wrote.
 
     Raises ValueError, in one line with the path, for any other file.
     """
-    tensors, metadata = read_tensors(path, device)
+    tensors, metadata = read_tensors(path)
     if '"rope_dealing"' in metadata["config"]:  # this field of the config has a new name now
         command = f"python -m plumbing.rename {path}"
         raise ValueError(f"{path}: has the names of an earlier version; rename them: {command}")
-    # NaN in the weights would otherwise be noticed in the film only.
+    # Without this check, NaN in the weights would only be noticed in the film.
     for name, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
@@ -80,12 +80,12 @@ def read_weights(path, device="cpu") -> tuple[dict, Config, dict]:
     return tensors, cfg, made_by
 
 
-def read_tensors(path, device="cpu") -> tuple[dict, dict]:
+def read_tensors(path) -> tuple[dict, dict]:
     """Return tensors and metadata of a file that any version of this project wrote."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with safe_open(path, "pt", device=str(device)) as f:
+        with safe_open(path, "pt") as f:
             metadata = f.metadata() or {}
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError) as error:
@@ -137,7 +137,7 @@ def fingerprint(tensors) -> str:
 
 def load_into(module, tensors, path, assign=False):
     """Load exactly these tensors into a module; with `assign`, it uses them without copying."""
-    # Checks of our own: the error of PyTorch lists all tensors, on many lines, without the path.
+    # Check here: the error of PyTorch would list all tensors, on many lines, without the path.
     want = module.state_dict()
     if odd := sorted(want.keys() ^ tensors.keys()):
         kind = "missing" if odd[0] in want else "unexpected"

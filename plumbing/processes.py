@@ -1,11 +1,11 @@
-"""Share one training among the processes of torchrun.  With one process, nothing happens.
+"""Share one training among the processes of torchrun.  With one process, nothing changes.
 
-Each of n processes works on an n-th of every batch. All have equally many clips, so the mean of
-their losses is the loss of the batch, and likewise for gradients. Every process draws the random
+Each of n processes works on an n-th of every batch. All have equally many clips, so the loss of the
+batch is the mean of their losses. The same is true of gradients. Every process draws the random
 numbers of the *whole* batch from the same seed, and keeps the rows of its own clips
 (`shared_draws`). So n processes see the same numbers as one process.
 
-full_size/sharding.py also shards the model.
+This file shares the batch. full_size/sharding.py shares the weights.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def joined(kind):
 
 
 def is_sharded() -> bool:
-    return dist.is_initialized()  # also with a single process of torchrun
+    return dist.is_initialized()  # True even with a single process of torchrun
 
 
 def count() -> int:
@@ -65,7 +65,7 @@ def device() -> torch.device:
 
 
 def share_of(batch) -> int:
-    """Return the number of clips of a batch for this process."""
+    """Return the number of clips per process, for a batch of `batch` clips."""
     if batch % count():
         raise ValueError(f"a batch of {batch} clips among {count()} processes: choose a multiple")
     return batch // count()
@@ -84,7 +84,7 @@ def averaged(x):
     """Return the mean of a tensor over the processes, without gradient."""
     if count() == 1:
         return x
-    # In float32: x may be a count, an integer, or a loss in bfloat16.
+    # In float32, because x may be an integer (a count) or a loss in bfloat16.
     mean = x.detach().to(torch.float32).clone()
     dist.all_reduce(mean)
     return mean / count()
@@ -105,10 +105,10 @@ def whole(x):
 
 
 def whole_on_first(tensors, dtype) -> dict:
-    """Gather all tensors on the CPU of the first process, which writes them; elsewhere {}."""
+    """Gather all tensors on the CPU of the first process; return {} in every other process."""
     found = {}
     for name, x in tensors.items():
-        # One tensor at a time, or a GPU would hold the whole model. Every process must take part.
+        # Gather one tensor at a time, or a GPU would hold the whole model. All processes take part.
         x = whole(x)
         if is_first():
             found[name] = x.to("cpu", dtype)

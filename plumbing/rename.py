@@ -37,7 +37,7 @@ def rename(path) -> bool:
     """Rewrite one file in place; return whether it had old names."""
     tensors, metadata = files.read_tensors(path)
     cfg = json.loads(metadata["config"])
-    if "rope_dealing" not in cfg:  # today's names already: the file stays as it is
+    if "rope_dealing" not in cfg:  # the names are new already
         return False
     cfg["rope_heads"] = HEADS[cfg.pop("rope_dealing")]
     tensors = {new_name(name): x for name, x in tensors.items()}
@@ -50,7 +50,7 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("files", nargs="+", help="weight files, rewritten in place")
     for path in p.parse_args().files:
-        print(f"{path}: {'renamed' if rename(path) else 'has these names already'}")
+        print(f"{path}: {'renamed' if rename(path) else 'has the new names already'}")
 
 
 if __name__ == "__main__":

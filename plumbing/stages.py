@@ -1,6 +1,6 @@
 """The command line and the set-up of the three stages, for the toy and for the full size.
 
-The stages are the same code at both sizes. They differ in:
+Both sizes run the same code. They differ in:
 
                  toy                          full size
     weights      files of this repository     files of LTX-2 and of earlier stages
@@ -24,7 +24,7 @@ def add_options(p, steps, name):
     p.add_argument(
         "--steps", type=int, help=f"training steps; default {steps[0]}, at full size {steps[1]}"
     )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="random seed of the training")
     p.add_argument(
         "--config", help="config of the student: toy (default), toy_released, ltx2, full, ..."
     )
@@ -34,7 +34,7 @@ def add_options(p, steps, name):
         "--batch", type=int,
         help=f"clips, of all processes together; default {BATCH[0]}, at full size {BATCH[1]}",
     )  # fmt: skip
-    p.add_argument("--run", default=f"runs/{name}", help="folder of the state; resumed if there")
+    p.add_argument("--run", default=f"runs/{name}", help="folder of the state, to resume from")
     p.add_argument("--out", help=f"{trainer.ABOUT_OUT}; default RUN.safetensors")
 
 
@@ -50,7 +50,7 @@ def parse(p, steps):
 @contextlib.contextmanager
 def set_up(args, is_causal):
     """Check the places of a training, join its processes, open the source of its weights."""
-    trainer.check_places(args.run, args.out)  # before hours of training, not after them
+    trainer.check_places(args.run, args.out)  # before hours of training
     with processes.joined(args.device or "cpu"):
         yield open_source(args, is_causal)
 
@@ -58,18 +58,18 @@ def set_up(args, is_causal):
 def open_source(args, is_causal):
     """Return the source of weights and prompts: `TrainingSource` of the toy or of the full size.
 
-    is_causal   the student has blocks and sinks of its own; False: it has its teacher's shape
+    is_causal   the student has blocks and sinks; False: it has the config of its teacher
     """
     cfg, prompts = cli.find_config(args.config or "toy"), args.prompts
     if cfg.is_toy:
         from toy.source import TrainingSource
 
-        # Reject options that would be ignored, and configs that no student has.
+        # Reject options that would be ignored, and configs that the student cannot have.
         name = cfg.name
         if prompts:
             raise ValueError(f"--prompts {prompts}: the toy draws its own; expected --config full")
         if not is_causal and cfg != config.TOY:
-            raise ValueError(f"--config {name}: this student is as its teacher; leave --config out")
+            raise ValueError(f"--config {name}: stage I uses its teacher's config; leave it out")
         if is_causal and cfg == config.TOY_TEACHER:
             raise ValueError(f"--config {name} has no blocks; expected toy or toy_released")
         return TrainingSource(cfg if is_causal else None)

@@ -1,12 +1,12 @@
 """Measure speed: seconds per block and per stage, without slowing down the stream.
 
-    TTFC        time to first chunk: from having weights and prompt until the first second of
-                frames and sound is written
+    TTFC        time to first chunk: from loaded weights and encoded prompt until the first second
+                of frames and sound is written
     passes      the transformer alone, including the refresh
     end to end  with decoding and writing
 
 A GPU works through a queue, and the clock of the CPU only tells when work was queued. So events in
-the queue mark the stages, and are read after the stream. The CPU waits for the GPU once per block,
+the queue mark the stages. They are read after the stream. The CPU waits for the GPU once per block,
 when the finished block is needed, and never inside a block.
 """
 
@@ -41,19 +41,18 @@ class Stopwatch:
         return seconds
 
     def block_made(self):
-        """Note that the passes of a block are done, and that decoding and writing starts."""
+        """Note that the passes of a block are done: decoding and writing start."""
         self.passes.append(self.lap())
 
-    def block_written(self, is_first_second):
-        """Note that a block is in the file."""
+    def block_written(self, has_first_second):
+        """Note that a block is in the file, and whether the file has its first second."""
         self.output.append(self.lap())
         self.peaks.append(self._peak_memory_mb())
-        # From the first second on, the film can be played.
-        if is_first_second and self.ttfc is None:
+        if has_first_second and self.ttfc is None:
             self.ttfc, self.ttfc_passes = self.last - self.start, sum(self.passes)
 
     def watch(self, stage, function, by_cpu=False):
-        """Return the same function, with its calls timed as a stage of the current block."""
+        """Return a function that does the same, and times its calls as a stage of the block."""
         # Writing the film is work of the CPU, even if there is a GPU.
         mark = time.perf_counter if by_cpu else self._mark
 
@@ -133,7 +132,7 @@ class Stopwatch:
 
 
 def settled_median(seconds) -> float:
-    """Return the median from the third block on; of all blocks if there are fewer.
+    """Return the median of the blocks from the third one on; of all if there are at most two.
 
     >>> settled_median([9.0, 5.0, 1.0, 2.0, 3.0])
     2.0

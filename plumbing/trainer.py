@@ -4,10 +4,10 @@ All random numbers of step n come from a generator with the seed (seed, n). A ru
 and resumed therefore continues exactly as if it had never stopped. Its state holds weights,
 averages, optimiser moments, the log and the number of the next step, but no generator.
 
-Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces a gradient by the
-nearest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the rest
-(tables, biases, input and output projections). On the toy, the teacher's losses fall clearly faster
-than with AdamW alone.
+Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces an update by nearly the
+closest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the rest
+(tables, biases, input and output projections). On the toy, the losses of the teacher fall clearly
+faster than with AdamW alone.
 """
 
 import json
@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from plumbing import files, processes
 
 SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
-ABOUT_OUT = "weights to write; curve in results/, or beside them outside the current folder"
+ABOUT_OUT = "weights to write; loss curve: in results/, or beside weights outside this folder"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train.  The defaults are our choice for the toy teacher."""
+    """Length, batch and rates of a training.  The defaults are our choice for the toy teacher."""
 
     steps: int
     batch: int = 16  # clips
@@ -37,12 +37,12 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     weight_decay: float = 0.01  # of Muon; AdamW has none
     warmup: int = 30  # steps
-    decay: float = 0.5  # over this last share of the run, the rates fall linearly to 0
+    decay: float = 0.5  # the last share of the run, over which the rates fall linearly to 0
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.995  # decay of the averaged weights; 0: no average
 
     def __post_init__(self):
-        # Without a step, untrained weights would be written as if they had been trained.
+        # A run without steps would write untrained weights as if they had been trained.
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
@@ -81,7 +81,7 @@ def optimisers(model, recipe):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum in which every step is an orthogonal matrix (Jordan et al. 2024)."""
+    """Momentum whose updates are nearly orthogonal matrices (Jordan et al. 2024)."""
 
     # torch.optim.Muon does the same in bfloat16. On CPUs that emulate bfloat16 it is ten times
     # slower than this class, which computes in the dtype of the weights.
@@ -118,7 +118,7 @@ def nearly_orthogonal(x, steps=5):
 
 
 class Averaged:
-    """Exponential moving average of a model's weights: these are evaluated and written."""
+    """Exponential moving average of the weights of a model, which is evaluated and written."""
 
     def __init__(self, model, decay):
         self.decay, weights = decay, model.state_dict() if decay else {}
@@ -126,7 +126,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, model, step):
-        # At first the average would be mostly the initial weights, so it follows faster.
+        # At first the average is mostly the initial weights, so let it follow faster then.
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in model.state_dict().items() if self.decay else ():
             self.tensors[name].lerp_(p, 1 - decay)
@@ -154,7 +154,7 @@ class Learner:
         loss.backward()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = processes.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
-        # Trap: clipping by a norm of NaN would make every gradient NaN, so look for it first.
+        # Trap: clipping by a norm of NaN makes every gradient NaN, so check the norm first.
         if not torch.isfinite(norm):
             raise ValueError(f"step {step}: gradient of {self._first_bad()} is not finite")
         torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.clip, norm)
@@ -181,9 +181,9 @@ class Learner:
         return parts
 
     def places(self, shapes) -> dict:
-        """Return tensors to read a sharded state into; shapes: of its tensors, by name."""
+        """Return tensors for reading a sharded state into; shapes: {name: shape} of the state."""
         parts = self.tensors()
-        # A new optimiser has no moments yet. Moments are sharded as their parameters.
+        # A new optimiser has no moments yet. Moments are sharded like their parameters.
         for name, shape in shapes.items():
             if name.startswith("optimiser."):
                 _, i, j, _ = name.split(".")
@@ -225,10 +225,10 @@ def check_places(folder, out):
 
 
 class Run:
-    """A training: learners, log and next step; saved as one file, and resumed from it."""
+    """A training: learners, log and next step.  It saves its state and resumes from it."""
 
     def __init__(self, learners, command, folder=None, starts=None):
-        """learners   by name; the first is the student, and its recipe is the recipe of the run
+        """learners   by name; the first is the student, and its recipe says how many steps to run
         command    command line of this run; a state of another command is not resumed
         folder     folder of the state; None: nothing is saved
         starts     hash of the weights that the run starts from, by file
@@ -282,7 +282,7 @@ class Run:
         from full_size import sharding
 
         if self.file.exists():
-            raise ValueError(f"{self.file}: of a run without torchrun; go on without, or remove it")
+            raise ValueError(f"{self.file}: not from torchrun; resume without, or remove the file")
         if not (found := sharding.states(self.file.parent)):
             return
         state, about = found[-1], sharding.about(found[-1])
@@ -297,7 +297,7 @@ class Run:
     def _check(self, about, path):
         if about.get("of") != self._identity():
             raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
-        # Without this, a student of the old teacher would be written as one of the new teacher.
+        # Without this check, the rest of the run could silently use other weights.
         began = about.get("marks", self.starts)  # older states have none
         for name, weights_id in self.starts.items():
             if began.get(name) != weights_id:
@@ -360,7 +360,7 @@ class Run:
 
 
 def descent(learner, losses):
-    """Make the update of a training with one loss; losses(step) returns a dict with "loss"."""
+    """Make the update function of a training; losses(step) returns a dict with a key "loss"."""
 
     def update(step):
         values = losses(step)

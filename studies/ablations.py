@@ -1,23 +1,23 @@
-"""What would other trainings give?  Short trainings of stage II, one change at a time.
+"""Ablations: short trainings of stage II, each with one change.
 
 This file trains students and measures them. evaluate.py and compare.py train nothing.
 
-    python -m studies.ablations sinks      with and without sinks, in both block layouts, with other
-                                   attentions and in half precision: what happens to the gradients?
-    python -m studies.ablations switches   other blocks, and without stage I: what do streams show?
+    python -m studies.ablations sinks      how large are the gradients? With and without sinks, in
+                                   both block layouts, with other attentions, in half precision
+    python -m studies.ablations switches   how good are the streams? Other blocks, and no stage I
 
-All students start from the same weights and see the same trajectories (states of a clip between
-noise and clean, see ode_regression.py) in the same order. Each ablation writes results/NAME.json,
-.md and .png. After an interruption it continues with the variant that was not finished.
+All students of `sinks` start from the same weights. They see the same trajectories (states of a
+clip between noise and clean, see ode_regression.py) in the same order. Each ablation writes
+results/NAME.json, .md and .png. After an interruption it continues with the unfinished variant.
 
 Columns of `sinks`:
 
-    max norm    largest norm of a step's gradient before clipping, after the first ten steps
-    A0 norm     the same for the loss of block 0's audio only. In the paper's layout that is A0, the
+    max norm    largest gradient norm of a step before clipping, after the first ten steps
+    A0 norm     the same for the loss of block 0's audio only. In the paper's layout this is A0, the
                 latent that attends to a single key in addition to the sinks
     loss        x0 loss of one pass at sigma = 0.5, on trajectories that were not trained on
     entropy     of A0's attention, in nats; mean over layers and heads
-    share       of A0's attention that goes to the sinks; mean over layers and heads
+    share       part of A0's attention that goes to the sinks; mean over layers and heads
 
 The paper reports max norm and loss. evaluate.py explains the columns of `switches`.
 """
@@ -49,7 +49,7 @@ from toy.source import TOY_PROMPTS, student_from, toy_captions
 def start_and_trajectories(from_teacher, args):
     """Return the weights to start from, and their trajectories: "tokens", "video", "audio".
 
-    from_teacher   use the teacher, with guidance and smaller steps, instead of stage I's student
+    from_teacher   use the teacher, with guidance and smaller steps, not the student of stage I
     """
     path = args.real if from_teacher else args.few_step
     net = model.load(path)
@@ -83,7 +83,7 @@ class Loud(kv_cache.Heads):
 
 
 class TanhGate(nn.Module):
-    """The output of an attention times tanh(g).  g starts at 0, so training must open the gate."""
+    """The output of an attention times tanh(g).  g starts at 0: training must open the gate."""
 
     def __init__(self, to_out):
         super().__init__()
@@ -113,12 +113,10 @@ without_norm, with_large_logits = partial(with_heads, Bare), partial(with_heads,
 
 
 class HalfPrecision(TorchFunctionMode):
-    """Round to 16 bits around matrix products and attention, which add in float32.
+    """Round inputs, outputs and their gradients of matrix products and attention to 16 bits."""
 
-    Operands, results and their gradients are rounded, as by tensor cores. torch.autocast does the
-    same, but is slow on processors without 16-bit arithmetic, and differs between processors.
-    """
-
+    # The sums stay in float32, as in tensor cores. torch.autocast does the same, but it is slow on
+    # processors without 16-bit arithmetic, and differs between processors.
     def __init__(self, dtype):
         super().__init__()
         self.dtype = dtype
@@ -210,7 +208,7 @@ def block_0_loss(net, data, view, step):
 
 
 def gradient_norm(net, loss):
-    """Return the norm over all parameters; their .grad, which the optimiser reads, stays."""
+    """Return the norm of the gradient over all parameters; leave their .grad unchanged."""
     gradients = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
     return float(nn.utils.get_total_norm([g for g in gradients if g is not None]))
 
@@ -231,10 +229,10 @@ def after_training(net, held, masks) -> dict:
 
 
 def train_variant(variant, start, data, held, args) -> dict:
-    """Train briefly; return the values of SINK_COLUMNS, or the step at which it broke down."""
+    """Train briefly; return the values of SINK_COLUMNS, or why the training broke down."""
     net = variant.change(student_from(start, variant.cfg))
     view = ode_regression.masked_view(net.cfg, num_blocks(config.CLIP_SECONDS, net.cfg))
-    # AdamW, as in the paper: Muon makes every step orthogonal, which hides how large gradients are
+    # AdamW, as in the paper: a step of Muon is an orthogonal matrix, however large the gradient
     recipe = trainer.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = trainer.Learner(net, recipe)
     losses = ode_regression.make_losses(net, data, recipe, TOY_PROMPTS)
@@ -255,7 +253,7 @@ def train_variant(variant, start, data, held, args) -> dict:
 
 
 def sinks(args) -> Callable:
-    """Return the function that trains a variant and returns its row: {variant: results}."""
+    """Return a function: name of a variant -> train it, return its row {name: results}."""
     start, trajectories = start_and_trajectories(False, args)
     held = {name: x[:HELD_BACK] for name, x in trajectories.items()}
     data = {name: x[HELD_BACK:] for name, x in trajectories.items()}
@@ -277,15 +275,15 @@ def sinks_table(results) -> str:
 
 @dataclass(frozen=True)
 class Switch:
-    """One training, which also decides how its student is streamed."""
+    """One training, and the window of its student's streams."""
 
     cfg: config.Config = config.TOY
-    seconds: int = config.CLIP_SECONDS  # of a trajectory, from its start, that are trained on
+    seconds: int = config.CLIP_SECONDS  # the first seconds of every trajectory are trained on
     from_teacher: bool = False  # without stage I: the teacher's weights and trajectories
 
     @property
     def window(self) -> int:
-        """As many blocks back as in training; longer windows break streams."""
+        """The window of training; a longer one breaks streams."""
         return trained_window(self.cfg, self.seconds)
 
 
@@ -320,7 +318,7 @@ def first_seconds(trajectories, switch):
 
 
 def switches(args) -> Callable:
-    """Return the function that trains a variant and returns its rows: {"variant, 0-5 s": ...}."""
+    """Return a function: name of a variant -> train it, return its rows {"name, 0-5 s": ...}."""
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     times = [(0, 5), (STREAMED - 5, STREAMED)]
     truth = evaluate.measure_truth(STREAMED, seeds, times)
@@ -353,11 +351,11 @@ def main():
     p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="student of stage I")
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
     p.add_argument("--walks", type=int, default=384, help="trajectories to train on")
-    p.add_argument("--steps", type=int, help="of each training; default: sinks 150, switches 250")
+    p.add_argument("--steps", type=int, help="steps per training; default: sinks 150, switches 250")
     p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
     p.add_argument("--clips", type=int, default=48, help="switches: held-out clips per row")
     p.add_argument("--only", nargs="*", metavar="NAME", help="only these variants")
-    p.add_argument("--run", default="runs/ablations", help="folder of trajectories and rows")
+    p.add_argument("--run", default="runs/ablations", help="trajectories and finished rows")
     p.add_argument("--out", help="default: results/ABLATION")
     args = p.parse_args()
     known, steps, ablation, table, draw = ABLATIONS[args.ablation]
@@ -371,7 +369,7 @@ def main():
 
 
 def measure_variants(names, measure, args) -> dict:
-    """Return the rows of all variants; do not measure a variant again after an interruption."""
+    """Return the rows of all variants; after an interruption, measure only the missing ones."""
     file, done = Path(args.run) / f"{args.ablation}.json", {}
     if file.exists() and (state := json.loads(file.read_text()))["command"] == args.command:
         done = state["rows"]
@@ -384,7 +382,7 @@ def measure_variants(names, measure, args) -> dict:
     return {row: values for name in names for row, values in done[name].items()}
 
 
-ABLATIONS = {  # variants, default steps, how to measure one, table, picture
+ABLATIONS = {  # variants, default steps, function that measures one, table, picture
     "sinks": (SINKS, 150, sinks, sinks_table, plots.draw_sinks),
     "switches": (SWITCHES, 250, switches, evaluate.table, plots.draw_rows),
 }

@@ -1,6 +1,6 @@
-"""What does each part contribute?  Trained students, compared with one change at a time.
+"""Compare trained students: each comparison changes one thing.
 
-This file changes how students are streamed, or compares students of different trainings.
+This file streams students in other ways, or compares students of different trainings.
 evaluate.py measures the released models as they are; ablations.py trains students of its own.
 
     python -m studies.compare drift      or another of these names:
@@ -8,8 +8,8 @@ evaluate.py measures the released models as they are; ablations.py trains studen
     drift      a minute of streaming by stages II and III: smaller and larger windows, fewer passes,
                no refresh, nothing pinned
     controls   how much of stage III is due to self-forcing? The same training with the ground-truth
-               past, from a shorter stage II, from stage I, and with other seeds. Names the
-               trainings that must run first
+               past, from a shorter stage II, from stage I, and with other seeds. If students are
+               missing, it prints the commands that train them
     memory     does a stream keep its identity longer if block 0 is a whole second, or if training
                often hides the recent past?
     joint      the attention between video and audio is switched off, or video and audio of two
@@ -20,9 +20,9 @@ evaluate.py measures the released models as they are; ablations.py trains studen
 
 Each writes results/NAME.json, .md and .png; the last two write only assets/NAME.png.
 
-evaluate.py defines the metrics. Two things differ here. Frechet distances are measured to the first
-five seconds of the ground-truth clips of the same captions, so do not compare them with the numbers
-of evaluate.py. Event rates and spread are relative to these clips in the same seconds.
+evaluate.py defines the metrics. Two things differ here. The Frechet distance is the distance to the
+first five seconds of the ground-truth clips with the same captions, so do not compare it with the
+numbers of evaluate.py. Event rates and spread are relative to these clips in the same seconds.
 """
 
 import copy
@@ -99,9 +99,9 @@ def drift_table(by_time) -> str:
 class Student(NamedTuple):
     """A trained student, and the window of its streams."""
 
-    file: str  # path without .safetensors; below runs/, its training has a folder of that name
+    file: str  # path without .safetensors; in runs/, also the folder of its training
     window: int  # blocks in the cache, in addition to block 0
-    training: str  # the command that makes it, without --run and --out
+    training: str  # the command that trains it, without --run and --out
 
     @property
     def path(self) -> str:
@@ -113,10 +113,10 @@ class Student(NamedTuple):
         return f"{self.training}{run} --out {self.path}"
 
 
-SEEDS = 3  # of "NAME", "NAME, seed 1" and "NAME, seed 2"
+SEEDS = 3  # number of training seeds: "NAME", "NAME, seed 1" and "NAME, seed 2"
 
-# Windows 4 (block 0 is one frame) and 3 (block 0 is a second, "4+3k" video latents) hold exactly a
-# training clip.
+# A training clip fills a window of 4 exactly if block 0 is one frame, and a window of 3 if block 0 is
+# a whole second ("4+3k" video latents).
 CONTROLS = {
     "stage II": Student("weights/toy_ode_regression", 4, "ode_regression.py"),
     "stage III": Student("weights/toy_self_forcing", 4, "self_forcing.py"),
@@ -211,7 +211,7 @@ def by_interval(name, make, seeds, times, truth) -> dict:
 
 
 def over_seeds(results) -> dict:
-    """Merge the rows of a student's training seeds into one: mean, least and largest value."""
+    """Merge the rows of all training seeds of a student: mean, smallest and largest value."""
     shown, merged = {}, set()
     for name, row in results.items():
         student, _, seconds = name.rpartition(", ")
@@ -227,7 +227,7 @@ def over_seeds(results) -> dict:
 
 
 def over(values):
-    """Return [mean, least, largest], or None three times if a value is missing."""
+    """Return [mean, smallest, largest], or None three times if a value is missing."""
     if None in values:
         return [None, None, None]
     return [sum(values) / len(values), min(values), max(values)]
@@ -239,7 +239,7 @@ TEACHER_SIGMAS = teacher.schedule(32)  # as in evaluate.py
 
 
 def deaf(net, *streams):
-    """Return a copy of the model in which these streams receive nothing from the other one."""
+    """Return a copy of the model in which these streams get nothing from the other stream."""
     net = copy.deepcopy(net)
     for layer in net.layers:
         for stream in streams:
@@ -250,12 +250,12 @@ def deaf(net, *streams):
 
 
 def put_together(make, clips, seed):
-    """Return the video of one clip and the sound of another one with the same caption."""
+    """Return the videos of clips and the sounds of other clips with the same captions."""
     return make(clips, seed)[0], make(clips, seed + 1)[1]
 
 
 def joint(args):
-    """Measure teacher and stage III, complete and with video and audio apart: {who: metrics}."""
+    """Measure teacher and stage III, with and without cross-modal attention: {who: metrics}."""
     codec, seeds, once = toy_codec.load(), evaluate.held_out(args.clips), [(0, 5)]
     truth = evaluate.measure_truth(5, seeds, once)[0]
     makers = {}
@@ -283,7 +283,7 @@ def joint(args):
 
 
 def gallery(args):
-    """Draw five seconds of one held-out caption by everyone, frames and sound."""
+    """Draw five seconds of one held-out caption by ground truth, teacher and students."""
     students, codec = evaluate.load(args.student), toy_codec.load()
     clips, end = toy_world.draw_clips([toy_world.HELD_OUT + args.clip]), args.seconds - 5
     sampled = evaluate.from_teacher(model.load(args.real), codec, TEACHER_SIGMAS, clips, 0)
@@ -335,7 +335,7 @@ def main():
     p.add_argument("--student", nargs="+", default=evaluate.STUDENTS, help="weights, by stage")
     p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
     p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these students")
-    p.add_argument("--clip", type=int, default=0, help="gallery, identity: which held-out caption")
+    p.add_argument("--clip", type=int, default=0, help="gallery, identity: number of the caption")
     p.add_argument("--out", help="default: results/EXPERIMENT, for pictures assets/EXPERIMENT")
     args = p.parse_args()
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"

@@ -1,17 +1,17 @@
-"""The toy JavisBench: how good are the clips of a model, are they in sync, and for how long?
+"""Evaluate the toy (its JavisBench): quality, sync and identity of clips, and drift along streams.
 
 This file measures the released models of all stages in one table. compare.py and ablations.py use
 its metrics. Every row has the same held-out captions and the same detectors. toy/detectors.py
 defines the detectors, F1, DeSync and wall; this file defines the other metrics:
 
-    F1        impacts and onsets that belong together, within 60 ms      (truth 1.0)
-    DeSync    ms between the two, within 250 ms; `capped` counts a missing partner as 300 ms
-    wall      the sound comes from the wall that was hit
+    F1        share of impacts and onsets with a partner within 60 ms      (truth 1.0)
+    DeSync    mean ms between partners within 250 ms; `capped`: no partner counts as 300 ms
+    wall      share of pairs in which the sound has the pitch of the wall that was hit
     impacts, onsets   event rates, divided by the rates of the ground-truth clips (first 5 s, same
               captions and seeds). F1 alone does not penalise missing events
-    caption   colour, speed and material as in the caption (mean of the three; the JSON has each)
-    whole     frames with exactly one ball of the right size
-    kept      consistency of the identity that the caption does not give (hue, radius, pitch):
+    caption   share of clips with colour, speed, material of the caption (mean; the JSON has each)
+    whole     share of frames with exactly one ball of the right size
+    kept      consistency of the identity (hue, radius, pitch), which the caption does not give:
               1 - d / D. d: change from the clip's first 2 s to the second half of the interval;
               D: mean difference between two clips. 0-5 s thus compares 2.5-5 s with 0-2 s
     spread    diversity: mean difference D in that second half, divided by D of ground-truth clips
@@ -24,7 +24,7 @@ Streams are measured in intervals of 5 s, to show drift, and second by second in
 
     python -m studies.evaluate              the shipped teacher and students, some minutes
     python -m studies.evaluate --clips 16 --seconds 10
-    python -m studies.evaluate --student    skips the students of stages II and III, and the plot
+    python -m studies.evaluate --student    without the students of stages II and III, and no plot
 """
 
 import math
@@ -58,9 +58,9 @@ REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6  # for the Fre
 RESAMPLES = 400  # for the confidence intervals
 TRAINED = "trained"  # a window: as many blocks back as in a training clip of the student's config
 
-# The features of the Frechet distance, each with the smallest difference that matters: some, as the
-# mass of the ball, hardly vary among ground-truth clips. A feature is divided by
-# sqrt(std^2 + difference^2), with the std over ground-truth clips. "std" below is over frames.
+# The features of the Frechet distance, each with the smallest difference that matters. A feature is
+# divided by sqrt(std^2 + difference^2), with the std over ground-truth clips. The std alone can be
+# almost 0, as with the mass of the ball. "std" below is over the frames of a clip.
 UNITS = {
     "speed (px/s)": 1.0, "bend (px/frame^2)": 0.3,
     "mass": 0.2, "std of mass": 0.1, "spread": 0.1, "std of spread": 0.1,
@@ -115,7 +115,7 @@ def measure(video, sound, words, times) -> list[Interval]:
 
 
 def _cut(ball, sound, events, start, stop):
-    """Return ball, sound and events between two times; times of events from `start` on."""
+    """Cut ball, sound and events to [start, stop) seconds; event times then count from `start`."""
     cfg = config.TOY
     frames = slice(math.floor(start * cfg.fps), math.ceil(stop * cfg.fps) + 1)
     mel = slice(math.floor(start * cfg.mel_rate), math.ceil(stop * cfg.mel_rate) + 1)
@@ -186,7 +186,7 @@ def identity_kept(before, after):
 
 
 def identity_spread(x, truth):
-    """Return the difference between clips / that between ground-truth clips, mean of attributes.
+    """Return the difference between clips, relative to the truth; mean of the three attributes.
 
     >>> z = np.random.default_rng(0).normal(size=(50, 3))
     >>> round(float(identity_spread(z / 2 + 7, z)), 6)
@@ -198,9 +198,9 @@ def identity_spread(x, truth):
 
 
 def _between_clips(after, before):
-    """(n, 3) identities at two times -> (3,) mean difference between one clip and another."""
+    """Return the mean difference (3,) between two clips, of identities (n, 3) at two times."""
     other = np.abs(after[:, None] - before[None])
-    other[np.arange(len(other)), np.arange(len(other))] = np.nan  # a clip is no other clip
+    other[np.arange(len(other)), np.arange(len(other))] = np.nan  # not a pair of two clips
     return np.nanmean(other, (0, 1))
 
 
@@ -237,17 +237,16 @@ def with_intervals(w: Interval, truth: Interval, others: Interval) -> dict:
 
 # ---- clips to measure: functions whose last two arguments are toy clips and a seed ----
 
+# All return video and sound. The functions with a model use only the captions of the clips.
+
 
 def true_clips(seconds, clips, seed):
-    """Render the ground truth: video (B, P, 3, H, W) and sound (B, M, 16), as all functions here.
-
-    The other functions use only the captions of the clips.
-    """
+    """Render the ground truth: video (B, P, 3, H, W) and sound (B, M, 16)."""
     return toy_world.render_video(clips, seconds), toy_world.render_sound(clips, seconds)
 
 
 def shuffled_clips(seconds, clips, seed):
-    """Pair the video of each ground-truth clip with the sound of the next: the score of chance."""
+    """Pair the video of each ground-truth clip with the sound of the next: a chance baseline."""
     video, sound = true_clips(seconds, clips, seed)
     return video, sound.roll(-1, 0)
 
@@ -258,7 +257,7 @@ def decode(codec, latents):
 
 
 def through_codec(codec, seconds, clips, seed):
-    """Encode and decode the ground truth: the best that a model could reach."""
+    """Encode and decode the ground truth: an upper bound for the models."""
     return decode(codec, codec.encode(*true_clips(seconds, clips, seed)))
 
 
@@ -356,7 +355,7 @@ def five_second_intervals(seconds) -> list[tuple[int, int]]:
     return [(t, t + 5) for t in range(0, seconds, 5)]
 
 
-OTHER_ROWS = ("truth", "teacher", "stage I")  # how the rows begin that show no student
+OTHER_ROWS = ("truth", "teacher", "stage I")  # a student cannot have these names
 
 
 def load(paths) -> dict:
@@ -373,7 +372,7 @@ def load(paths) -> dict:
 
 
 def five_second_rows(codec, args) -> dict:
-    """Return who makes clips of five seconds: {row: function of clips and seed}."""
+    """Return the functions that make five-second clips: {row: function of clips and seed}."""
     few_step = model.load(args.few_step)
     untrained = student_from(few_step.state_dict(), config.TOY)
     stream = partial(from_stream, window=args.window, steps=args.steps)
@@ -411,7 +410,7 @@ def evaluate(args):
 
 
 def check(clips, seconds, out, kinds=("json", "md", "png")):
-    """Raise ValueError, before any work is done, for what cannot be measured or written."""
+    """Raise ValueError, before any work is done, if nothing can be measured or written."""
     if seconds < 5 or seconds % 5:
         raise ValueError(f"--seconds {seconds}: expected a multiple of 5")
     if clips < 2:  # diversity needs two

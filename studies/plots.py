@@ -1,7 +1,7 @@
-"""All pictures but the contact sheet: masks, caches, clips, attention, curves and bars of results.
+"""All pictures except the contact sheet: masks, caches, clips, attention, curves, bars of results.
 
-Small functions that return a figure, in the palette of film/sheet.py. A notebook shows a figure
-with any backend if the last line of a cell is `show(figure)`.
+Most functions return a figure in the palette of film/sheet.py. A notebook shows it with any backend
+if the last line of a cell is `show(figure)`.
 
     python -m studies.plots masks      assets/masks.png: the paper's figure of the four masks
     python -m studies.plots losses     results/NAME_curve.png for every training log there
@@ -22,7 +22,7 @@ from PIL import Image
 import config
 import masks
 from film.sheet import AUDIO, SINK, VIDEO, clip_events, draw_stretch, draw_strip, plt, save
-from film.sheet import draw_clip as draw_clip  # notebooks draw everything with this file
+from film.sheet import draw_clip as draw_clip  # notebooks take all pictures from this file
 from plumbing import cli
 from studies.order import ORDER, imports_of
 
@@ -53,7 +53,7 @@ class Picture:
 
 
 def show(figure, dpi=80, size=1.0) -> Picture:
-    """Return a figure as a picture, to end a notebook cell with, and close it.
+    """Close a figure and return it as a picture, for the last line of a notebook cell.
 
     size   factor of the figure's size, but not of its text, which stays readable
     """
@@ -63,7 +63,7 @@ def show(figure, dpi=80, size=1.0) -> Picture:
     drawn, small = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=dpi, format="png")
     plt.close(figure)
-    # 192 colours are enough, and make the notebook's file a third as large
+    # 192 colours are enough; they make the file of the notebook a third as large
     Image.open(drawn).convert("RGB").quantize(192).save(small, "png", optimize=True)
     return Picture(small.getvalue())
 
@@ -120,10 +120,10 @@ def _mark_blocks(ax, rows, columns, cfg):
         axis.set_ticks([(a + b) / 2 - 0.5 for a, b in zip(edges, edges[1:])], names, fontsize=7)
 
 
-def draw_slots(moments, pinned=1):
-    """Draw which block lies in which slot of a cache: {moment: [block in slot 0, slot 1, ...]}.
+def draw_slots(moments):
+    """Draw the blocks in the slots of a cache: {moment: [block in slot 0, block in slot 1, ...]}.
 
-    The first `pinned` slots are grey; the slot of the newest block is framed.
+    Slot 0, with the pinned block 0, is grey. The newest block has a frame.
     """
     width = max(map(len, moments.values()))
     size = 0.6 * width + 2.2, 0.42 * len(moments) + 0.7
@@ -132,7 +132,7 @@ def draw_slots(moments, pinned=1):
         for slot, block in enumerate(blocks):
             # the frame of the newest block lies over its neighbours
             edge, zorder = ("black", 2) if block == max(blocks) else ("white", 1)
-            fill, place = SINK if slot < pinned else VIDEO, (slot - 0.44, row - 0.4)
+            fill, place = VIDEO if slot else SINK, (slot - 0.44, row - 0.4)
             ax.add_patch(plt.Rectangle(place, 0.88, 0.8, lw=2, fc=fill, ec=edge, zorder=zorder))
             ax.text(slot, row, str(block), ha="center", va="center", color="white", zorder=3)
     ax.set(xlim=(-0.6, width - 0.4), ylim=(len(moments) - 0.4, -0.6), xlabel="slot of the cache")
@@ -185,7 +185,7 @@ def draw_maps(
 
     colour    one for all tables, or a list with one for each
     extent    (left, right, bottom, top) in the units of the labels; default: row and column
-    numbers   write each number into its field
+    numbers   True: write each number into its field
     marks     positions to mark with a line on both axes
     """
     colours = [colour] * len(maps) if isinstance(colour, str) else colour
@@ -252,7 +252,7 @@ def draw_calls(calls):
     figure, ax = plt.subplots(figsize=(9, 2.8), layout="constrained")
     for i, (block, sigma, has_gradient) in enumerate(calls):
         colour = CURVES[2 if has_gradient else 3 if sigma == 0 else 0]
-        ax.bar(i, sigma + 0.03, color=colour)  # a refresh, too, is visible
+        ax.bar(i, sigma + 0.03, color=colour)  # + 0.03: a refresh is visible, too
         if i == 0 or calls[i - 1][0] != block:
             ax.axvline(i - 0.5, color="black", lw=0.8)
             ax.text(i - 0.4, 1.08, f"block {block}", fontsize=8)
@@ -290,7 +290,7 @@ def draw_loss(log, title):
 
 
 def draw_losses(folder="results"):
-    """Write a picture of every training log in the folder."""
+    """Draw every training log of the folder into a PNG."""
     for path in sorted(Path(folder).glob("*_curve.json")):
         name = path.stem.removesuffix("_curve")
         save(draw_loss(json.loads(path.read_text()), name), path.with_suffix(".png"))

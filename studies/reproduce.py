@@ -1,4 +1,4 @@
-"""Make the released weights, the results and the pictures again, command by command.
+"""Reproduce the released weights, the results and the pictures, command by command.
 
     python -m studies.reproduce             hours: codec, teacher, three stages, tables, pictures
     python -m studies.reproduce --controls  more hours: the students of `studies.compare controls`
@@ -8,21 +8,19 @@
     python -m studies.reproduce --list      prints the commands and runs none
 
 You may interrupt and start again at any time: an unfinished training continues, a finished one is
-not repeated. Only the full run writes over weights/, with the same numbers on the same kind of
-machine, and --controls over the released student of toy_released. All other weights go to runs/,
-tables and loss curves to results/.
+not repeated. The full run overwrites weights/, with the same numbers on the same kind of machine.
+--controls overwrites the released student of toy_released. All other weights go to runs/, tables
+and loss curves to results/.
 """
 
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 from plumbing import cli
+from plumbing.cli import ROOT
 from studies import compare
-
-ROOT = Path(__file__).parent.parent
 
 # (command, minutes on two CPU cores)
 FULL = [
@@ -49,7 +47,7 @@ def trainings(students) -> list:
     """Return the commands that train these students and are not in FULL, with their minutes."""
     released = [command for command, _ in FULL]
     commands = dict.fromkeys(s.command for s in students.values() if s.command not in released)
-    # a short stage II, self-forcing, a stage II
+    # of a short stage II, of stage III, of a stage II
     minutes = [7 if "--steps" in c else 20 if c.startswith("self") else 30 for c in commands]
     return list(zip(commands, minutes))
 
@@ -78,7 +76,7 @@ QUICK = [
      "--student runs/quick/quick_ode_regression.safetensors "
      "runs/quick/quick_self_forcing.safetensors --out results/quick", 2),
 ]  # fmt: skip
-# For one GPU of 80 GB. The minutes are a guess: not measured yet.
+# For one GPU of 80 GB. The minutes are a guess.
 KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_faster.py"  # they run without av
 GPU = [
     (f"-m pytest -m 'gpu and not slow' {KERNEL_TESTS}", 2),
@@ -92,8 +90,8 @@ GPU = [
 def main():
     p = cli.parser(__doc__)
     which = p.add_mutually_exclusive_group()
-    which.add_argument("--quick", action="store_true", help="short stages from released teacher")
-    which.add_argument("--controls", action="store_true", help="trainings that are not released")
+    which.add_argument("--quick", action="store_true", help="short stages, released teacher")
+    which.add_argument("--controls", action="store_true", help="trainings of the comparisons")
     which.add_argument("--gpu", action="store_true", help="everything that needs a GPU")
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
@@ -107,14 +105,14 @@ def main():
             continue
         if status := subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT).returncode:
             failed.append(f"python {command}: exit status {status}")
-            if not args.gpu:  # on a GPU, no command needs another one, and time is expensive
+            if not args.gpu:  # the commands for a GPU are independent, and time is expensive
                 break
-    if args.controls and not args.list:  # a training in runs/ writes its curve beside its weights
+    if args.controls and not args.list:  # trainings in runs/ write their curves there
         for curve in (ROOT / "runs" / "controls").glob("*_curve.json"):
             shutil.copy(curve, ROOT / "results")
     print(f"about {total // 60} h {total % 60} min on {where}")
     if failed:
-        raise ValueError(f"{'; '.join(failed)}; start again to go on from there")
+        raise ValueError(f"{'; '.join(failed)}; start again: a training goes on where it stopped")
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_blocks_that_stage_i_has_not_are_refused(name, tmp_path, monkeypatch, ca
     """Its student is as its teacher; a config that says otherwise was ignored, and recorded."""
     options = ["--config", name, "--steps", 1, "--run", tmp_path, "--out", tmp_path / "x"]
     status, _, err = run_here(dmd, options, monkeypatch, capsys)
-    message = f"--config {name}: this student is as its teacher; leave --config out"
+    message = f"--config {name}: stage I uses its teacher's config; leave it out"
     assert (status, err) == (2, f"dmd.py: {message}\n")
 
 

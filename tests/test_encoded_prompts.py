@@ -78,7 +78,7 @@ def test_a_killed_encoding_goes_on_where_it_was(folder):
 
 
 def test_foreign_folders_and_files_are_refused(folder, tmp_path):
-    """No index, half a file, features of another encoder: one line that names it."""
+    """No index or a foreign one, half a file, features of another encoder: a line that names it."""
     with pytest.raises(ValueError, match="no prompts.json; full_size/text.py makes such a folder"):
         captions.EncodedPrompts(tmp_path, CFG)
     with pytest.raises(ValueError, match="features of width 6; config full reads 3840"):
@@ -86,6 +86,10 @@ def test_foreign_folders_and_files_are_refused(folder, tmp_path):
     (folder / "000001.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="000001.safetensors: not a whole file of features"):
         captions.EncodedPrompts(folder, CFG).captions(torch.tensor([1]))
+    for index in ("{}", "[]", "{"):
+        (folder / "prompts.json").write_text(index)
+        with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
+            captions.EncodedPrompts(folder, CFG)
 
 
 def test_a_text_file_holds_one_prompt_a_line(tmp_path):
@@ -102,11 +106,3 @@ def test_a_text_file_holds_one_prompt_a_line(tmp_path):
     path.write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(ValueError, match="prompts.txt: expected text in UTF-8"):
         captions.read_lines(path)
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", "{"])
-def test_a_foreign_index_is_refused_by_file(folder, text):
-    """One line that names it."""
-    (folder / "prompts.json").write_text(text)
-    with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
-        captions.EncodedPrompts(folder, CFG)

@@ -7,7 +7,6 @@ On a GPU the real ones answer as well, with the CUDA kernel in them.
 import contextlib
 import functools
 from collections import Counter
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -199,22 +198,16 @@ def test_a_side_stream_forks_where_it_is_called_and_joins_where_it_ends(monkeypa
 
 def test_recordings_share_a_pool(monkeypatch):
     """With stand-ins for torch.cuda: a graph for each function, captured in the same pool."""
-    captured = []
-
-    @contextlib.contextmanager
-    def capture(graph, pool):
-        captured.append((graph, pool))
-        yield
-
+    capture = mock.MagicMock()
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: object())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=object()))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: mock.Mock())
     monkeypatch.setattr(torch.cuda, "graph", capture)
     record = faster.cuda_recorder()
     for answer in (1, 2):
         replay, outputs = record(lambda: answer)
-        assert outputs == answer and replay is captured[-1][0].replay
-    (one, pool), (other, same) = captured
-    assert one is not other and pool is same
+        assert outputs == answer and replay is capture.call_args.args[0].replay
+    one, other = capture.call_args_list
+    assert one.args != other.args and one.kwargs["pool"] is other.kwargs["pool"]
 
 
 # ---- the real ones ----

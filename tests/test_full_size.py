@@ -158,7 +158,7 @@ BAD = {
     "no file": (["--weights", "x", "--ltx2", "{}"], "x: no such file or folder"),
     "other weights": (["--weights", "{}/vae", "--ltx2", "{}"], "expected the"),
     "empty prompt": (["--weights", "random", "--prompt", " "], "the prompt says nothing"),
-    "window": (["--weights", "random", "--window", "0"], "--window 0: a block must remember"),
+    "window": (["--weights", "random", "--window", "0"], "--window 0: expected 1 or more"),
 }
 
 

@@ -54,7 +54,7 @@ def test_commands_run_in_order_until_one_fails(run):
     """The commands after a failure do not run; the error tells how to continue."""
     _, _, err = run("--quick", failing=3)
     assert run.ran == [command for command, _ in reproduce.QUICK[:3]]
-    assert "exit status 2; start again to go on from there" in err
+    assert "exit status 2; start again: a training goes on where it stopped" in err
 
 
 def test_on_a_gpu_a_failure_stops_nothing(run):

@@ -1,15 +1,15 @@
-"""From pixels and sound to latents and back: a linear codec, and a vocoder that makes it audible.
+"""A linear codec between clips and latents, and a vocoder that turns band levels into a waveform.
 
-It stands in for the two VAEs of LTX-2 and keeps two of their properties: the rates (3 video and 25
-audio latents per second) and the first-frame rule. The first latent of either stream covers one
-frame, so that a stream can begin at once. Every later one covers 8 frames or 4 mel frames.
+The codec replaces the two VAEs of LTX-2 and keeps two of their properties: the rates (3 video and
+25 audio latents per second) and the first-frame rule. The first latent of each stream covers one
+frame, so that a stream can begin at once. Every later latent covers 8 frames or 4 mel frames.
 
     video   8 x 8 pixel patches: (1 or 8 frames) x 3 x 8 x 8 numbers -> 48 channels
     audio   (1 or 4 mel frames) x 16 bands -> 20 channels
 
 Each of these four kinds of patch has its own principal components, x ~ mean + basis (scale z). They
-are half whitened, so that they keep an order of size: noise in z hides the small components before
-the large ones.
+are half whitened: large components stay larger than small ones. Noise in z therefore hides the
+small components first.
 
     python -m toy.codec             quality of the shipped codec
     python -m toy.codec --fit       fits a new one and writes it to runs/, or to --out
@@ -46,25 +46,25 @@ class Components(nn.Module):
         self.register_buffer("scale", torch.ones(channels))
 
     def encode(self, x):
-        """Turn (..., numbers) into (..., channels)."""
+        """Map patches (..., numbers) to channels (..., channels)."""
         return (x - self.mean) @ self.basis / self.scale
 
     def decode(self, z):
-        """Turn (..., channels) into (..., numbers)."""
+        """Map channels (..., channels) back to patches (..., numbers)."""
         return self.mean + (z * self.scale) @ self.basis.T
 
     def fit(self, x):
-        """Set the components to those of (..., numbers); channels beyond `numbers` stay 0."""
+        """Fit the components to patches (..., numbers); channels beyond `numbers` stay 0."""
         # Trap: the sign of a component is arbitrary. A fit on another machine, or with another
         # number of threads (the shipped codec: two), may flip some. Models that were trained on the
-        # old latents do not understand the new ones and must be trained again.
+        # old latents cannot use the new ones and must be trained again.
         x = x.flatten(0, -2)
         self.mean.copy_(x.mean(0))
         x = x - self.mean
         variance, basis = torch.linalg.eigh((x.T @ x / len(x)).double())  # in ascending order
         n = min(self.basis.shape)
         variance, basis = variance.flip(0)[:n].clamp(min=1e-12), basis.flip(1)[:, :n]
-        half_white = variance**0.25  # the root of the standard deviation; all of it would whiten
+        half_white = variance**0.25  # sqrt of the standard deviation; full whitening: all of it
         unit = (variance / half_white**2).mean().sqrt()  # makes E[z^2] = 1, for flow matching
         self.basis[:, :n], self.scale[:n] = basis.float(), (half_white * unit).float()
 
@@ -117,7 +117,7 @@ class ToyCodec(nn.Module):
     def decode_video(self, tokens, starts_clip):
         """Decode the tokens of consecutive latent frames to (B, P, 3, H, W) in [0, 1].
 
-        starts_clip   whether the first latent is the first of the clip, which covers one frame
+        starts_clip   True if the first latent is the first of the clip, which covers one frame
         """
         # Simpler: the VAEs of LTX-2 are convolutional and see neighbouring latents. Here a latent
         # is decoded alone, so a block can be decoded as soon as it exists, without look-ahead.
@@ -167,7 +167,7 @@ def synthesise(levels, first_frame=0, cfg=config.TOY):
     ->            (240 M,) samples in [-1, 1] between the first and the last of these frames
     """
     # Levels change linearly between frames, and phases follow absolute time. So there is no seam
-    # between blocks if each is synthesised from the last frame of the one before.
+    # between two blocks if the later one is synthesised from the last frame of the earlier one on.
     hop = SAMPLE_RATE // cfg.mel_rate
     ramp = torch.arange(hop)[:, None] / hop
     amplitude = levels[:-1, None] + ramp * (levels[1:] - levels[:-1])[:, None]  # (M, hop, 16)

@@ -1,17 +1,17 @@
-"""Detectors of the evaluation: from pixels and sound alone, find out what happened, and when.
+"""Detectors for the evaluation: they find events and attributes in pixels and sound alone.
 
-The detectors do not know how a clip was made, so the same ones judge real and generated clips. All
-work on whole batches, and their times are finer than a frame:
+The detectors do not know how a clip was made, so the same detectors judge real and generated clips.
+They work on batches, and their times are finer than a frame:
 
-    impact   two straight lines, through four frames on either side, that cross near a wall
-    onset    a jump of the level of a wall; its time is that of half the rise, less half the attack
+    impact   a line through four frames and a line through the next four frames cross near a wall
+    onset    the level of a wall jumps; time: half of the rise is done, minus half the attack
 
-    F1       fraction of impacts and onsets that have a partner within 60 ms, after they are matched
-             one to one, the closest first
-    DeSync   mean time difference of the pairs within 250 ms; `capped` counts a miss as 300 ms
-    wall     fraction of the pairs in which sound and picture name the same wall
+    F1       fraction of impacts and onsets with a partner within 60 ms. An event has at most one
+             partner; the closest events are paired first
+    DeSync   mean time difference of pairs within 250 ms; `capped`: no partner counts as 300 ms
+    wall     fraction of pairs in which impact and onset are on the same wall
 
-    python -m toy.detectors    on sixteen real clips: pairs found, and their time difference
+    python -m toy.detectors    pairs found in sixteen real clips, and their time difference
 """
 
 from typing import NamedTuple
@@ -21,14 +21,14 @@ import torch
 import config
 from toy import world
 
-FIT = 4  # frames on either side of an impact, for the lines
-MIN_SLOPE = 0.12  # pixels per frame; slower reflections do not count
-WALL_REACH = 4.0  # largest distance, in pixels, of a reflection from where the wall reflects
-VISIBLE = 0.12  # pixels that are brighter than the background by this belong to the ball
-MIN_FLUX = 0.25  # smallest rise of the level of a wall over two mel frames
+FIT = 4  # frames through which a line is fitted, before and after an impact
+MIN_SLOPE = 0.12  # pixels per frame; slower balls are not reflected
+WALL_REACH = 4.0  # pixels; largest distance between ball and wall at a reflection
+VISIBLE = 0.12  # a pixel this much brighter than the background belongs to the ball
+MIN_FLUX = 0.25  # smallest rise of a wall's level within two mel frames
 MIN_GAP = 6  # mel frames between two onsets on one wall
 MATCH, NEAR, CAP = 0.060, 0.250, 0.300  # seconds: see F1 and DeSync above
-CORNER = 0.020  # seconds added to the distance of a partner on another wall
+CORNER = 0.020  # seconds added to the time difference of events on different walls
 MARGIN = 0.25  # seconds at either end of a clip where reflections cannot be seen
 FAST = 20.0  # pixels per second; slow: at most 15, fast: at least 25
 METAL = 0.24  # level 130 ms after an onset, as a fraction of its peak; wood: .11, metal: .49
@@ -55,7 +55,7 @@ class Events(NamedTuple):
 
 
 def see_ball(video) -> Ball:
-    """Find the ball in a video (B, P, 3, H, W) in [0, 1]: its place and its looks."""
+    """Measure place, size and colour of the ball in videos (B, P, 3, H, W) in [0, 1]."""
     light = video.amax(2) - world.BACKGROUND  # (B, P, H, W)
     light = torch.where(light > VISIBLE, light, 0.0)
     total = light.sum((-1, -2)).clamp(min=1e-6)
@@ -88,7 +88,7 @@ def _hue(rgb):
 
 
 def fit_lines(track):
-    """Fit a line to every FIT consecutive frames of (..., P): slope, value at its last frame."""
+    """Fit a line to every FIT consecutive frames of (..., P); return slopes and last values."""
     # Index i of both results is the line through frames i to i + FIT - 1.
     windows = track.unfold(-1, FIT, 1)
     t = torch.arange(FIT, dtype=track.dtype) - (FIT - 1) / 2
@@ -159,7 +159,7 @@ def find_onsets(sound, cfg=config.TOY) -> list[Events]:
 
 
 def _half_rise(level, frame):
-    """Return the time, in mel frames, of half the rise from before the onset to its peak."""
+    """Return the time, in mel frames, at which half of the rise to the peak is done."""
     low, high = max(0, int(frame) - 3), min(len(level), int(frame) + 3)
     rise = level[low:high]
     top = int(rise.argmax())
@@ -176,23 +176,23 @@ def _half_rise(level, frame):
 
 
 class Match(NamedTuple):
-    """Agreement of picture and sound in one clip: counts and sums, which add up over clips."""
+    """Agreement of picture and sound in one clip: counts and sums, so that clips can be added."""
 
     pairs: int  # within MATCH
-    # Trap: F1 does not punish silence, because a model with fewer events makes fewer errors. So the
-    # number of events per second must always be reported with it.
+    # Trap: F1 does not punish silence, because a model with fewer events makes fewer errors. Always
+    # report the number of events per second as well.
     impacts: int  # in the interval
     onsets: int  # in the interval
     hits: float  # impacts with a partner, plus onsets with a partner, within MATCH
-    right_wall: int  # pairs in which both name the same wall
+    right_wall: int  # pairs on the same wall
     near: int  # pairs within NEAR
-    offsets: float  # seconds, sum over near pairs
+    offsets: float  # seconds, sum of the time differences of near pairs
     missed: int  # events without a partner within NEAR
 
 
 def match(seen: Events, heard: Events, start, stop) -> Match:
     """Pair impacts and onsets, and count those in [start, stop) seconds."""
-    # Partners may lie outside of the interval, or an event near its ends would count as a miss.
+    # A partner may lie outside the interval, or an event near its ends would count as a miss.
     distance = (seen.times[:, None] - heard.times[None]).abs()
     # In a corner, two impacts are a few ms apart. There the wall decides which events are a pair.
     other_wall = seen.walls[:, None] != heard.walls[None]
@@ -231,7 +231,7 @@ def _greedy(distance, cost):
 
 
 def read_words(ball: Ball, sound, onsets) -> torch.Tensor:
-    """Read colour, speed and material off each clip: (B, 3) indices into world.SLOTS."""
+    """Recognise colour, speed and material of each clip: (B, 3) indices into world.SLOTS."""
     colour = _colour_distances(ball).abs().argmin(1)
     is_fast = speeds(ball) > FAST
     is_metal = torch.tensor([_rings_long(s, e) for s, e in zip(wall_levels(sound), onsets)])
@@ -239,31 +239,31 @@ def read_words(ball: Ball, sound, onsets) -> torch.Tensor:
 
 
 def _colour_distances(ball: Ball):
-    """Return the distance from each of the four COLOURS to the hue of each clip: (B, 4) degrees."""
+    """Return the angles from the four COLOURS to the hue of each clip: (B, 4) signed degrees."""
     hues = torch.tensor(list(world.COLOURS.values()))
     return (circular_median(ball.hue)[:, None] - hues + 180) % 360 - 180
 
 
 def circular_median(degrees):
     """Return the medians (B,) of angles (B, P)."""
-    # Measured from their mean direction, so that 359 and 1 degrees are neighbours.
+    # Measure from the mean direction, so that 359 and 1 degrees are neighbours.
     angle = torch.deg2rad(degrees)
     mean = torch.rad2deg(torch.atan2(angle.sin().mean(1), angle.cos().mean(1)))[:, None]
     return (mean[:, 0] + ((degrees - mean + 180) % 360 - 180).median(1).values) % 360
 
 
-def speeds(ball: Ball, cfg=config.TOY):
-    """Return the median speeds (B,) in pixels per second."""
+def speeds(ball: Ball):
+    """Return the median speed of each ball, (B,) in pixels per second."""
     slope, _ = fit_lines(ball.place.mT)
-    return slope.norm(dim=1).median(1).values * cfg.fps
+    return slope.norm(dim=1).median(1).values * config.TOY.fps
 
 
-def _rings_long(levels, onsets, cfg=config.TOY):
-    """Tell whether the median onset keeps its level like metal: no, if nothing was heard."""
+def _rings_long(levels, onsets):
+    """Tell whether the median onset rings as long as metal; False without onsets."""
     kept = []  # level 130 ms after each onset, as a fraction of its peak
     for time, wall in zip(*onsets):
-        m = round(float(time + world.ATTACK) * cfg.mel_rate)
-        later = m + round(0.13 * cfg.mel_rate)
+        m = round(float(time + world.ATTACK) * config.TOY.mel_rate)
+        later = m + round(0.13 * config.TOY.mel_rate)
         if later < len(levels):
             peak = levels[max(0, m - 1) : m + 3, wall].max()
             kept.append(float(levels[later, wall] / peak.clamp(min=1e-3)))
@@ -276,7 +276,7 @@ def persistence(ball: Ball):
 
 
 def identity(ball: Ball, sound, onsets) -> torch.Tensor:
-    """Measure hue (degrees from its colour), radius (pixels) and pitch shift (bands): (B, 3)."""
+    """Measure hue (degrees from the nearest colour), radius, pitch shift (bands): (B, 3)."""
     away = _colour_distances(ball)
     hue = away.gather(1, away.abs().argmin(1, keepdim=True))[:, 0]
     radius = world.RADIUS * ball.mass.median(1).values.clamp(min=0).sqrt()
@@ -284,12 +284,12 @@ def identity(ball: Ball, sound, onsets) -> torch.Tensor:
     return torch.stack([hue, radius, pitch], 1)
 
 
-def _pitch_shift(levels, onsets, cfg=config.TOY):
-    """Return the median distance, in bands, of an onset from the pitch of its wall, or NaN."""
+def _pitch_shift(levels, onsets):
+    """Return the median shift of onsets from the pitches of their walls, in bands, or NaN."""
     bands = torch.arange(len(BAND_WALLS))
     shifts = []
     for time, wall in zip(*onsets):
-        m = min(len(levels) - 1, round(float(time + 0.02) * cfg.mel_rate))
+        m = min(len(levels) - 1, round(float(time + 0.02) * config.TOY.mel_rate))
         energy = levels[m, : len(BAND_WALLS)].square() * (torch.tensor(BAND_WALLS) == wall)
         shifts.append(float((energy * bands).sum() / energy.sum().clamp(min=1e-6)))
         shifts[-1] -= world.WALL_BANDS[int(wall)]

@@ -1,7 +1,7 @@
-"""Where weights, prompts, clips and decoder of the toy come from: all are in this repository.
+"""The sources of the toy's weights, prompts, clips and decoder: all are in this repository.
 
 generate.py needs `StreamSource`, the stages need `TrainingSource`, teacher.py needs
-`TrainingClips`. full_size/source.py has the same two sources for LTX-2.
+`TrainingClips`. full_size/source.py has a `StreamSource` and a `TrainingSource` for LTX-2.
 """
 
 import copy
@@ -43,7 +43,7 @@ def toy_captions(tokens) -> model.Captions:
 
 
 def drop_caption_words(tokens, generator):
-    """Hide captions, for guidance, and words, for partial prompts: (B, 3) -> (B, 3)."""
+    """Hide whole captions (for guidance) and single words (for short prompts): (B, 3) -> (B, 3)."""
     B, words = tokens.shape
     hide = torch.rand(B, 1, generator=generator) < DROP_CAPTION
     hide = hide | (torch.rand(B, words, generator=generator) < DROP_WORD)
@@ -53,7 +53,7 @@ def drop_caption_words(tokens, generator):
 class ToyPrompts:
     """The captions of random clips; every seed is one clip."""
 
-    identity = "toy"  # stored with trajectories, which belong to their prompts
+    identity = "toy"  # stored with trajectories; a file for other prompts is refused
 
     def numbers(self, seeds) -> torch.Tensor:
         """Return the word tokens (B, 3) of the clips of these seeds."""
@@ -105,8 +105,8 @@ def load_student(path, cfg, device="cpu", dtype=torch.float32):
 
 
 def student_from(tensors, cfg, seed=0, path="teacher"):
-    """Create a student that starts at these weights; path: their file, for errors."""
-    # The weights of a teacher have no sinks: those of the new model stay.
+    """Create a student that starts at these weights; path: the file to name in errors."""
+    # A teacher has no sinks, so the sinks of the new model stay.
     net = model.build(cfg, seed)
     sinks = {n: p for n, p in net.state_dict().items() if n.startswith("sinks.")}
     files.load_into(net, {**sinks, **tensors}, path)
@@ -146,7 +146,7 @@ class ToyWeights(NamedTuple):
         return self.net.cfg
 
     def load(self, learns):
-        """Return a copy of the net for this training, sharded under torchrun."""
+        """Return a copy of the net to train (learns) or to freeze, sharded under torchrun."""
         net = copy.deepcopy(self.net).requires_grad_(learns)
         if torch.distributed.is_initialized():
             from full_size import sharding
@@ -162,13 +162,13 @@ class TrainingSource:
     write, dtype = staticmethod(files.save_weights), torch.float16
 
     def __init__(self, cfg=None):
-        self.cfg = cfg  # of the student; None: as in its weight file
+        self.cfg = cfg  # of the student; None: the config in its weight file
 
     def open(self, path, cfg=None, seed=0) -> ToyWeights:
-        """Read a weight file; with `cfg`, as the start of a student with this config."""
+        """Read a weight file; with `cfg`, make it the start of a student with this config."""
         net = model.load(path)
         if cfg:
-            # A teacher has no blocks yet. A student has them, and they must be those of `cfg`.
+            # A student must have the blocks of `cfg`. A teacher has no blocks and fits any config.
             if net.cfg.name != config.TOY_TEACHER.name:
                 files.check_config(path, net.cfg, cfg)
             net = student_from(net.state_dict(), cfg, seed, path)

@@ -1,21 +1,21 @@
-"""Bouncing balls with impact sounds: a world small enough to train on, in which sync can be heard.
+"""Bouncing balls with impact sounds: a small world to train on, in which sync can be measured.
 
 One soft ball flies straight through a square room, and the walls reflect it. Each impact makes a
-sound: its pitch tells which wall was hit, its loudness how hard. So the picture determines the
-sound, and the sound constrains the picture: a joint model has to learn both.
+sound. The wall determines its pitch, the speed of the ball its loudness. The sound thus follows
+from the picture, and says something about it. A joint model has to learn both directions.
 
     video   32 x 32 RGB in [0, 1], 24 frames per second, frame p at time p / 24
-    sound   levels of 16 pitch bands, 100 times per second; a set of 16 levels is called a mel
-            frame, like the sets of 64 in LTX-2, and mel frame m is at time m / 100
+    sound   levels of 16 pitch bands, 100 times per second. These 16 levels are called a mel frame
+            (LTX-2: 64 levels). Mel frame m is at time m / 100
     N seconds are 24 N + 1 frames and 100 N + 1 mel frames: both begin with one frame at time 0
 
     caption    colour, speed, material (how long an impact rings)
     identity   small shifts of hue, radius and pitch, constant over the clip and **not** in the
                caption: a model can only keep them by attending to its past
 
-It replaces the data of the paper and its benchmark, JavisBench. Positions are analytic, so impact
-times are exact, and the seed of a clip determines everything. Seeds from `HELD_OUT` on are never
-used in training. All constants are our choice.
+This world replaces the training data of the paper and its benchmark, JavisBench. A formula gives
+the positions, so impact times are exact. The seed of a clip determines everything in it. Seeds from
+`HELD_OUT` on are never used in training. All constants are our choice.
 
     python -m toy.world    four captions, and the times at which their balls hit a wall
 """
@@ -39,7 +39,7 @@ HELD_OUT = 10**9  # seeds from here on are for evaluation
 RADIUS = 4.2  # pixels; at this distance from the centre, opacity is 1/e
 BACKGROUND = 0.05  # brightness of the empty room, in [0, 1]
 SATURATION = 0.8  # of the ball's colour, in [0, 1]
-HUE_RANGE, RADIUS_RANGE, PITCH_RANGE = 12.0, 0.12, 0.6  # identity: +- degrees, fraction, bands
+HUE_RANGE, RADIUS_RANGE, PITCH_RANGE = 12.0, 0.12, 0.6  # of the identity: degrees, fraction, bands
 
 BANDS = 16
 WALLS = ("left", "right", "top", "bottom")
@@ -51,7 +51,7 @@ LOUDEST_SPEED = 28.0  # pixels per second towards the wall; such an impact has l
 
 
 class Clips(NamedTuple):
-    """The facts that determine B clips."""
+    """Everything that determines B clips."""
 
     words: torch.Tensor  # (B, 3) index into each of SLOTS
     identity: torch.Tensor  # (B, 3) hue, radius, pitch, each in [-1, 1]
@@ -73,7 +73,7 @@ def _draw_clip(seed):
     rng = np.random.default_rng(seed)
     words = [rng.integers(len(slot)) for slot in SLOTS]
     identity, start = rng.uniform(-1, 1, 3), rng.uniform(0, 1, 2)
-    # 22 to 68 degrees in any quadrant: with a flatter angle, two walls would rarely be reached
+    # 22 to 68 degrees in any quadrant: at a flatter angle, the ball would rarely reach two walls
     angle = np.deg2rad(rng.uniform(22, 68) + 90 * rng.integers(4))
     speed = rng.uniform(*SPEEDS[SLOTS[1][words[1]]])
     return words, identity, start, [speed * np.cos(angle), speed * np.sin(angle)]
@@ -143,7 +143,7 @@ def _room(clips, cfg):
 
 def ball_positions(clips, times, cfg=config.TOY) -> torch.Tensor:
     """Return x and y of the ball's centre in pixels (B, P, 2) at times (P,) in seconds."""
-    # Reflection is folding: let the ball fly on in a straight line, through mirrored rooms.
+    # Let the ball fly straight on through mirrored rooms; then fold its path into the real room.
     room = _room(clips, cfg)[:, None]
     straight = clips.start[:, None] * room + clips.velocity[:, None] * times[:, None]
     folded = torch.remainder(straight, 2 * room)
@@ -159,7 +159,8 @@ class Impacts(NamedTuple):
 
 
 def impacts(clips, start, stop, cfg=config.TOY) -> Impacts:
-    """Return all impacts in [start, stop) seconds: where the straight line enters a new room."""
+    """Return all impacts in [start, stop) seconds."""
+    # At an impact, the straight path of `ball_positions` enters the next mirrored room.
     room = _room(clips, cfg)
     furthest = float(clips.velocity.abs().max()) * max(abs(start), abs(stop)) / float(room.min())
     border = torch.arange(-int(furthest) - 1, int(furthest) + 3)  # (K,) even: left or top wall
@@ -177,13 +178,13 @@ def impacts(clips, start, stop, cfg=config.TOY) -> Impacts:
 
 
 def hue_to_rgb(hue) -> torch.Tensor:
-    """Convert degrees (...) to RGB (..., 3) in [0, 1], at full value and SATURATION."""
+    """Convert hues (...) in degrees to RGB (..., 3) in [0, 1]: HSV, with value 1 and SATURATION."""
     k = (torch.tensor([5.0, 3.0, 1.0], dtype=hue.dtype) + hue[..., None] / 60) % 6
     return 1 - SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def render_video(clips, seconds, cfg=config.TOY) -> torch.Tensor:
-    """Render the pictures, (B, 24 seconds + 1, 3, H, W) in [0, 1]; seconds is an integer.
+    """Render the frames (B, 24 * seconds + 1, 3, H, W) in [0, 1]; seconds is an integer.
 
     >>> render_video(draw_clips([0, 1]), 5).shape
     torch.Size([2, 121, 3, 32, 32])
@@ -213,7 +214,7 @@ def _bump(centre):
 
 
 def render_sound(clips, seconds, cfg=config.TOY) -> torch.Tensor:
-    """Render the sound: level of each band (B, 100 seconds + 1, 16), the root of its energy.
+    """Render the sound: levels (B, 100 * seconds + 1, 16), square roots of the energies of bands.
 
     >>> render_sound(draw_clips([0, 1]), 5).shape
     torch.Size([2, 501, 16])
@@ -222,7 +223,7 @@ def render_sound(clips, seconds, cfg=config.TOY) -> torch.Tensor:
     hits = impacts(clips, -1.0, seconds, cfg)  # impacts before the clip may still ring
     since = frames - hits.times.float()[..., None]  # (B, E, M)
     decay = torch.tensor(list(MATERIALS.values()))[clips.words[:, 2], None, None]
-    # Level .35 for the softest touch: every impact must be audible, however flat its angle.
+    # Even the softest impact has level .35, so that impacts at a flat angle are audible, too.
     loudness = (0.35 + 0.65 * hits.speeds.float() / LOUDEST_SPEED)[..., None]
     level = loudness * (since / ATTACK).clamp(0, 1) * torch.exp(-since.clamp(min=0) / decay)
     energy = torch.zeros(len(since), len(WALLS), len(frames))
