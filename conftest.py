@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell
         signal.signal(signal.SIGINT, signal.default_int_handler)  # tested programs inherit it
     config.addinivalue_line("markers", "points(n, function): worth n points for that function")
     if name := config.getoption("exercise"):
@@ -34,5 +34,5 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Seed what a test draws without a generator of its own."""
+    """Seed the global generator, for tests that draw without one of their own."""
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """Exercises: write the missing bodies of a module, and grade them.
 
-python -m exercises masks                       write answers/masks.py, masks.py with holes
+python -m exercises masks                       write answers/masks.py: masks.py with holes
 python -m pytest --exercise masks               grade it, function by function
 python -m exercises --hint masks.may_attend 2   print a hint; 1, 2, 3: each tells more
 python -m exercises --list                      all exercises and your points
@@ -17,8 +17,8 @@ def main():
     p.add_argument("name", nargs="?", help="exercise to start")
     p.add_argument("--force", action="store_true", help="start again: overwrite your work")
     p.add_argument("--list", action="store_true", help="print all exercises and your progress")
-    p.add_argument("--all", action="store_true", help="start all that are not started yet")
-    p.add_argument("--hint", nargs="+", metavar="NAME.function", help="and a depth, 1 to 3")
+    p.add_argument("--all", action="store_true", help="start all unstarted exercises")
+    p.add_argument("--hint", nargs="+", metavar="NAME.function", help="print a hint of depth 1-3")
     about = "copy the project without the solutions of NAME and of all later exercises"
     p.add_argument("--handout", metavar="FOLDER", help=about)
     p.add_argument("--check", action="store_true", help="compare table, modules and tests")

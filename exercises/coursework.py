@@ -2,8 +2,8 @@
 
 The solution of an exercise is the module itself, so no second copy is stored. In a skeleton, the
 body of each function that `exercises/table.toml` lists becomes a hint and an error; everything else
-stays. Students write these bodies in `answers/NAME.py`, and grader.py puts this file in the place
-of the module. A test in `tests/test_graded_NAME.py` names the function that it grades:
+stays. Students write these bodies in `answers/NAME.py`. grader.py puts this file in the place of
+the module. A test in `tests/test_graded_NAME.py` names the function that it grades:
 `@pytest.mark.points(2, "may_attend")`. Expected values never come from code that students write.
 """
 
@@ -20,7 +20,7 @@ from plumbing import files
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = ROOT / "answers"
-# No ordinary tests, no notebooks, no page for instructors: they show solutions.
+# Ordinary tests, notebooks and the page for instructors show solutions, so they are not here.
 HANDED_OUT = (
     "*.py", "*.toml", "requirements*.txt", "README.md", "DIFFERENCES.md", "LICENSE", "NOTICE",
     ".gitignore", "kernel/*", "toy/*", "full_size/*", "plumbing/*", "film/*", "studies/*",
@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
     function: str  # a function of the module, or Class.method
     points: int
-    hints: list[str]  # where to look, how to do it, almost the code
+    hints: list[str]  # three: where to look, how to do it, almost the code
 
 
 class Exercise(NamedTuple):
@@ -106,7 +106,7 @@ def skeleton(name, source, solved=0) -> str:
     """Remove the bodies of an exercise from the source of its module, except the first `solved`."""
     lines, nodes = source.splitlines(), functions_in(source)
     holes = [(nodes[task.function], task) for task in find(name).tasks[solved:]]
-    # From the last to the first: a new body shifts the line numbers of everything after it.
+    # Go from the last to the first, because a new body shifts the line numbers after it.
     for node, task in sorted(holes, key=lambda hole: -hole[0].lineno):
         first = node.body[0]  # its docstring, or its first statement
         line = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
@@ -218,7 +218,7 @@ def hand_out(folder, first):
     """Copy the project for students, without the bodies of exercise `first` and all later ones."""
     find(first)
     names, folder = list(EXERCISES), Path(folder)
-    # The exercises follow the order of the imports: later ones need the earlier modules.
+    # Later exercises import the modules of earlier ones, so a course goes in this order.
     blank = {find(name).file: name for name in names[names.index(first) :]}
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--handout {folder}: not empty")

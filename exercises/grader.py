@@ -35,7 +35,7 @@ def start_grading(config, name, answers):
 
 
 class Grader:
-    """A pytest plugin: one answer in the place of its module, and the points that it earns."""
+    """A pytest plugin that puts an answer in the place of its module and counts its points."""
 
     def __init__(self, name, answers):
         self.name, self.exercise = name, coursework.find(name)
@@ -44,8 +44,8 @@ class Grader:
         self.tests = {}  # id of a test -> its row of the score
         self.broken = None  # why the tests could not be collected
         coursework.check_answer(name, self.answer)
-        # An import statement returns the module in sys.modules. So the answer must be there first,
-        # and every module that has imported the original must be imported again.
+        # An import statement returns the module in sys.modules. So put the answer there first, and
+        # import every module again that has imported the original.
         self.originals = project_modules()
         for module in self.originals:
             del sys.modules[module]
@@ -113,7 +113,7 @@ class Grader:
 
     @property
     def is_complete(self) -> bool:
-        """Tell whether all tests ran: not after -k, -x or Ctrl-C."""
+        """Tell whether all tests ran; after -k, -x or Ctrl-C they did not."""
         rows = [row for row in self.tests.values() if row["reason"] != NOT_RUN]
         return sum(row["max"] for row in rows) == self.exercise.points
 

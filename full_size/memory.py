@@ -20,7 +20,7 @@ and sometimes an average. All of it is sharded, so more processes help:
 Gathered layers and activations are not sharded. Activations are counted with two and with three
 layers, because every further layer adds as much as the third.
 
-    python -m full_size.memory               streams with windows of 5, 15, 25 s; stage II on 8 GPUs
+    python -m full_size.memory               a stream with a window of 5, 15 and 25 s
     python -m benchmarks.training_memory     the three stages on 8, 16 and 32 GPUs
 """
 
@@ -389,16 +389,10 @@ def training_refusal(nets, activations, num_processes, free) -> str:
 
 
 def main():
-    import ode_regression
-
     cli.parser(__doc__).parse_args()
     for window in (5, 15, 25):
         print(f"window {window} s, two minutes, bfloat16:")
         print(shown(film_rows(config.FULL, 121, window, torch.bfloat16), 80 * GB), "\n")
-    nets = [("student", config.FULL, ode_regression.make_recipe(1, is_toy=False))]
-    activations = activation_bytes(nets, ode_regression.trial_loss, batch=1)
-    print("stage II on 8 GPUs, one clip of 5 s each:")
-    print(shown(training_rows(nets, activations, 8), 80 * GB))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""Build the CUDA kernel, register it with PyTorch, say which path runs.
+"""Build the CUDA kernel, register it with PyTorch, decide when it runs.
 
 kernel/cache_append_attention.cu does on a GPU what `kv_cache.cache_append_attention` does in
 PyTorch. It knows nothing of PyTorch: a C function takes pointers and sizes and returns a CUDA error
-code. This module is everything in between:
+code. This module connects the two:
 
     build      nvcc, on first use, for the GPU of this machine, into a cache folder (some seconds)
     load       ctypes; both sides must agree on the size of the argument struct
-    register   torch.library: two operators with a schema that says what they write, so that
-               torch.compile and opcheck know
+    register   torch.library: two operators. Their schema tells torch.compile and opcheck which
+               tensors they write
     check      C sees only pointers, so dtype, device, shape and alignment are checked here
 
-Two operators: `append` norms, rotates and writes, and SDPA follows. `fused` also attends, in one
-launch; it is meant for few queries and few new keys (`fits_fused`). Neither records gradients.
+`append` norms, rotates and writes; SDPA attends after it. `fused` does all of this in one launch,
+for few queries and few new keys (`fits_fused`). Neither operator records gradients.
 
-`supports` says whether the kernel may run; otherwise the PyTorch version runs. A benchmark must not
-confuse the two: `require` checks once that there is a kernel, and within `strict` every call that
+The kernel runs where `supports` is True, elsewhere the PyTorch version. A benchmark must not
+confuse the two. `require` checks once that there is a kernel. Within `strict`, every call that
 would fall back to PyTorch raises an error.
 
 In a CUDA graph: nothing here waits for the GPU, and memory comes from PyTorch. Sizes and slots are
-part of a captured launch, so a stream needs one graph per place in the ring.
+part of a captured launch, so a stream needs one graph per position in the ring.
 
-    python -m kernel.cache_append_attention        # which path runs here, and why
+    python -m kernel.cache_append_attention    says whether the kernel or PyTorch runs here
 """
 
 import contextlib
@@ -215,7 +215,7 @@ def has_contiguous_rows(x) -> bool:
 
 def check(tensors, first, filled, start):
     """Raise ValueError, in one line, for anything that the kernel would misread."""
-    # This runs before every launch, so the usual case is a few quick tests per tensor.
+    # This runs before every launch, so it must be fast: a few quick tests per tensor.
     q, k, k_cache = tensors[0], tensors[4], tensors[9]
     rope_rows = [None if t is None else len(t) for t in (*tensors[2:4], *tensors[6:8])]
     shapes = expected_shapes(q.shape, k.shape, k_cache.shape, *rope_rows)
@@ -298,7 +298,7 @@ def _operator(is_fused):
     return run
 
 
-if not hasattr(torch.ops.omniforcing, "fused"):  # grading an exercise imports this module again
+if not hasattr(torch.ops.omniforcing, "fused"):  # a grading imports this module a second time
     for name, is_fused in (("omniforcing::append", False), ("omniforcing::fused", True)):
         torch.library.define(name, " ".join(SIGNATURE.split()))
         torch.library.impl(name, ("cuda", "cpu"), _operator(is_fused))
@@ -314,7 +314,7 @@ _is_strict = False  # set by `strict`
 @contextlib.contextmanager
 def strict(on=True):
     """Within this context, raise ValueError in `supports` where PyTorch would run."""
-    # For benchmarks: the path is chosen anew at every attention, so checking it once is not enough.
+    # Every attention chooses anew between kernel and PyTorch, so one check by `require` is too few.
     global _is_strict
     before, _is_strict = _is_strict, on
     try:
@@ -342,15 +342,15 @@ def why_not(q, k, v, heads) -> str | None:
         return "gradients are needed"
     if not all(t.dtype == q.dtype in DTYPES for t in tensors):
         return f"dtypes {', '.join(sorted({str(t.dtype) for t in tensors}))}"
-    if not all(map(has_contiguous_rows, (q, k, v))):  # slices of joined projections do have them
+    if not all(map(has_contiguous_rows, (q, k, v))):  # slices of joined projections have them
         return f"strides {q.stride()}, {k.stride()}, {v.stride()}, expected contiguous rows"
     return None
 
 
 def fits_fused(q, k) -> bool:
     """Tell whether `fused` should run: few queries and few new keys."""
-    # Every thread block norms whole rows of all new keys. That is nothing for 25 audio tokens, but
-    # more work than attention itself for the 1152 video keys of V2A.
+    # Every thread block norms whole rows of all new keys. With 25 audio tokens this is cheap. With
+    # the 1152 video keys of V2A it is more work than attention itself.
     # On an H100, 25 audio queries take 79 us by `fused` and 129 us by `append` and SDPA if launched
     # one by one. In a CUDA graph `fused` loses: 19.9 against 11.3 us (more in the .cu file).
     return max(q.shape[1], k.shape[1]) <= MAX_FUSED_TOKENS

@@ -2,12 +2,11 @@
 
     python notebooks/run.py             all notebooks; outputs and pictures are written back
     python notebooks/run.py 01 06       the notebooks whose names begin with 01 or 06
-    python notebooks/run.py --check     execute only: does every cell run? Writes nothing
+    python notebooks/run.py --check     checks that every cell runs; writes nothing
 
-Each notebook runs in a process of its own, which starts in this folder, so no notebook finds
-anything that another one left behind. Cells are plain Python. What a cell prints is kept, and so is
-the value of its last line, in the forms that Jupyter shows: a PNG (`_repr_png_` or a figure), HTML
-(`_repr_html_`), text.
+Each notebook runs in a process of its own, which starts in this folder. Cells are plain Python. The
+outputs of a cell are its printed text and the value of its last line, in the forms that Jupyter
+shows: PNG (`_repr_png_` or a figure), HTML (`_repr_html_`), text.
 """
 
 import argparse
@@ -135,7 +134,7 @@ def work(path, check):
         sys.exit(str(error))
     if not check:
         text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-        beside = path.with_suffix(".partial")  # so that a kill never leaves half a notebook
+        beside = path.with_suffix(".partial")  # a kill never leaves half a notebook
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     cells, seconds = len(code_cells(notebook)), time.perf_counter() - start
@@ -147,8 +146,8 @@ def main():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("names", nargs="*", help="first characters of names; default: all notebooks")
-    p.add_argument("--check", action="store_true", help="execute only, write nothing")
+    p.add_argument("names", nargs="*", help="how names begin; default: all notebooks")
+    p.add_argument("--check", action="store_true", help="execute, but write nothing")
     args = p.parse_args()
     paths = sorted(FOLDER.glob("*.ipynb"))
     for name in args.names:

@@ -1,7 +1,7 @@
 """The first step of every notebook: find the project, and install what is missing.
 
-Afterwards `import masks` works, and paths such as "weights/toy_dmd.safetensors" are found, whether
-the notebook was started in notebooks/ or in the folder above.
+Afterwards `import masks` and paths such as "weights/toy_dmd.safetensors" work. The notebook may
+start in notebooks/ or in the folder above.
 """
 
 import importlib.util
@@ -17,8 +17,8 @@ HOSTED = "COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"  # environment of hosted 
 def start():
     """Go to the project's root, and check that the packages of requirements.txt are there.
 
-    A hosted notebook installs those that are missing. Elsewhere it raises ImportError with the
-    command to type: nothing is installed into somebody's Python unasked.
+    A hosted notebook installs missing packages. Elsewhere it raises ImportError with the command to
+    type, because nothing should be installed into somebody's Python unasked.
     """
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))

@@ -115,8 +115,8 @@ class Student(NamedTuple):
 
 SEEDS = 3  # number of training seeds: "NAME", "NAME, seed 1" and "NAME, seed 2"
 
-# A training clip fills a window of 4 exactly if block 0 is one frame, and a window of 3 if block 0 is
-# a whole second ("4+3k" video latents).
+# A training clip fills a window of 4 exactly if block 0 is one frame, and a window of 3 if block 0
+# is a whole second ("4+3k" video latents).
 CONTROLS = {
     "stage II": Student("weights/toy_ode_regression", 4, "ode_regression.py"),
     "stage III": Student("weights/toy_self_forcing", 4, "self_forcing.py"),

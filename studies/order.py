@@ -1,6 +1,6 @@
 """The order of all files: a file imports only from files above it.
 
-The files of the hall stand in reading order. The files of a room stand before their first user.
+It is also the reading order of the hall. Files of rooms stand where the import order needs them.
 tests/test_house.py checks the list, `python -m studies.plots imports` draws it.
 """
 
@@ -38,7 +38,7 @@ def imports_of(path, in_functions=True) -> set[str]:
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            # `from toy import world` names a file, `from toy.world import render` something in a file
+            # `from toy import world` names a file, `from toy.world import render` a function in it
             modules.add(node.module)
             modules.update(f"{node.module}.{alias.name}" for alias in node.names)
     files = {module.replace(".", "/") + ".py" for module in modules}
