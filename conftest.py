@@ -34,5 +34,5 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Seed the global generator, for tests that draw without one of their own."""
+    """Seed the global generator, because some tests draw from it."""
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ def start_grading(config, name, answers):
         raise pytest.UsageError(str(error)) from None
     config.args[:] = [str(coursework.graded_file(name))]
     config.option.doctestmodules = False
-    config.option.reportchars = ""  # the table of points tells what failed and why
+    config.option.reportchars = ""  # the table of points tells all failures
     if config.option.tbstyle == "auto":
         config.option.tbstyle = "no"
     config.pluginmanager.register(grader)

@@ -1,8 +1,8 @@
 """Build the CUDA kernel, register it with PyTorch, decide when it runs.
 
-kernel/cache_append_attention.cu does on a GPU what `kv_cache.cache_append_attention` does in
-PyTorch. It knows nothing of PyTorch: a C function takes pointers and sizes and returns a CUDA error
-code. This module connects the two:
+kernel/cache_append_attention.cu is the GPU version of `kv_cache.cache_append_attention`. It knows
+nothing of PyTorch: a C function takes pointers and sizes and returns a CUDA error code. This module
+connects the two:
 
     build      nvcc, on first use, for the GPU of this machine, into a cache folder (some seconds)
     load       ctypes; both sides must agree on the size of the argument struct
@@ -271,7 +271,7 @@ SIGNATURE = """(
 
 
 def _operator(is_fused):
-    """Return the implementation of `fused` or `append`; its arguments are those of SIGNATURE."""
+    """Return the implementation of `fused` or `append`; SIGNATURE lists its arguments."""
 
     def run(*arguments):
         tensors, (first, filled, start, split, eps) = arguments[:11], arguments[11:]

@@ -1,4 +1,4 @@
-"""The first step of every notebook: find the project, and install what is missing.
+"""The first step of every notebook: find the project, and install missing packages.
 
 Afterwards `import masks` and paths such as "weights/toy_dmd.safetensors" work. The notebook may
 start in notebooks/ or in the folder above.

@@ -1,7 +1,7 @@
 """Weight files: written under a temporary name and renamed, checked when read, never unpickled.
 
 A `.safetensors` file holds tensors and a few strings. Files of this project hold two strings, as
-JSON: the config, and "made_by", a record of how the file was made (command, steps, versions).
+JSON: "config", and "made_by", the origin of the file (command, steps, versions).
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def write_json(path, value):
 
 
 def save_weights(path, tensors, cfg, made_by):
-    """Write a dict of tensors with its config and `made_by`, a dict that says how it was made."""
+    """Write a dict of tensors, with its config and the dict `made_by` (command, steps, ...)."""
     # safetensors writes contiguous tensors only.
     tensors = {name: t.detach().contiguous() for name, t in tensors.items()}
     metadata = {"config": json.dumps(cfg.to_dict()), "made_by": json.dumps(made_by)}

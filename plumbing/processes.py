@@ -65,7 +65,7 @@ def device() -> torch.device:
 
 
 def share_of(batch) -> int:
-    """Return the number of clips per process, for a batch of `batch` clips."""
+    """Return the number of clips per process in a batch of `batch` clips."""
     if batch % count():
         raise ValueError(f"a batch of {batch} clips among {count()} processes: choose a multiple")
     return batch // count()

@@ -34,7 +34,7 @@ def add_options(p, steps, name):
         "--batch", type=int,
         help=f"clips, of all processes together; default {BATCH[0]}, at full size {BATCH[1]}",
     )  # fmt: skip
-    p.add_argument("--run", default=f"runs/{name}", help="folder of the state, to resume from")
+    p.add_argument("--run", default=f"runs/{name}", help="folder to save in and to resume from")
     p.add_argument("--out", help=f"{trainer.ABOUT_OUT}; default RUN.safetensors")
 
 

@@ -193,7 +193,7 @@ class Learner:
         return parts
 
     def load(self, tensors, path):
-        """Load what `tensors` returned."""
+        """Load the tensors of a state; path: the file to name in errors."""
         files.load_into(self.model, _part(tensors, "model."), path)
         self.average.tensors = _part(tensors, "average.")
         for i, optimiser in enumerate(self.optimisers):

@@ -175,7 +175,7 @@ BATCH = 8  # clips
 
 
 class A0Probe(kv_cache.MaskedView):
-    """A masked view that records how the first audio latent attends in audio self-attention."""
+    """A masked view that records the weights of A0, the first audio latent, in self-attention."""
 
     def __init__(self, masks, num_sinks):
         super().__init__(masks)

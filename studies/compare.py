@@ -93,7 +93,7 @@ def drift_table(by_time) -> str:
     return "\n".join(lines)
 
 
-# ---- controls and memory: who is compared ----
+# ---- controls and memory: students ----
 
 
 class Student(NamedTuple):
@@ -175,7 +175,7 @@ MEMORY = {
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 
-# ---- controls and memory: how they are compared ----
+# ---- controls and memory: measurements ----
 
 
 def compare(args):

@@ -1,4 +1,4 @@
-"""Tiny models with random weights everywhere, so that no agreement is trivial."""
+"""Helpers of the tests: tiny models with random weights, so that no agreement is trivial."""
 
 import contextlib
 import functools
@@ -30,10 +30,8 @@ def layout_name(cfg):
 
 
 def tiny(cfg, **changes):
-    """The same blocks with 2 layers, small widths and 2 x 2 video tokens a frame.
-
-    The video width is no multiple of 6, so that one rotary slot never turns, as at full size.
-    """
+    """Return a config with the same blocks, 2 layers, small widths, and 2 x 2 tokens per frame."""
+    # The video width is not a multiple of 6, so one channel pair is not rotated (full size: two).
     small = dict(num_layers=2, num_heads=2, video_width=32, audio_width=16)
     channels = dict(video_channels=5, audio_channels=3, height=16, width=16)
     return replace(cfg, **{**small, **channels, **changes})
@@ -51,9 +49,9 @@ def random_model(cfg, dtype=torch.float64, seed=0):
 
 
 def random_text(model, cfg, length=3, clips=1):
-    """Random caption features as the layers read them."""
+    """Keys and values of random captions."""
     like = model.video.proj_in.weight
-    features = torch.randn(clips, length, cfg.caption_width, dtype=like.dtype)  # on the CPU: alike
+    features = torch.randn(clips, length, cfg.caption_width, dtype=like.dtype)  # on the CPU
     return model.project_text(features.to(like.device))
 
 
@@ -74,6 +72,16 @@ def block_rows(k, cfg):
     return video, slice(span.audio.start, span.audio.stop)
 
 
+def assert_same(one, other):
+    """Check that float64 tensors of order 1 are equal up to rounding."""
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+def differ(one, other):
+    return all((a - b).abs().max() > 1e-3 for a, b in zip(one, other, strict=True))
+
+
 def run_here(script, arguments, monkeypatch, capsys):
     """Run a module's command line in this process: -> exit status, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
@@ -88,7 +96,7 @@ def run_here(script, arguments, monkeypatch, capsys):
 
 @functools.cache
 def help_of(script) -> str:
-    """What a file of the project prints for --help, from a run in this process."""
+    """Return the --help text of a file of the project."""
     out, argv = io.StringIO(), [str(ROOT / script), "--help"]
     with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out):
         with contextlib.suppress(SystemExit):
@@ -97,23 +105,23 @@ def help_of(script) -> str:
 
 
 def options_of(script) -> set[str]:
-    """The options that a script takes, as its --help lists them below its text."""
+    """Return the options that a script lists in its --help, below its text."""
     return set(
         re.findall(r"^  (?:-\w, )?(--[\w-]+)", help_of(script).split("\noptions:")[-1], re.M)
     )
 
 
 def random_decoders():
-    """The smallest networks of the classes of LTX-2, with random weights."""
-    from benchmarks import bench_decode  # a graded answer need not import all of that
+    """Return tiny decoders of the classes of LTX-2, with random weights."""
+    from benchmarks import bench_decode  # here, because few tests need it
 
     return bench_decode.tiny_decoders()
 
 
 def save_text_path(folder, width):
-    """LTX-2's folder in diffusers' format with a tiny random text path: Gemma 3, letters as tokens.
+    """Write a folder like LTX-2's, with a tiny random Gemma 3 whose tokens are letters.
 
-    Its index names the other parts too, as the published one does; they are not there.
+    Like the published index, its index also names the other parts of LTX-2; they are missing.
     """
     from diffusers import LTX2Pipeline
     from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors

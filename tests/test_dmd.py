@@ -1,4 +1,4 @@
-"""Distribution matching: sign, size and shape of the gradient; who is trained when, on what."""
+"""Distribution matching: the gradient, the losses, the few steps, and the order of updates."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ def rng(seed=0):
 
 
 class Recorded:
-    """A score that answers with given numbers and remembers what it was asked."""
+    """A score that records its inputs."""
 
     def __init__(self, net):
         self.cfg, self.project_text, self.net, self.asked = net.cfg, net.project_text, net, []
@@ -64,7 +64,7 @@ def clips():
 
 
 def test_descent_moves_clips_from_the_fake_score_to_the_real_one():
-    """With the two predictions held fast, a step against the direction does both."""
+    """A descent step with fixed predictions moves x along real - fake."""
     x, real, fake = (torch.randn(1, 6, 3, generator=rng(s)) for s in range(3))
     moved = x - 0.1 * dmd.dmd_gradient(x, real, fake)
     step, apart = moved - x, real - fake
@@ -74,8 +74,7 @@ def test_descent_moves_clips_from_the_fake_score_to_the_real_one():
 
 
 def test_every_clip_pulls_equally_hard():
-    """Ten times the distances, the same gradient; and a clip's own distance decides, not the
-    batch's."""
+    """The gradient does not depend on the scale of a clip, nor on other clips of the batch."""
     x, real, fake = (torch.randn(2, 6, 3, generator=rng(s)) for s in range(3))
     g = dmd.dmd_gradient(x, real, fake)
     torch.testing.assert_close(dmd.dmd_gradient(10 * x, 10 * real, 10 * fake), g)
@@ -84,12 +83,9 @@ def test_every_clip_pulls_equally_hard():
 
 
 def test_matching_two_gaussians_finds_the_mean():
-    """Exact scores of N(m, 1): clips from N(-3, 1) are moved until their mean is the real one, 2.
+    """With exact scores, clips from N(-3, 1) move until their mean is 2, the real mean."""
 
-    Noised N(m, 1) is Gaussian, so the best guess of the clean end is known in closed form.
-    """
-
-    def x0(noisy, sigma, mean):
+    def x0(noisy, sigma, mean):  # noisy clips of N(mean, 1) are Gaussian: a closed form
         share = (1 - sigma) / ((1 - sigma) ** 2 + sigma**2)
         return mean + share * (noisy - (1 - sigma) * mean)
 
@@ -105,7 +101,7 @@ def test_matching_two_gaussians_finds_the_mean():
 
 
 def test_noise_levels_cover_the_schedule_between_its_ends():
-    """From shifted(.02) to shifted(.98), most of them high."""
+    """They lie between shifted(.02) and shifted(.98), with median shifted(.5)."""
     sigma = dmd.draw_score_sigmas(20000, rng())
     low, high = teacher.shifted(0.02, 8.0), teacher.shifted(0.98, 8.0)
     assert low <= sigma.min() < low + 0.01 and high - 0.01 < sigma.max() <= high
@@ -116,7 +112,7 @@ def test_noise_levels_cover_the_schedule_between_its_ends():
 
 
 def test_both_scores_see_the_same_clip_at_one_noise_level_for_both_streams(scores, clips):
-    """One sigma per clip, different between clips; real twice, with and without the caption."""
+    """One sigma per clip. The teacher gets every clip twice, with and without its caption."""
     real, fake = scores
     dmd.dmd_losses(clips, CAPTIONS, real, fake, (2.0, 3.0), rng())
     (r,), (f,) = real.asked, fake.asked
@@ -143,13 +139,13 @@ def test_the_gradient_of_a_clip_is_the_direction_over_its_size(scores, clips):
 
 
 def test_nothing_is_left_to_learn_when_the_scores_agree(scores, clips):
-    """A critic that equals the teacher, without guidance: no gradient at all."""
+    """If the critic equals the teacher, without guidance, the gradient is 0."""
     losses = dmd.dmd_losses(clips, CAPTIONS, scores[0], scores[0], (1, 1), rng())
     assert all(g.abs().max() == 0 for g in torch.autograd.grad(sum(losses), clips))
 
 
 def test_matching_trains_neither_score(scores, clips):
-    """Both only judge: no weight of theirs is in the graph."""
+    """No weight of the two scores gets a gradient."""
     for score in scores:
         score.net.requires_grad_(True)
     sum(dmd.dmd_losses(clips, CAPTIONS, *scores, (2.0, 2.0), rng())).backward()
@@ -157,7 +153,7 @@ def test_matching_trains_neither_score(scores, clips):
 
 
 def test_the_critic_learns_by_flow_matching_on_what_was_made(scores, clips):
-    """Its loss is that of the teacher on these clips; only the critic is in the graph."""
+    """Its loss is the flow-matching loss of the teacher, on the clips of the student."""
     fake = scores[1].net.requires_grad_(True)
     data = [x.detach() for x in clips]
     loss = sum(dmd.critic_losses(fake, data, CAPTIONS, rng(5)))
@@ -173,14 +169,14 @@ def test_the_critic_learns_by_flow_matching_on_what_was_made(scores, clips):
 
 
 def test_every_pass_is_trained_equally_often():
-    """Exit steps are uniform over the four passes; sigma = 0 is no pass."""
+    """Exit steps are uniform over the four passes; no pass has sigma = 0."""
     g = rng()
     counts = torch.tensor([dmd.draw_exit_step(TINY.sigmas, g) for _ in range(4000)]).bincount()
     assert len(counts) == 4 and (counts - 1000).abs().max() < 120
 
 
 def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
-    """Four passes at the student's levels; an exit step stops earlier, with that estimate."""
+    """Four passes at the levels of the student; with an exit step, fewer."""
     net, levels = random_model(TINY, torch.float32), []
     net.register_forward_hook(lambda net, args, out: levels.append(float(args[2][0])))
     video, audio = dmd.few_step_clips(net, CAPTIONS, rng())
@@ -195,7 +191,7 @@ def test_a_few_step_clip_takes_its_passes_on_the_whole_clip():
 
 
 def learners(steps=3, cfg=TINY):
-    """A tiny generator and critic, and the teacher they learn from."""
+    """Return a tiny generator and critic, and their teacher."""
     real = model.build(TINY, 7).requires_grad_(False)
     recipes = dmd.make_recipes(steps, 3, batch=2)
     return dmd.make_learners(model.build(cfg, 7), model.build(TINY, 7), recipes), real
@@ -206,7 +202,7 @@ def everything(run):
 
 
 def test_a_step_moves_the_generator_once_then_its_critic_five_times():
-    """In this order, each by its own optimiser, each time on clips made afresh."""
+    """In this order, each with its own optimiser, each time on new clips."""
     found, real = learners()
     generator, critic = found.values()
     order, made = [], []
@@ -227,8 +223,8 @@ def test_a_step_moves_the_generator_once_then_its_critic_five_times():
     assert all(torch.equal(p, before[n]) for n, p in real.state_dict().items())
 
 
-def test_a_killed_distillation_goes_on_as_if_uninterrupted(tmp_path, capsys):
-    """Generator, critic, both averages and both optimisers: bitwise the same end."""
+def test_a_killed_distillation_goes_on_as_if_uninterrupted(tmp_path):
+    """Generator, critic, averages and optimisers end with the same bits."""
 
     def new_run(folder, die_at=None):
         found, real = learners()
@@ -264,13 +260,13 @@ def losses_recorded(make, cfg):
 
 
 def test_ten_golden_losses_of_stage_i():
-    """The critic's loss: prompts, backward simulation, both losses and both optimisers."""
+    """The critic's loss, after both losses and both optimisers, on simulated clips."""
     losses = losses_recorded(dmd.backward_simulation, TINY)
     assert losses == pytest.approx(STAGE_I_LOSSES, **GOLDEN)
 
 
 def test_ten_golden_losses_of_stage_iii():
-    """The same by rollouts with caches and sinks, which forget beyond two blocks."""
+    """The critic's loss, on rollouts with sinks and a cache of two past blocks."""
 
     def make(*args):
         return self_forcing.rollout_clip(*args, window=2)
@@ -279,13 +275,13 @@ def test_ten_golden_losses_of_stage_iii():
 
 
 def test_full_size_has_the_papers_2000_steps():
-    """The official loop's: its critic moves in each, its generator in every fifth."""
+    """A step of the official loop updates the critic, every fifth step the generator."""
     assert dmd.STEPS[1] * dmd.CRITIC_UPDATES == 2000
 
 
 @pytest.mark.parametrize("name", ["toy_released", "toy_teacher"])
-def test_blocks_that_stage_i_has_not_are_refused(name, tmp_path, monkeypatch, capsys):
-    """Its student is as its teacher; a config that says otherwise was ignored, and recorded."""
+def test_stage_i_refuses_another_config(name, tmp_path, monkeypatch, capsys):
+    """Its student has the config of its teacher, so the option would have no effect."""
     options = ["--config", name, "--steps", 1, "--run", tmp_path, "--out", tmp_path / "x"]
     status, _, err = run_here(dmd, options, monkeypatch, capsys)
     message = f"--config {name}: stage I uses its teacher's config; leave it out"
@@ -293,7 +289,7 @@ def test_blocks_that_stage_i_has_not_are_refused(name, tmp_path, monkeypatch, ca
 
 
 def test_prompts_are_those_of_the_training_world():
-    """Captions of clips that are never used for evaluation, some with hidden words."""
+    """They are the captions of the drawn clips, some with hidden words."""
     clips, captions = DRAW(64, rng())
     true, tokens = toy_world.caption_tokens(clips), captions.features[0].argmax(-1)
     assert ((tokens == true) | (tokens == 0)).all() and (tokens == 0).any()

@@ -1,7 +1,7 @@
-"""Streaming from the command line: what is written, what is refused, what survives a kill.
+"""Streaming from the command line: files, prompts, errors, and files after a kill.
 
-Most runs happen in this process with a tiny random student that takes the toy's place; where a
-signal must end a process for good, a real one is started, with a random student of the toy's size.
+Most tests run in this process, with a tiny random student in place of the toy's student. Where a
+signal must end a process, the test starts a real one, with a random student of the toy's size.
 """
 
 import base64
@@ -39,7 +39,7 @@ OLD = b"an older film"
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A tiny random student, and files that are none, by name."""
+    """A folder with a tiny random student and broken weight files."""
     folder = tmp_path_factory.mktemp("weights")
     tensors = random_model(SMALL, torch.float32).state_dict()
     files.save_weights(folder / "good", tensors, SMALL, {})
@@ -71,7 +71,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
 
 
 def play(path):
-    """Decode everything: -> pictures (P, H, W, 3), samples (n,), codec names."""
+    """Decode a film: -> pictures (P, H, W, 3), samples (n,), codec names."""
     with av.open(str(path)) as film:
         pictures = [f.to_ndarray(format="rgb24") for f in film.decode(video=0)]
     with av.open(str(path)) as film:
@@ -88,11 +88,11 @@ def left_in(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-# ---- what is written ----
+# ---- the files ----
 
 
 def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, tmp_path):
-    """H.264 of 320 x 320 and AAC, mono, 24 kHz; nothing lies beside it but the contact sheet."""
+    """H.264 of 320 x 320, AAC, mono, 24 kHz; the only other file is the contact sheet."""
     status, _, _ = run("--seconds", 3)
     assert status == 0 and left_in(tmp_path) == ["out.mp4", "out.png"]
     pictures, samples, names = play("out.mp4")
@@ -106,7 +106,7 @@ def test_a_film_of_n_seconds_has_24_n_plus_1_frames_and_n_seconds_of_sound(run, 
 
 
 def test_the_film_shows_and_sounds_what_was_generated(run):
-    """Pictures and sound of the file are the decoded blocks, up to what the codecs lose."""
+    """Pictures and sound of the file equal the decoded blocks, up to the loss of the codecs."""
     run("--seconds", 2, "--seed", 4, "--prompt", "blue slow wood")
     net = toy_source.load_student(toy_source.WEIGHTS["toy"], SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
@@ -115,7 +115,7 @@ def test_the_film_shows_and_sounds_what_was_generated(run):
     frames, samples = torch.cat(frames), torch.cat(samples, 1)[0]
     pictures, heard, _ = play("out.mp4")
     shown = torch.from_numpy(pictures[:, 5::10, 5::10].copy()).permute(0, 3, 1, 2) / 255
-    # The colours of H.264 are coarser than its brightness, and random pictures are hard on it.
+    # H.264 stores colours more coarsely than brightness, and random pictures compress badly.
     same, backwards = (correlation(shown, x) for x in (frames, frames.flip(0)))
     assert same > 0.85 and same > backwards + 0.2
     assert float(shown.mean()) == pytest.approx(float(frames.mean()), abs=0.02)
@@ -137,7 +137,7 @@ def test_output_is_a_line_a_block_and_a_summary(run):
 
 
 def test_the_report_holds_the_timings(run):
-    """JSON with every block's times, medians and both conventions."""
+    """JSON with the times of every block, rates and medians."""
     run("--seconds", 3, "--report", "report.json")
     report = json.loads(Path("report.json").read_text())
     assert report["frames"] == 73
@@ -155,7 +155,7 @@ def test_the_report_holds_the_timings(run):
 
 
 def test_the_page_holds_the_film(run):
-    """--html writes one file with the very bytes of the film inside."""
+    """--html writes one file that contains the bytes of the film."""
     _, out, _ = run("--seconds", 2, "--html", "page.html")
     film = base64.b64encode(Path("out.mp4").read_bytes()).decode()
     assert film in Path("page.html").read_text() and out.endswith("out.png and page.html\n")
@@ -173,7 +173,7 @@ def test_the_same_seed_gives_the_same_bytes(run):
 
 @pytest.mark.parametrize("more", [("--window", "1"), ("--steps", "2"), ("--prompt", "blue")])
 def test_window_steps_and_prompt_matter(run, more):
-    """Each of these options changes the film, or it would be a silent flag."""
+    """Each of these options changes the film."""
     run("--seconds", 3, "--out", "a.mp4")
     run("--seconds", 3, "--out", "b.mp4", *more)
     assert Path("a.mp4").read_bytes() != Path("b.mp4").read_bytes()
@@ -191,7 +191,7 @@ def test_a_long_stream_draws_its_first_minute_only(run, monkeypatch):
 
 
 def test_a_flash_and_a_click_are_in_time(tmp_path):
-    """Both at 500 ms are played then, the click within 5: no delay of the encoder's is left."""
+    """At 500 ms they are played at 500 ms, the click within 5 ms: no encoder delay is left."""
     movie = Movie(tmp_path / "click.mp4", (32, 32), 24, 24000)
     pictures, samples = np.zeros((25, 32, 32, 3), np.uint8), np.zeros((1, 24000), np.float32)
     pictures[12], samples[0, 12000:12024] = 255, 0.9
@@ -208,7 +208,7 @@ def test_a_flash_and_a_click_are_in_time(tmp_path):
 
 
 def test_blocks_decode_to_their_own_seconds(weights):
-    """Block 0 is one frame and no sound yet, every later one 24 frames and 24000 samples."""
+    """Block 0 gives one frame and no sound, later blocks give 24 frames and 24000 samples."""
     net = toy_source.load_student(weights / "good", SMALL)
     decoder = decoders.ToyDecoder(toy_codec.load(SMALL))
     pieces = [*map(decoder.decode, generate.stream(net, "red", 3)), decoder.finish()]
@@ -233,7 +233,7 @@ def test_a_prompt_switch_changes_only_what_comes_after_it(weights):
 
 
 def test_a_switch_inside_a_block_waits_for_the_next(weights):
-    """At second 1.5: block 2, which begins at 1, is still the old prompt's; block 3 is not."""
+    """At second 1.5: block 2 begins at 1 and has the old prompt, block 3 has the new one."""
     net = toy_source.load_student(weights / "good", SMALL)
     plain = blocks_of(net, (0, "red fast metal"), seconds=3)
     switched = blocks_of(net, (0, "red fast metal"), (1.5, "blue slow wood"), seconds=3)
@@ -242,7 +242,7 @@ def test_a_switch_inside_a_block_waits_for_the_next(weights):
 
 
 def test_a_switch_to_the_same_words_is_none(weights):
-    """Only the words matter, not that there is a cue, nor their order."""
+    """Neither the order of the words nor the number of cues matters."""
     net = toy_source.load_student(weights / "good", SMALL)
     plain, switched = (
         blocks_of(net, (0, "red fast")),
@@ -251,8 +251,8 @@ def test_a_switch_to_the_same_words_is_none(weights):
     assert all(all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched))
 
 
-def test_blocks_come_one_by_one(weights, monkeypatch):
-    """The stream is a generator: an hour costs nothing until its blocks are asked for."""
+def test_blocks_come_one_by_one(weights):
+    """The stream is a generator: it computes a block when the block is requested."""
     net = toy_source.load_student(weights / "good", SMALL)
     passes = []
     net.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -286,7 +286,7 @@ def test_impossible_cues_are_refused(prompts, message):
         generate.parse_cues(prompts, 5)
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 BAD = {
     "unknown word": (["--prompt", "purple"], "red green blue yellow, slow fast, wood metal"),
@@ -366,7 +366,7 @@ def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
 
 
 def test_a_failure_in_the_middle_leaves_the_old_film(run, monkeypatch, tmp_path):
-    """A full disk at block 2: one line, no half film, the old one untouched."""
+    """A full disk at block 2: one line, no half film; the old film stays."""
     add = Movie.add
 
     def full(movie, frames, samples):
@@ -381,11 +381,11 @@ def test_a_failure_in_the_middle_leaves_the_old_film(run, monkeypatch, tmp_path)
     assert left_in(tmp_path) == ["out.mp4"] and Path("out.mp4").read_bytes() == OLD
 
 
-# ---- what survives ----
+# ---- interruptions ----
 
 
 def interrupt_after(monkeypatch, blocks):
-    """Ctrl-C while block number `blocks` is being computed."""
+    """Send Ctrl-C while block number `blocks` is being computed."""
     stream = generate.stream
 
     def interrupted(*args, **how):
@@ -400,7 +400,7 @@ def interrupt_after(monkeypatch, blocks):
 @pytest.mark.filterwarnings("error")  # they would stand on stderr
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_ctrl_c_keeps_every_finished_block(run, monkeypatch, tmp_path, blocks):
-    """After block 0 alone, too: a playable film and its sheet, and a line that says so."""
+    """Even after block 0 alone: a playable film, its sheet, and a message."""
     interrupt_after(monkeypatch, blocks)
     status, out, err = run("--seconds", 600)
     frames = 24 * (blocks - 1) + 1
@@ -430,7 +430,7 @@ def test_a_signal_while_a_block_is_written_waits_for_its_end(run, monkeypatch, k
 
 
 def test_ctrl_c_before_the_first_block_writes_nothing(run, monkeypatch, tmp_path):
-    """There is nothing to keep: one line, and an old film stays."""
+    """The error is one line, and an old film stays."""
     interrupt_after(monkeypatch, 0)
     Path("out.mp4").write_bytes(OLD)
     status, _, err = run("--seconds", 600)
@@ -443,14 +443,14 @@ def test_ctrl_c_before_the_first_block_writes_nothing(run, monkeypatch, tmp_path
 
 @pytest.fixture(scope="module")
 def toy_weights(tmp_path_factory):
-    """A random student of the toy's own size, as the command line wants it."""
+    """The file of a random student of the toy's size."""
     path = tmp_path_factory.mktemp("toy") / "student.safetensors"
     files.save_weights(path, model.build(config.TOY).state_dict(), config.TOY, {})
     return path
 
 
 def start(folder, *args):
-    """`python generate.py ...` in a folder of its own, its output as it comes."""
+    """Start `python generate.py ...` in a folder, with unbuffered output."""
     command = [sys.executable, "-u", str(ROOT / "generate.py"), *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(
@@ -465,8 +465,8 @@ def wait_for_block(process, index):
     raise AssertionError(process.stderr.read())
 
 
-def test_a_polite_kill_keeps_a_playable_film(toy_weights, tmp_path):
-    """SIGTERM during a stream of 600 seconds: exit status 0 and all finished blocks."""
+def test_sigterm_keeps_a_playable_film(toy_weights, tmp_path):
+    """During a stream of 600 seconds: exit status 0, and all finished blocks."""
     process = start(tmp_path, "--seconds", 600, "--weights", toy_weights)
     wait_for_block(process, 2)
     process.terminate()
@@ -479,8 +479,8 @@ def test_a_polite_kill_keeps_a_playable_film(toy_weights, tmp_path):
     assert left_in(tmp_path) == ["out.mp4", "out.png"]
 
 
-def test_a_hard_kill_leaves_a_playable_part_and_the_old_film(toy_weights, tmp_path):
-    """SIGKILL: out.partial.mp4 plays but for its last moments; out.mp4 is what it was."""
+def test_sigkill_leaves_a_playable_part_and_the_old_film(toy_weights, tmp_path):
+    """out.partial.mp4 lacks at most its last half second; out.mp4 is unchanged."""
     (tmp_path / "out.mp4").write_bytes(OLD)
     process = start(tmp_path, "--seconds", 600, "--weights", toy_weights)
     wait_for_block(process, 3)
@@ -503,7 +503,7 @@ def test_generate_runs_from_any_folder(toy_weights, tmp_path):
 
 
 def test_a_faster_stream_is_the_same_but_for_rounding(weights):
-    """What can be had on a CPU, all at once: latents of order 1 within 1e-4 in float32."""
+    """With all speed-ups of a CPU, latents of order 1 agree within 1e-4 in float32."""
     net = toy_source.load_student(weights / "good", SMALL)
     plain = list(generate.stream(net, "red", 3, window=1))
     speedups = faster.find_speedups(["all"], config.TOY, torch.device("cpu"))
@@ -530,7 +530,7 @@ def test_help_documents_every_option(run, monkeypatch):
 
 
 def test_a_student_is_loaded_as_it_was_saved(weights):
-    """Every tensor is the file's; in another precision when asked for."""
+    """Every tensor equals the tensor in the file, converted to the requested dtype."""
     tensors, _, _ = files.read_weights(weights / "good")
     net = toy_source.load_student(weights / "good", SMALL, dtype=torch.bfloat16)
     assert not net.training

@@ -1,7 +1,7 @@
 """Rolling caches: streaming with a cache equals the masked pass over the whole clip.
 
-Everything runs in float64 with random weights in every matrix, so that agreement within 1e-10 is
-agreement of the method: float64 rounds at 1e-16 and outputs are of order 1.
+All tests run in float64, with random weights in every matrix. Outputs are of order 1 and float64
+rounds at 1e-16, so agreement within 1e-10 shows that both methods are the same.
 """
 
 from dataclasses import replace
@@ -11,7 +11,9 @@ import torch
 from helpers import (
     LAYOUTS,
     PAPER,
+    assert_same,
     block_rows,
+    differ,
     layout_name,
     random_clip,
     random_model,
@@ -24,15 +26,14 @@ import rope
 from kv_cache import CachedView, Heads, MaskedView, RollingCache, attention, cache_append_attention
 from model import add_noise
 
-EXACT = dict(atol=1e-10, rtol=0)
-BLOCKS = 7  # window 1 forgets four of them, window 2 three
+BLOCKS = 7  # window 1 evicts four of them, window 2 three
 
 
 # ---- the slow specification ----
 
 
-class ForgetfulView:
-    """Whole-clip attention in which the queries of every block forget as a stream would."""
+class EvictingView:
+    """Attention over a whole clip; each block sees only keys that a stream would still hold."""
 
     def __init__(self, cfg, blocks, window=None, pinned=True):
         self.cfg, self.window = cfg, blocks if window is None else window
@@ -58,16 +59,16 @@ class ForgetfulView:
         return torch.cat(out, dim=1)
 
     def later(self, keys, site, block):
-        """Keys one second later in time for every block that is forgotten by then."""
+        """Move keys one second later in time for every block that is evicted before `block`."""
         num_evicted = max(0, block - 1 - self.window)
         angles = rope.shift_angles(site, num_evicted * self.cfg.block_seconds, self.cfg)
         return rope.rotate(keys, rope.cos_sin(angles, self.cfg, dtype=keys.dtype))
 
 
 def noisy_after(k, clip, noise, sigmas, cfg):
-    """A clip, and its noise levels per frame, in which blocks before k are clean.
+    """Return a clip that is clean before block k and noisy from k on, and its levels per frame.
 
-    Block k is noisy at its own two levels, and so is all that follows.
+    Every noisy block has a level for video and a level for audio.
     """
     levels = []
     for stream in (0, 1):
@@ -80,7 +81,7 @@ def noisy_after(k, clip, noise, sigmas, cfg):
 
 
 class Case:
-    """A tiny model, a prompt, and a random clip of two with a noise level per block and stream."""
+    """A tiny model, a prompt, and two random clips with a noise level per block and stream."""
 
     def __init__(self, cfg, blocks=BLOCKS, window=None, pinned=True):
         self.cfg, self.blocks, self.window, self.pinned = tiny(cfg), blocks, window, pinned
@@ -90,16 +91,16 @@ class Case:
         self.sigmas = torch.rand(blocks, 2, dtype=torch.float64) * 0.9 + 0.1
 
     def masked(self, k, view=None):
-        """Velocities of row-block k of the whole-clip pass with a clean history."""
+        """Velocities of block k in a pass over the whole clip with a clean past."""
         tokens, levels = noisy_after(k, self.clip, self.noise, self.sigmas, self.cfg)
-        view = view or ForgetfulView(self.cfg, self.blocks, self.window, self.pinned)
+        view = view or EvictingView(self.cfg, self.blocks, self.window, self.pinned)
         span = masks.clip_span(self.blocks, self.cfg)
         v, a = self.model(*tokens, *levels, self.text, span, view)
         rows_v, rows_a = block_rows(k, self.cfg)
         return v[:, rows_v], a[:, rows_a]
 
     def block(self, k, sigma):
-        """Block k of both streams at two noise levels."""
+        """Block k of video and audio, each at its own noise level."""
         rows = block_rows(k, self.cfg)
         pairs = zip(self.clip, self.noise, rows, sigma)
         return [add_noise(x[:, r], n[:, r], s.expand(2, 1)) for x, n, r, s in pairs]
@@ -114,21 +115,12 @@ class Case:
         return self.streamed(k, view, torch.zeros(2, dtype=torch.float64))
 
     def cached_view(self, history=0):
-        """A view that has finished that many blocks of the clip."""
+        """A view after the refresh of the first `history` blocks."""
         view = CachedView(self.cfg, self.blocks, self.window, self.pinned)
         for k in range(history):
             self.refresh(k, view)
             view.next_block()
         return view
-
-
-def assert_same(one, other):
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-
-
-def differ(one, other):
-    return all((a - b).abs().max() > 1e-3 for a, b in zip(one, other, strict=True))
 
 
 # ---- the invariant ----
@@ -137,7 +129,7 @@ def differ(one, other):
 @pytest.mark.parametrize("window", [1, 2, None])
 @pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
 def test_streaming_block_k_equals_row_block_k_of_the_masked_pass(cfg, window):
-    """For every block, both layouts, with and without sinks, past three evictions and more."""
+    """For every block, in both layouts, with and without sinks, also after three evictions."""
     case = Case(cfg, window=window)
     view = case.cached_view()
     for k in range(BLOCKS):
@@ -149,22 +141,22 @@ def test_streaming_block_k_equals_row_block_k_of_the_masked_pass(cfg, window):
 
 
 @pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
-def test_the_invariant_holds_when_even_the_prefix_is_forgotten(cfg):
-    """The control without pinned keys: block 0 goes when it leaves the window."""
+def test_the_invariant_holds_when_even_the_prefix_is_evicted(cfg):
+    """The ablation without pinned keys: block 0 is evicted when it leaves the window."""
     case = Case(cfg, window=2, pinned=False)
     view = case.cached_view()
     for k in range(5):
         assert_same(case.streamed(k, view, case.sigmas[k]), case.masked(k))
         case.refresh(k, view)
         view.next_block()
-    pinned = ForgetfulView(case.cfg, BLOCKS, 2)
+    pinned = EvictingView(case.cfg, BLOCKS, 2)
     assert differ(case.masked(4), case.masked(4, pinned))
     assert_same(case.masked(2), case.masked(2, pinned))
 
 
 @pytest.mark.parametrize("layout", ["split", "interleaved"])
 def test_the_invariant_holds_for_both_rotary_layouts(layout):
-    """The layout of the rotation is the same for fresh keys and for pinned ones that move."""
+    """New keys and moved pinned keys are rotated in the same layout."""
     case = Case(replace(PAPER, rope_layout=layout, sink_positions="incremental"), window=1)
     k = BLOCKS - 1
     assert_same(case.streamed(k, case.cached_view(k), case.sigmas[k]), case.masked(k))
@@ -172,26 +164,26 @@ def test_the_invariant_holds_for_both_rotary_layouts(layout):
 
 @pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
 def test_the_slow_specification_without_a_window_is_the_ordinary_mask(cfg):
-    """When nothing is forgotten, the view above is MaskedView with the four masks."""
+    """Without eviction, EvictingView equals MaskedView with the four masks."""
     case = Case(cfg, blocks=4)
     ordinary = MaskedView(masks.four_masks(case.cfg, 4))
     assert_same(case.masked(2), case.masked(2, ordinary))
 
 
-def test_what_the_invariant_checks_is_not_trivial():
-    """History, window, noise level and moving the pinned keys each change the numbers."""
+def test_the_invariant_is_not_trivial():
+    """Window, mask, noise level and the move of the pinned keys each change the velocities."""
     case, k = Case(PAPER, window=1), BLOCKS - 1
     truth = case.streamed(k, case.cached_view(k), case.sigmas[k])
-    still = ForgetfulView(case.cfg, BLOCKS, window=1)
+    still = EvictingView(case.cfg, BLOCKS, window=1)
     still.later = lambda keys, site, block: keys
     assert differ(truth, case.masked(k, still))
-    assert differ(truth, case.masked(k, ForgetfulView(case.cfg, BLOCKS, window=2)))
+    assert differ(truth, case.masked(k, EvictingView(case.cfg, BLOCKS, window=2)))
     assert differ(truth, case.masked(k, MaskedView()))
     assert differ(truth, case.refresh(k, case.cached_view(k)))
 
 
 def test_a_changed_future_leaves_the_past_bitwise_equal():
-    """In the masked pass, blocks before a change of tokens and noise levels do not move at all."""
+    """In a masked pass, a change from block k on changes no bit of the blocks before k."""
     case = Case(PAPER, blocks=5)
     view = MaskedView(masks.four_masks(case.cfg, 5))
     span = masks.clip_span(5, case.cfg)
@@ -206,7 +198,7 @@ def test_a_changed_future_leaves_the_past_bitwise_equal():
 
 
 def test_repeated_passes_do_no_harm():
-    """Ten passes at ten noise levels before the refresh leave the same keys as none."""
+    """Ten noisy passes before the refresh leave the same keys and values as no pass."""
     case, k = Case(PAPER, window=1), 4
     plain, busy = case.cached_view(k), case.cached_view(k)
     for sigma in torch.rand(10, 2, dtype=torch.float64):
@@ -222,7 +214,7 @@ def test_repeated_passes_do_no_harm():
 
 
 def test_gradients_of_a_streamed_block_equal_those_of_the_masked_pass():
-    """d loss / d block is the same, even after later passes have written to the same slots."""
+    """d loss / d block is the same, even if later passes have written to the same slots."""
     case, k = Case(PAPER, window=1), BLOCKS - 2
     rows = block_rows(k, case.cfg)
     view = case.cached_view(k)
@@ -239,7 +231,7 @@ def test_gradients_of_a_streamed_block_equal_those_of_the_masked_pass():
 
 
 def test_no_gradient_reaches_history():
-    """Blocks recorded under autograd are remembered as data: their inputs get no gradient."""
+    """The cache holds detached keys and values: inputs of past blocks get no gradient."""
     case, k = Case(PAPER, window=2), 4
     for x in case.clip:
         x.requires_grad_(True)
@@ -260,16 +252,16 @@ def raw(tokens):
 
 
 def test_gradients_equal_dense_attention():
-    """Append-and-attend has the values and gradients of attention over history and block."""
+    """Values and gradients equal dense attention to the past and the current block."""
     cache = RollingCache(prefix_tokens=3, block_tokens=4, ring_blocks=2)
-    remembered = []
+    appended = []
     for block in range(5):  # at block 4 the ring holds 4 | 3
         q, k, v = raw(5), raw(3 if block == 0 else 4), raw(3 if block == 0 else 4)
         out = cache_append_attention(q, k, v, HEADS, cache)
-        remembered.append((HEADS.keys(k), HEADS.split(v)))
+        appended.append((HEADS.keys(k), HEADS.split(v)))
         cache.next_block()
-    history = [[x.detach() for x in remembered[b]] for b in (0, 3)]
-    keys, values = (torch.cat(x, dim=1) for x in zip(*history, remembered[4]))
+    history = [[x.detach() for x in appended[b]] for b in (0, 3)]
+    keys, values = (torch.cat(x, dim=1) for x in zip(*history, appended[4]))
     dense = attention(HEADS.queries(q), keys, values)
     assert_same([out], [dense])
     weights = torch.randn_like(out)
@@ -277,7 +269,7 @@ def test_gradients_equal_dense_attention():
 
 
 def test_order_of_slots_while_the_ring_turns():
-    """Slots are always filled from the front, and the oldest block is the one overwritten."""
+    """Slots are filled from the front; then a new block overwrites the oldest one."""
     cache = RollingCache(prefix_tokens=1, block_tokens=1, ring_blocks=3)
     seen = []
     for block in range(6):
@@ -288,7 +280,7 @@ def test_order_of_slots_while_the_ring_turns():
 
 
 def test_without_gradient_nothing_is_copied():
-    """What a pass attends to is a view of the buffer itself."""
+    """The returned keys and values are views of the buffers."""
     cache = RollingCache(prefix_tokens=1, block_tokens=2, ring_blocks=3)
     k, v = cache.append(*(torch.zeros(1, 1, 2, 4) for _ in range(2)))
     assert k.data_ptr() == cache.k.data_ptr() and v.data_ptr() == cache.v.data_ptr()
@@ -296,7 +288,7 @@ def test_without_gradient_nothing_is_copied():
 
 @pytest.mark.parametrize("block, tokens, room", [(0, 2, 3), (0, 4, 3), (1, 3, 4), (2, 5, 4)])
 def test_a_wrong_number_of_keys_is_refused(block, tokens, room):
-    """A block must fill its place exactly; the message says which block and how many."""
+    """A block must fill its slots exactly; the message names the block and both numbers."""
     cache = RollingCache(prefix_tokens=3, block_tokens=4, ring_blocks=2)
     for b in range(block):
         cache.append(*(torch.zeros(1, 4 if b else 3, 2, 4) for _ in range(2)))
@@ -306,7 +298,7 @@ def test_a_wrong_number_of_keys_is_refused(block, tokens, room):
 
 
 def test_a_window_without_a_past_is_refused():
-    """A block that remembers nothing but the prefix is not a stream."""
+    """With window 0, a block could not attend to the block before it."""
     with pytest.raises(ValueError, match="window=0: a block must remember at least the one before"):
         CachedView(PAPER, 10, window=0)
 
@@ -314,8 +306,8 @@ def test_a_window_without_a_past_is_refused():
 # ---- long streams ----
 
 
-def stream_random_keys(cfg, blocks, num_blocks, window, dtype=torch.float32):
-    """A view after `blocks` blocks of random raw keys, and what block 0 brought to each site."""
+def stream_random_keys(cfg, blocks, num_blocks, window):
+    """Stream random keys: -> view, keys of block 0 by (layer, site), bytes after each block."""
     torch.manual_seed(0)
     view, first, sizes = CachedView(cfg, num_blocks, window), {}, []
     width = dict.fromkeys(masks.SITES, cfg.audio_width) | {"video_self": cfg.video_width}
@@ -323,8 +315,7 @@ def stream_random_keys(cfg, blocks, num_blocks, window, dtype=torch.float32):
         for layer in range(cfg.num_layers):
             for site, cache in view.layers[layer].items():
                 tokens = cache.block_tokens if block else cache.prefix_tokens
-                k = torch.randn(1, tokens, width[site], dtype=dtype)
-                one = torch.ones(width[site], dtype=dtype)
+                k, one = torch.randn(1, tokens, width[site]), torch.ones(width[site])
                 view.attend(layer, site, k[:, :1], k, k, Heads(cfg.num_heads, 1e-6, one, one))
                 first.setdefault((layer, site), k)
         sizes.append(view.num_bytes())
@@ -336,7 +327,7 @@ SMALL = tiny(replace(PAPER, num_sinks=2), num_layers=1, height=8, width=8)
 
 
 def test_memory_is_constant_once_the_window_is_full():
-    """Neither the bytes held nor the keys attended to grow once the first block is forgotten."""
+    """Neither the bytes nor the visible keys grow after the first eviction."""
     view, _, sizes = stream_random_keys(SMALL, 12, 12, window=2)
     assert len(set(sizes[4:])) == 1
     cache, filled = RollingCache(3, 4, 3), []
@@ -346,26 +337,26 @@ def test_memory_is_constant_once_the_window_is_full():
     assert view.num_evicted == 9
 
 
-def test_a_stream_that_forgets_nothing_keeps_no_second_copy_of_its_prefix():
-    """Two buffers of all slots per attention; forgetting adds the original pinned keys."""
+def test_a_stream_without_eviction_keeps_no_second_copy_of_its_prefix():
+    """A cache is two buffers of all slots; eviction adds the original pinned keys."""
     caches = CachedView(SMALL, 6).layers[0].values()
     slots = {c: c.prefix_tokens + 5 * c.block_tokens for c in caches}
     widths = [SMALL.video_width] + 3 * [SMALL.audio_width]
     two_buffers = sum(2 * slots[c] * w * 4 for c, w in zip(caches, widths))  # float32: 4 bytes
-    whole, forgetful = (stream_random_keys(SMALL, 6, 6, window)[0] for window in (None, 4))
+    whole, evicting = (stream_random_keys(SMALL, 6, 6, window)[0] for window in (None, 4))
     assert whole.num_bytes() == two_buffers
     pinned = sum(c.prefix_tokens * w * 4 for c, w in zip(caches, widths))
-    assert forgetful.num_evicted == 1 and forgetful.num_bytes() == two_buffers + pinned
+    assert evicting.num_evicted == 1 and evicting.num_bytes() == two_buffers + pinned
 
 
 def test_600_blocks_hold_no_more_memory_than_60():
-    """Ten minutes cost what one minute costs."""
+    """Ten minutes need as much memory as one minute."""
     minute, ten = (stream_random_keys(SMALL, n, n, window=5)[0] for n in (60, 600))
     assert minute.num_bytes() == ten.num_bytes() > 0
 
 
 def test_a_short_stream_does_not_pay_for_a_long_window():
-    """A stream of four blocks has room for three behind the prefix, whatever the window."""
+    """The ring of a stream of four blocks holds three blocks, however large the window."""
     for window in (None, 3, 1000):
         assert CachedView(SMALL, 4, window).layers[0]["a2v"].ring_blocks == 3
     assert CachedView(SMALL, 1, None).layers[0]["a2v"].ring_blocks == 1
@@ -373,7 +364,7 @@ def test_a_short_stream_does_not_pay_for_a_long_window():
 
 @pytest.mark.parametrize("site", masks.SITES)
 def test_moving_the_prefix_does_not_accumulate_error(site):
-    """After 600 blocks the pinned keys are as exact as one fresh rotation by 598 seconds.
+    """After 600 blocks the pinned keys are as exact as after one rotation by 598 seconds.
 
     float32 rounds at 6e-8; keys are of order 1 and are rotated twice.
     """

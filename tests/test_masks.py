@@ -13,7 +13,7 @@ BLOCKS = 5
 
 
 def block_of_token(index, stream, cfg):
-    """The second a token belongs to, counted by hand from its place in the sequence."""
+    """Return the block of a token, by counting frames from the start of the sequence."""
     if stream == "video":
         frame, prefix, step = index // cfg.tokens_per_frame, cfg.prefix_video_frames, 3
     else:
@@ -32,9 +32,9 @@ def sees(query_block, key_block, window):
         return False
     if key_block == 0:  # prefix and sinks are pinned: everyone sees them, for ever
         return True
-    if window is None:  # nothing is ever forgotten
+    if window is None:  # nothing is ever evicted
         return True
-    return query_block - key_block <= window  # only so many blocks before its own are remembered
+    return query_block - key_block <= window  # `window` blocks before its own are kept
 
 
 def slow_mask(query_stream, key_stream, cfg, window):
@@ -49,7 +49,7 @@ def slow_mask(query_stream, key_stream, cfg, window):
     )
 
 
-STREAMS = {  # site -> who asks, who is asked
+STREAMS = {  # site -> stream of the queries, stream of the keys
     "video_self": ("video", "video"),
     "audio_self": ("audio", "audio"),
     "a2v": ("video", "audio"),
@@ -79,7 +79,7 @@ def test_sinks_are_seen_by_all_and_see_only_block_0():
 
 
 def test_sinks_can_be_left_out_of_the_masks():
-    """Without its sink rows and columns, the mask is the mask of the real tokens."""
+    """A mask without its sink rows and columns is the mask of the other tokens."""
     cfg = replace(PAPER, num_sinks=16)
     with_sinks = masks.four_masks(cfg, 3)["audio_self"]
     assert torch.equal(masks.four_masks(cfg, 3, sinks=False)["audio_self"], with_sinks[16:, 16:])
@@ -97,7 +97,7 @@ def test_blocks_tile_the_clip(cfg):
 
 @pytest.mark.parametrize("cfg", [PAPER, MERGED], ids=layout_name)
 def test_blocks_of_both_streams_end_at_the_same_instant(cfg):
-    """The last video and the last audio latent of a block end equally long after the first."""
+    """The last video latent and the last audio latent of a block end at the same time."""
     for k in range(7):
         span = masks.block_span(k, cfg)
         end = masks.block_interval(k, cfg)[1]
@@ -106,19 +106,19 @@ def test_blocks_of_both_streams_end_at_the_same_instant(cfg):
 
 @pytest.mark.parametrize("seconds, cfg, blocks", [(5, PAPER, 6), (0, PAPER, 1), (5, MERGED, 5)])
 def test_number_of_blocks_of_a_clip(seconds, cfg, blocks):
-    """N seconds are N + 1 blocks with a one-frame prefix, N when it holds the first second."""
+    """N seconds are N + 1 blocks if block 0 is one frame, N blocks if it is one second."""
     assert masks.num_blocks(seconds, cfg) == blocks
 
 
 @pytest.mark.parametrize("seconds", [2.5, -1, 0.001])
 def test_durations_that_end_inside_a_block_are_refused(seconds):
-    """The message names the duration and the ends that would do."""
+    """The message names the duration and the possible ends."""
     with pytest.raises(ValueError, match=f"{seconds:g} seconds end inside.*0, 1, 2, ... seconds"):
         masks.num_blocks(seconds, PAPER)
 
 
 def test_too_short_for_a_merged_prefix_is_refused():
-    """A block 0 of one second cannot make a clip of none."""
+    """If block 0 is one second, no clip is shorter than that."""
     with pytest.raises(ValueError, match="0 seconds end inside a block: blocks end at 1, 2, 3"):
         masks.num_blocks(0, MERGED)
 
@@ -130,6 +130,6 @@ def test_text_picture_draws_a_hash_where_attention_is_allowed():
 
 
 def test_window_matters():
-    """A remembered block more is a visible key more, or windows would be untested above."""
+    """A larger window shows more keys, so the tests above do test windows."""
     counts = [masks.four_masks(config.TOY, 6, w)["a2v"].sum() for w in (1, 2, 3, None)]
     assert counts == sorted(counts) and len(set(map(int, counts))) == 4

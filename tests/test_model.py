@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import PAPER, random_clip, random_model, random_text, tiny
+from helpers import PAPER, assert_same, differ, random_clip, random_model, random_text, tiny
 
 import config
 import rope
@@ -15,21 +15,11 @@ from model import add_noise, build, ropes_of, timestep_embedding, to_x0
 
 CFG = tiny(replace(PAPER, num_sinks=4))
 BLOCKS = 3
-EXACT = dict(atol=1e-10, rtol=0)  # float64, outputs of order 1
 
 
 def run(model, clip, sigma_video, sigma_audio, text, view=None, blocks=BLOCKS):
     span = clip_span(blocks, model.cfg)
     return model(*clip, sigma_video, sigma_audio, text, span, view or MaskedView())
-
-
-def assert_same(one, other, **tolerance):
-    for a, b in zip(one, other, strict=True):
-        torch.testing.assert_close(a, b, **(tolerance or EXACT))
-
-
-def all_differ(one, other):
-    return all((a - b).abs().max() > 1e-3 for a, b in zip(one, other, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +52,7 @@ def test_sigma_1_is_pure_noise_and_0_is_clean():
 
 
 def test_clean_estimates_are_computed_in_float32():
-    """In bfloat16, the only rounding of x - sigma v is that of the result."""
+    """In bfloat16, only the result of x - sigma v is rounded."""
     x, v = torch.randn(2, 1, 50, 3).bfloat16().unbind()
     sigma = torch.full((1, 1), 0.4207186)
     assert torch.equal(to_x0(x, sigma, v), (x.float() - 0.4207186 * v.float()).bfloat16())
@@ -79,7 +69,7 @@ def test_timestep_embedding_has_cosines_first():
 
 
 def test_one_sigma_per_clip_per_frame_or_per_token_is_the_same(model, clip):
-    """Three ways to say the same noise level give the same velocities, sinks included."""
+    """The same level per clip, per frame or per token gives the same velocities, with sinks."""
     text = random_text(model, CFG, clips=2)
     s = torch.tensor([0.3, 0.8], dtype=torch.float64)
     frames, tokens, audio = 7, clip[0].shape[1], clip[1].shape[1]
@@ -90,7 +80,7 @@ def test_one_sigma_per_clip_per_frame_or_per_token_is_the_same(model, clip):
 
 
 def test_levels_per_frame_are_levels_per_token_repeated(model, clip):
-    """Frame f's level is that of its tokens 4 f .. 4 f + 3."""
+    """Frame f has the tokens 4 f to 4 f + 3; its level is their level."""
     text = random_text(model, CFG, clips=2)
     per_frame, audio = (torch.rand(2, n, dtype=torch.float64) for n in (7, clip[1].shape[1]))
     per_token = per_frame.repeat_interleave(CFG.tokens_per_frame, dim=1)
@@ -99,13 +89,13 @@ def test_levels_per_frame_are_levels_per_token_repeated(model, clip):
 
 
 def test_each_stream_has_its_own_noise_level(model, clip):
-    """A change of either stream's level is heard by both."""
+    """A change of the level of one stream changes the velocities of both."""
     text = random_text(model, CFG, clips=2)
     low, high = (torch.full((2,), s, dtype=torch.float64) for s in (0.2, 0.9))
     truth = run(model, clip, low, high, text)
-    assert all_differ(truth, run(model, clip, low, low, text))
-    assert all_differ(truth, run(model, clip, high, high, text))
-    assert all_differ(truth, run(model, clip, high, low, text))
+    assert differ(truth, run(model, clip, low, low, text))
+    assert differ(truth, run(model, clip, high, high, text))
+    assert differ(truth, run(model, clip, high, low, text))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1000.0])
@@ -120,12 +110,11 @@ def test_only_the_gates_see_the_gate_timestep_scale(scale):
 
 
 def test_every_flag_changes_the_numbers_but_no_shape(clip):
-    """Rotary layout, grid precision and gate scale load the same weights and differ in output.
+    """The same weights load with any of the three flags, but the output differs.
 
-    This is why a wrong flag goes unnoticed when weights are loaded.  (At LTX-2's own theta, where
-    the two precisions of the grid differ by up to 5e-3 rad.)
+    So a wrong flag goes unnoticed when weights are loaded.
     """
-    cfg = replace(CFG, rope_theta=10000.0)
+    cfg = replace(CFG, rope_theta=10000.0)  # here both grid precisions differ, by up to 5e-3 rad
     truth = random_model(cfg)
     text, sigma = random_text(truth, cfg, clips=2), torch.full((2,), 0.5, dtype=torch.float64)
     for flag in (
@@ -140,12 +129,12 @@ def test_every_flag_changes_the_numbers_but_no_shape(clip):
         assert not torch.allclose(one[1], two[1], atol=1e-7)
 
 
-# ---- what is attended to ----
+# ---- masks and captions ----
 
 
 @pytest.mark.parametrize("S", [0, 16])
 def test_masked_and_bidirectional_passes_differ(S, clip):
-    """They differ at every token: even the last block reads a past that knew no future."""
+    """They differ at every token: even the last block reads a past that saw no future."""
     cfg = replace(CFG, num_sinks=S)
     model = random_model(cfg)
     text, sigma = random_text(model, cfg, clips=2), torch.full((2,), 0.5, dtype=torch.float64)
@@ -164,7 +153,7 @@ def test_a_mask_that_allows_everything_is_no_mask(model, clip):
 
 
 def test_masked_caption_tokens_are_not_read(model, clip):
-    """Padding behind a caption changes nothing when masked, and a lot when it is not."""
+    """Padding after a caption changes nothing if it is masked, and a lot if it is not."""
     features = torch.randn(2, 6, CFG.caption_width, dtype=torch.float64)
     keep = torch.tensor([[1, 1, 1, 1, 0, 0]] * 2)
     sigma = torch.full((2,), 0.5, dtype=torch.float64)
@@ -175,7 +164,7 @@ def test_masked_caption_tokens_are_not_read(model, clip):
     cut = with_text(features[:, :4])
     assert_same(cut, with_text(features, keep))
     assert_same(with_text(features), with_text(features, torch.ones(2, 6)))
-    assert all_differ(cut, with_text(features))
+    assert differ(cut, with_text(features))
 
 
 def test_each_stream_reads_its_own_caption_features(model, clip):
@@ -185,12 +174,12 @@ def test_each_stream_reads_its_own_caption_features(model, clip):
     texts = [model.project_text(video, f) for f in (None, video, audio)]
     shared, same, own = (run(model, clip, sigma, sigma, t) for t in texts)
     assert_same(shared, same)
-    assert all_differ(shared, own)
+    assert differ(shared, own)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(texts[0].video, texts[2].video))
 
 
 def test_clips_of_a_batch_do_not_mix(model, clip):
-    """A batch of two is two batches of one."""
+    """A batch of two gives the same velocities as two batches of one."""
     features = torch.randn(2, 4, CFG.caption_width, dtype=torch.float64)
     sigma = torch.tensor([0.2, 0.9], dtype=torch.float64)
     both = run(model, clip, sigma, sigma, model.project_text(features))
@@ -204,7 +193,7 @@ def test_clips_of_a_batch_do_not_mix(model, clip):
 
 
 def test_a_bfloat16_model_computes_in_bfloat16(model, clip):
-    """Velocities keep the weights' dtype and stay within bfloat16's reach of float64's."""
+    """Velocities have the dtype of the weights and agree with float64 up to rounding."""
     half = random_model(CFG, torch.bfloat16)
     half.load_state_dict(model.state_dict())
     features, sigma = torch.randn(2, 4, CFG.caption_width), torch.full((2,), 0.5)
@@ -217,7 +206,7 @@ def test_a_bfloat16_model_computes_in_bfloat16(model, clip):
 
 
 def test_a_fresh_model_predicts_nothing_and_follows_its_seed(clip):
-    """The exit starts at zero; equal seeds give equal weights, different seeds different ones."""
+    """Output layers start at zero. Equal seeds give equal weights, other seeds other weights."""
     one, same, other = (build(CFG, seed) for seed in (3, 3, 4))
     text, sigma = random_text(one, CFG, clips=2), torch.full((2,), 0.5)
     for v in run(one, [x.float() for x in clip], sigma, sigma, text):
@@ -232,7 +221,7 @@ def test_a_fresh_model_predicts_nothing_and_follows_its_seed(clip):
 
 
 class PlainLTX2:
-    """The bidirectional transformer spelled out under LTX-2's own key names, for one clip.
+    """The bidirectional transformer for one clip, written out with the key names of LTX-2.
 
     No classes per modality, no views, no fused kernels: slow, and easy to check against a paper.
     """
@@ -348,7 +337,7 @@ def diffusers_ltx2():
     return pytest.importorskip(name, reason="diffusers is not installed")
 
 
-DIFFUSERS_NAMES = [  # LTX-2's names in diffusers, longest first where one is part of another
+DIFFUSERS_NAMES = [  # names in LTX-2's file and in diffusers; a name before its own parts
     ("scale_shift_table_a2v_ca_video", "video_a2v_cross_attn_scale_shift_table"),
     ("scale_shift_table_a2v_ca_audio", "audio_a2v_cross_attn_scale_shift_table"),
     ("av_ca_video_scale_shift_adaln_single", "av_cross_attn_video_scale_shift"),
@@ -363,7 +352,7 @@ DIFFUSERS_NAMES = [  # LTX-2's names in diffusers, longest first where one is pa
 
 
 def in_diffusers(model, module):
-    """The same transformer, with the same weights, by Hugging Face."""
+    """Return the transformer of diffusers with the same weights."""
     cfg = model.cfg
     theirs = module.LTX2VideoTransformer3DModel(
         in_channels=cfg.video_channels,
@@ -392,10 +381,9 @@ def in_diffusers(model, module):
 
 
 def exact_coords(their_rope, their_audio_rope, cfg, span):
-    """Its bounds of every token in pixels and seconds, without its rounding to float32.
-
-    At the highest frequency that rounding is worth 1e-3 rad, which would hide real differences.
-    """
+    """Return the bounds of every token in pixels and seconds, from diffusers but in float64."""
+    # diffusers rounds them to float32. At the highest frequency this is worth 1e-3 rad, which would
+    # hide real differences.
     F_v, F_a = len(span.video), len(span.audio)
     video = their_rope.prepare_video_coords(2, F_v, *cfg.grid, "cpu", fps=1.0).double()
     video[:, 0] /= cfg.fps
@@ -448,7 +436,7 @@ def test_velocities_equal_those_of_diffusers(flags, diffusers_ltx2):
 
 @pytest.mark.parametrize("flags", FLAG_SETS)
 def test_rotary_tables_equal_those_of_diffusers_at_full_width(flags, diffusers_ltx2):
-    """Every slot of every token turns by the same angle, idle slots and grid precision included."""
+    """Every channel pair of every token has the same angle, also pairs that are not rotated."""
     cfg = replace(config.LTX2, height=64, width=96, **FLAG_SETS[flags])
     span = clip_span(2, cfg)
     same = dict(rope_type=cfg.rope_layout, double_precision=cfg.rope_float64)

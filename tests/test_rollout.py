@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import PAPER, block_rows, random_model, tiny
-from test_kv_cache import ForgetfulView
+from helpers import PAPER, block_rows, differ, random_model, tiny
+from test_kv_cache import EvictingView
 
 import config
 import model
@@ -37,7 +37,7 @@ class Watched:
         return self.net.project_text(self.features.expand(batch, -1, -1))
 
     def rollout(self, blocks=BLOCKS, seed=3, batch=1, window=None, exit_step=None, history=None):
-        """An iterator over blocks; what the passes before did is forgotten."""
+        """Return an iterator over blocks, and clear the record of passes."""
         self.passes.clear()
         view = CachedView(CFG, blocks, window)
         exit_steps = None if exit_step is None else [exit_step] * blocks
@@ -70,15 +70,11 @@ def one_pass(net, x, sigma, text, span, view):
     return model.predict_x0(net, *x, level, level, text, span, view)
 
 
-def differ(one, other):
-    return all((a - b).abs().max() > 1e-3 for a, b in zip(one, other, strict=True))
-
-
 # ---- passes and levels ----
 
 
 def test_a_block_takes_four_passes_and_a_refresh_the_last_one_no_refresh(watched):
-    """The levels of the list, then 0 for what later blocks will read; nobody reads the last."""
+    """Four levels, then 0 for the refresh; no block reads the last one, so it has no refresh."""
     list(watched.rollout())
     expected = [*SIGMAS] * (BLOCKS - 1) + [*SIGMAS[:-1]]
     assert watched.levels() == pytest.approx(expected)
@@ -86,7 +82,7 @@ def test_a_block_takes_four_passes_and_a_refresh_the_last_one_no_refresh(watched
 
 
 def test_every_pass_is_about_one_block_and_the_loop_moves_on(watched):
-    """Passes 0 to 4 are block 0, 5 to 9 block 1: spans and the cache's own count agree."""
+    """Passes 0 to 4 are block 0, 5 to 9 block 1, by their spans and by the cache's count."""
     list(watched.rollout())
     for i, p in enumerate(watched.passes):
         assert p["span"] == block_span(i // 5, CFG)
@@ -94,13 +90,13 @@ def test_every_pass_is_about_one_block_and_the_loop_moves_on(watched):
 
 
 def test_both_streams_of_a_pass_have_the_same_level(watched):
-    """Video and audio of a block come clean together."""
+    """Each pass has one noise level, for video and audio."""
     list(watched.rollout())
     assert all(all_equal(*([s] for s in p["sigma"])) for p in watched.passes)
 
 
 def test_a_finished_block_is_not_kept_waiting(watched):
-    """A block is handed over after its last pass; its refresh comes when the next is asked for."""
+    """A block is yielded after its last pass; its refresh runs when the next is requested."""
     blocks = watched.rollout()
     next(blocks)
     assert len(watched.passes) == 4
@@ -109,7 +105,7 @@ def test_a_finished_block_is_not_kept_waiting(watched):
 
 
 def test_the_last_pass_is_not_renoised(watched):
-    """A block is the clean estimate of its last pass, bit by bit, and is refreshed as it is."""
+    """A block is the clean estimate of its last pass, and the refresh gets exactly this block."""
     blocks = list(watched.rollout())
     for k, block in enumerate(blocks):
         assert block.index == k
@@ -138,7 +134,7 @@ def test_between_passes_fresh_noise_takes_the_estimate_to_the_next_level(watched
     "steps, expected", [(1, [0]), (2, [0, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])]
 )
 def test_fewer_steps_use_levels_the_student_knows(steps, expected):
-    """Evenly taken from the trained list, always from pure noise and down to 0."""
+    """Levels are taken evenly from the trained list, from pure noise down to 0."""
     levels = rollout.few_step_sigmas(config.TOY, steps)
     assert levels == (*(config.TOY.sigmas[i] for i in expected), 0.0)
 
@@ -146,15 +142,16 @@ def test_fewer_steps_use_levels_the_student_knows(steps, expected):
 @pytest.mark.parametrize("steps", [0, -1, 5])
 def test_other_numbers_of_steps_are_refused(steps):
     """The message says how many levels the student knows."""
-    with pytest.raises(ValueError, match=f"{steps} steps: the student was trained on 4; expected 1 to 4"):
+    message = f"{steps} steps: the student was trained on 4; expected 1 to 4"
+    with pytest.raises(ValueError, match=message):
         rollout.few_step_sigmas(config.TOY, steps)
 
 
 # ---- the cache ----
 
 
-def test_history_is_remembered_as_a_clean_pass_leaves_it(watched):
-    """Keys and values of finished blocks equal those of clean passes only, bit by bit."""
+def test_the_cache_holds_keys_and_values_of_clean_passes(watched):
+    """The cache of a rollout equals a cache that only saw clean passes, bit by bit."""
     rolled = watched.rollout(BLOCKS)
     blocks = [next(rolled) for _ in range(BLOCKS)]
     view, clean = watched.passes[-1]["view"], CachedView(CFG, BLOCKS)
@@ -171,14 +168,14 @@ def test_history_is_remembered_as_a_clean_pass_leaves_it(watched):
 
 @pytest.mark.parametrize("window", [None, 1])
 def test_a_rollout_equals_rerunning_the_whole_prefix_with_masks(watched, window):
-    """For every block and pass: the clean past before the noisy block, masked, without a cache;
-    with window 1 past two blocks that are forgotten."""
+    """For every block and pass, one masked pass over the clean past and the noisy block, without a
+    cache, gives the same velocities; window 1 evicts two blocks."""
     blocks = BLOCKS if window is None else 5
     rolled = list(watched.rollout(blocks, window=window))
     streamed, text = list(watched.passes), watched.text()
     for k in range(blocks):
         past = rollout.whole_clip(rolled[:k]) if k else ([], [])
-        masks = ForgetfulView(CFG, k + 1, window)
+        masks = EvictingView(CFG, k + 1, window)
         rows, span = block_rows(k, CFG), clip_span(k + 1, CFG)
         for p in streamed[5 * k : 5 * k + 4]:
             whole = [torch.cat([h, x], 1) if k else x for h, x in zip(past, p["x"])]
@@ -191,7 +188,7 @@ def test_a_rollout_equals_rerunning_the_whole_prefix_with_masks(watched, window)
 
 
 def test_a_block_depends_on_its_past(watched):
-    """Another block 0 is another block 1, with all the same noise: the cache is really read."""
+    """With the same noise, another block 0 gives another block 1: the cache is really read."""
     rolled, text = watched.rollout(2), watched.text()
     first, _ = next(rolled), next(rolled)
     noise = watched.passes[5]["x"]
@@ -214,13 +211,13 @@ def test_a_seed_is_a_stream(watched):
 
 
 def test_a_longer_stream_begins_like_a_shorter_one(watched):
-    """How long a stream will be does not change its first blocks."""
+    """The length of a stream does not change its first blocks."""
     for a, b in zip(watched.rollout(2), list(watched.rollout(4))):
         assert all_equal(a[1:], b[1:])
 
 
 def test_streams_of_a_batch_do_not_mix(watched, monkeypatch):
-    """Each of three streams equals the stream alone with its share of the noise."""
+    """The second of three streams equals a stream alone with the same noise."""
     draw, drawn = model.draw_noise, []
 
     def recording(*args):
@@ -238,7 +235,7 @@ def test_streams_of_a_batch_do_not_mix(watched, monkeypatch):
 
 
 def test_whole_clips_are_blocks_in_order(watched):
-    """Each block of tokens stands at its own rows of the clip, for both streams."""
+    """Each block has its own rows of the clip, in both streams."""
     blocks = list(watched.rollout())
     video, audio = rollout.whole_clip(blocks)
     for k, block in enumerate(blocks):
@@ -248,7 +245,7 @@ def test_whole_clips_are_blocks_in_order(watched):
 
 
 def test_the_prompt_is_asked_for_once_a_block(watched):
-    """text_at gets the index of the block, when its time has come."""
+    """text_at is called with the index of a block when the block begins."""
     asked, text = [], watched.text()
     generator = torch.Generator().manual_seed(0)
     text_at = lambda k: asked.append(k) or text  # noqa: E731
@@ -262,8 +259,8 @@ def test_the_prompt_is_asked_for_once_a_block(watched):
 
 
 @pytest.mark.parametrize("exit_step", [0, 1, 3])
-def test_an_exit_step_answers_with_the_estimate_of_that_pass(watched, exit_step):
-    """Leaving block 0 after pass i gives x0 of pass i of the full way; then comes the refresh."""
+def test_an_exit_step_returns_the_estimate_of_that_pass(watched, exit_step):
+    """With exit step i, block 0 is the x0 of pass i of a full rollout; then comes the refresh."""
     list(watched.rollout(1))
     expected = watched.x0(exit_step)
     rolled = watched.rollout(2, exit_step=exit_step)
@@ -276,7 +273,7 @@ def test_an_exit_step_answers_with_the_estimate_of_that_pass(watched, exit_step)
 
 @pytest.mark.parametrize("exit_step", [0, 2, None])
 def test_only_the_exit_pass_of_a_block_is_recorded_for_a_gradient(watched, exit_step):
-    """Earlier passes and the refresh run without."""
+    """Earlier passes and the refresh run without gradients."""
     watched.net.requires_grad_(True)
     list(watched.rollout(3, exit_step=exit_step))
     last = 3 if exit_step is None else exit_step
@@ -293,7 +290,7 @@ def test_without_gradient_no_pass_is_recorded(watched):
 
 
 def test_no_gradient_crosses_from_block_to_block(watched):
-    """A loss on block 2 reaches the weights, but neither blocks 0 and 1 nor what made them."""
+    """A loss on block 2 has a gradient for the weights, but none for blocks 0 and 1."""
     watched.net.requires_grad_(True)
     blocks = list(watched.rollout(3))
     loss = sum(x.square().sum() for x in blocks[2][1:])
@@ -305,7 +302,7 @@ def test_no_gradient_crosses_from_block_to_block(watched):
 
 
 def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
-    """Same inputs, same remembered past, one pass: the same gradient for every weight."""
+    """One pass with the same inputs and the same cached past has the same gradients."""
     net = watched.net.requires_grad_(True)
     blocks = list(watched.rollout(2))
     loss = sum(x.square().sum() for x in blocks[1][1:])
@@ -327,7 +324,7 @@ def test_the_gradient_of_a_block_is_that_of_its_exit_pass_alone(watched):
 
 
 def test_the_sinks_and_the_caption_layers_learn_from_a_rollout(watched):
-    """Their gradient is not lost to the cache: sinks by block 0, captions by every block."""
+    """Block 0 has a gradient for the sinks, every block has one for the caption layers."""
     net = watched.net.requires_grad_(True)
     blocks = list(watched.rollout(2))
     names = {"video.caption_1.weight", "layers.1.audio.text_attn.to_v.weight"}
@@ -347,9 +344,9 @@ def test_a_block_is_cut_out_of_the_clip_where_it_was_put_in(watched):
         assert all_equal(rollout.block_of(clip, block.index, CFG), block[1:])
 
 
-def test_a_given_history_is_remembered_instead_of_what_was_generated(watched):
-    """Teacher forcing: handing back one's own blocks changes nothing; another past changes every
-    later block, but not the first; and a block does not see its own true version."""
+def test_a_given_history_is_cached_instead_of_the_generated_blocks(watched):
+    """Teacher forcing: with the generated blocks as history nothing changes. A change of block 1 of
+    the history changes blocks 2 and 3, but not block 1 itself."""
     own = list(watched.rollout())
     clip = rollout.whole_clip(own)
     for a, b in zip(own, list(watched.rollout(history=clip))):

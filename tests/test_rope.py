@@ -1,4 +1,4 @@
-"""Rotary positions: relative, on one clock for both streams, exact for ever."""
+"""Rotary positions: relative, on one clock for both streams, exact in long streams."""
 
 import math
 from dataclasses import replace
@@ -42,14 +42,14 @@ def test_scores_depend_on_the_distance_in_time_alone(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_hour_long_stream_is_as_exact_as_its_first_second(layout):
-    """An hour on, scores of the full-size model differ from the first second's by 1e-8 at most.
+    """After an hour, the full-size model has the scores of the first second, within 1e-8.
 
-    float32 angles would be wrong by up to half a radian there, being some 5.6 million radians.
+    Angles are then up to 5.6 million radians. In float32 they would be off by half a radian.
     """
     cfg = replace(config.FULL, rope_layout=layout)
     q, k = random_heads(cfg.audio_width, cfg), random_heads(cfg.audio_width, cfg)
 
-    def at(frame):  # the latents of a block, 25 a second; the very first one is shorter
+    def at(frame):  # 25 latents, one second; latent 0 is left out, because it is shorter
         a = rope.time_angles(rope.audio_times(range(frame, frame + 25), cfg), cfg)
         return torch.stack([scores(q, k, a[:1], a[i : i + 1], cfg) for i in range(25)])
 
@@ -57,7 +57,7 @@ def test_an_hour_long_stream_is_as_exact_as_its_first_second(layout):
 
 
 def test_a_table_an_hour_on_holds_the_exact_cosines():
-    """float32 tables are the rounded cosines of exact rational times, an hour into the stream."""
+    """After an hour, a float32 table holds the rounded cosines of exact rational times."""
     cfg, frame = config.FULL, 25 * 3600
     table = rope.cos_sin(rope.time_angles(rope.audio_times(range(frame, frame + 1), cfg), cfg), cfg)
     seconds = Fraction(4 * frame - 1, 100)  # middle of mel frames 4 i - 3 .. 4 i + 1
@@ -67,7 +67,7 @@ def test_a_table_an_hour_on_holds_the_exact_cosines():
 
 
 def test_times_of_the_first_latents_are_the_middles_of_their_input_frames():
-    """V0 lasts one pixel frame, A0 one mel frame; every later latent 8 and 4 (LTX-2)."""
+    """V0 lasts one pixel frame, A0 one mel frame; later latents last 8 and 4 (LTX-2)."""
     video = [1 / 48] + [(8 * f - 3) / 24 for f in (1, 2, 3)]
     audio = [0.005] + [(4 * i - 1) * 0.01 for i in (1, 2, 3)]
     exact = dict(dtype=torch.float64)
@@ -76,7 +76,7 @@ def test_times_of_the_first_latents_are_the_middles_of_their_input_frames():
 
 
 def test_a_block_has_the_same_positions_alone_as_inside_the_clip():
-    """Frame indices are global: positions of frames 4..6 are rows 4..6 of the clip's."""
+    """Frame indices are global: frames 4 to 6 have rows 4 to 6 of the positions of the clip."""
     cfg, n = config.TOY, config.TOY.tokens_per_frame
     whole = rope.video_angles(range(10), cfg)
     assert torch.equal(rope.video_angles(range(4, 7), cfg), whole[4 * n : 7 * n])
@@ -84,8 +84,8 @@ def test_a_block_has_the_same_positions_alone_as_inside_the_clip():
     assert torch.equal(rope.audio_times(range(26, 51), cfg), times[26:51])
 
 
-def test_slots_are_filled_frequency_by_frequency_with_the_axis_fastest():
-    """Two idle slots in front, then t0 y0 x0 t1 y1 x1 ...: LTX-2's video width of 4096."""
+def test_channel_pairs_are_ordered_by_frequency_then_by_axis():
+    """At LTX-2's video width of 4096: two pairs without rotation, then t0 y0 x0 t1 y1 x1 ..."""
     cfg = config.LTX2
     angles = rope.video_angles(range(2), cfg)
     g = rope.frequencies(4096, 3, cfg)
@@ -103,7 +103,7 @@ def test_frequencies_run_from_a_quarter_turn_to_theta_times_it():
 
 
 def test_the_two_precisions_of_the_grid_differ_slightly():
-    """The teacher's grid is exact but for one rounding; the student's is off by up to 4e-7."""
+    """The grid of the teacher is exact up to rounding; the student's grid is off by up to 4e-7."""
     exact = torch.tensor([math.pi / 2 * 1e4 ** (j / 1023) for j in range(1024)]).double()
     teacher = rope.frequencies(2048, 1, config.LTX2)
     student = rope.frequencies(2048, 1, config.FULL)
@@ -127,7 +127,7 @@ def test_layouts_differ_by_a_permutation_of_channels():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("site", ["video_self", "audio_self", "a2v", "v2a"])
 def test_shifting_a_rotated_key_equals_rotating_it_at_the_later_time(site, layout):
-    """A cached key can be moved by whole seconds without knowing where it was."""
+    """A cached key can be moved in time without knowing its position."""
     cfg = tiny(PAPER, rope_layout=layout)
     if site == "video_self":
         now, later = (rope.video_angles(range(f, f + 1), cfg) for f in (1, 1 + 3 * 7))

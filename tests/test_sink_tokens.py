@@ -33,7 +33,7 @@ def test_sinks_are_not_rotated(site):
 
 
 def test_the_ablation_gives_sinks_the_times_before_a0():
-    """'incremental' positions are those of 16 more audio frames, ending just before A0."""
+    """'incremental' sinks have the times of 16 audio latents that end just before A0."""
     cfg = replace(CFG, sink_positions="incremental")
     first = torch.tensor([-0.65], dtype=torch.float64)  # 4 * -16 - 1 mel frames at 100 a second
     last = torch.tensor([-0.05], dtype=torch.float64)
@@ -43,7 +43,7 @@ def test_the_ablation_gives_sinks_the_times_before_a0():
 
 
 def test_sinks_share_the_noise_level_of_a0():
-    """Per-token levels get A0's in front, once per sink; a clip's single level stays single."""
+    """Levels per token get the level of A0 in front, once per sink; one level stays one."""
     sinks = SinkTokens(3, 16)
     levels = torch.tensor([[0.1, 0.7, 0.8], [0.2, 0.5, 0.6]])
     assert torch.equal(sinks.prepend_sigma(levels)[:, :3], levels[:, :1].expand(2, 3))
@@ -52,7 +52,7 @@ def test_sinks_share_the_noise_level_of_a0():
 
 
 def test_prepend_puts_the_same_learnt_tokens_before_every_clip():
-    """remove undoes prepend, and what it removes are the parameters."""
+    """The parameters stand before every clip; remove undoes prepend."""
     sinks, x = SinkTokens(3, 16), torch.randn(2, 5, 16)
     y = sinks.prepend(x)
     assert torch.equal(sinks.remove(y), x)
@@ -83,7 +83,7 @@ def test_sinks_matter_and_learn():
 
 
 def test_no_sinks_no_parameters():
-    """With S = 0 the model has exactly LTX-2's parameters, none of them a sink."""
+    """With S = 0 no parameter is a sink, as in LTX-2."""
     names = dict(random_model(replace(CFG, num_sinks=0)).named_parameters())
     assert not [n for n in names if "sinks" in n]
     assert config.RELEASED.num_sinks == config.LTX2.num_sinks == 0

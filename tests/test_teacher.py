@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, what is trained, and Euler steps that end where they should."""
+"""Flow matching: noise levels, the loss, Euler steps, and guidance."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SIGMAS = [1.0, 0.9, 0.6, 0.2, 0.0]
 
 
 class PerfectNet:
-    """Knows the clean clip and answers with the velocity that leads straight to it."""
+    """A net that knows the clean clip and returns the velocity that leads straight to it."""
 
     def __init__(self, x0, cfg=CFG):
         self.x0, self.cfg, self.calls = x0, cfg, []
@@ -74,7 +74,7 @@ def test_a_schedule_falls_from_exactly_1_to_exactly_0(steps):
 
 
 def test_training_levels_cover_both_ends_and_favour_noise():
-    """In [0, 1], median .6 (sigmoid of .4), and a tenth uniform keeps 1 % beyond each 10 % end."""
+    """The median is .6 (sigmoid of .4); a tenth of the levels is uniform and reaches both ends."""
     sigma = teacher.draw_training_sigmas(20000, torch.Generator().manual_seed(0))
     assert sigma.min() >= 0 and sigma.max() <= 1
     assert float(sigma.median()) == pytest.approx(0.59, abs=0.02)
@@ -90,7 +90,7 @@ def losses_of_perfect_net(latents, sigma, net):
 
 
 def test_a_seed_has_clips_of_its_own():
-    """Those of seed 0 end where those of seed 1 begin, and none is one of a trajectory."""
+    """The clips of a seed end where the next ones begin; trajectories begin after the last."""
     most = teacher.CLIPS_PER_SEED // 16
     for seed in range(teacher.SEEDS):
         clips = teacher.training_seeds(trainer.Recipe(most, 16, seed))
@@ -110,8 +110,8 @@ def test_a_seed_has_clips_of_its_own():
 def test_clips_that_others_are_kept_for_are_not_trained_on(
     options, message, tmp_path, monkeypatch, capsys
 ):
-    """Seed 100 would be the held-out clips, seed 10 the trajectories', and too many steps those of
-    the next seed: one line, and nothing is begun."""
+    """Seed 100 has the held-out clips, seed 10 the clips of trajectories, and too many steps need
+    clips of the next seed. The error is one line, and no training begins."""
     options += ["--run", tmp_path / "run", "--out", tmp_path / "x.safetensors"]
     monkeypatch.setattr(trainer, "Run", None)
     status, _, err = run_here(teacher, options, monkeypatch, capsys)
@@ -120,7 +120,7 @@ def test_clips_that_others_are_kept_for_are_not_trained_on(
 
 
 def test_a_step_draws_its_own_clips(monkeypatch):
-    """Step 2 of 16 clips, third seed: 20000032 to 20000047."""
+    """Step 2 of seed 2, with 16 clips a step, draws the clips 20000032 to 20000047."""
     seen = []
 
     def draw(seeds):
@@ -134,7 +134,7 @@ def test_a_step_draws_its_own_clips(monkeypatch):
 
 
 def test_a_perfect_velocity_has_no_loss():
-    """noise - x0 is what the net is asked for: knowing x0, it is right at every level."""
+    """The target is noise - x0, so a net that knows x0 is right at every level."""
     latents = random_clip(CFG, 6, clips=3, dtype=torch.float32)
     sigma = torch.tensor([0.1, 0.5, 1.0])
     video, audio = losses_of_perfect_net(latents, sigma, PerfectNet(latents))
@@ -143,7 +143,7 @@ def test_a_perfect_velocity_has_no_loss():
 
 
 def test_a_net_that_is_off_by_2_has_a_loss_of_4():
-    """The loss is the mean square over the elements of a clip, for each stream by itself."""
+    """The loss is the mean square over the elements of a clip, separately for each stream."""
     latents = random_clip(CFG, 6, clips=3, dtype=torch.float32)
     net = PerfectNet(latents)
     off = lambda *args: [v + d for v, d in zip(PerfectNet.__call__(net, *args), (2, -3))]  # noqa: E731
@@ -168,7 +168,7 @@ def test_both_streams_of_a_clip_are_equally_noisy_and_see_everything():
 
 
 def test_a_tenth_of_the_captions_and_a_twentieth_of_the_words_are_hidden():
-    """Words become 0 and nothing else; whole captions 10 %, single words 5 % of the others."""
+    """10 % of the captions become 0; in all others, 5 % of the words do. Nothing else changes."""
     tokens = torch.tensor([[1, 5, 7]]).expand(20000, -1)
     shown = toy_source.drop_caption_words(tokens, torch.Generator().manual_seed(0))
     assert ((shown == tokens) | (shown == 0)).all()
@@ -178,7 +178,7 @@ def test_a_tenth_of_the_captions_and_a_twentieth_of_the_words_are_hidden():
 
 
 def test_the_readout_by_level_averages_the_clips_of_each_level():
-    """Clips below .4, up to .7 and above are averaged apart."""
+    """Clips below .4, from .4 to .7, and from .7 on have separate means."""
     video, sigma = torch.tensor([1.0, 2.0, 4.0, 6.0]), torch.tensor([0.1, 0.5, 0.7, 1.0])
     shown = teacher.losses_by_noise(video, video + 1, sigma)
     assert (shown["low"], shown["mid"], shown["high"]) == (1.0, 2.0, 5.0)
@@ -190,7 +190,7 @@ def test_the_readout_by_level_averages_the_clips_of_each_level():
 
 @pytest.mark.parametrize("steps", [1, 2, 16])
 def test_euler_steps_of_a_perfect_velocity_land_on_the_clean_clip(net, steps):
-    """However many steps: the way is a straight line."""
+    """The trajectory is a straight line, so one step is as good as many."""
     for x, x0 in zip(sample(net, teacher.schedule(steps)), net.x0):
         torch.testing.assert_close(x, x0, atol=1e-5, rtol=0)  # float32, values of order 1
     assert len(net.calls) == steps
@@ -220,7 +220,7 @@ def test_the_net_is_asked_at_the_levels_of_the_list(net):
 
 
 def test_kept_states_lie_at_the_asked_levels(net):
-    """The first is pure noise, the last the answer, the others on the line between the two."""
+    """The first state is noise, the last is the result, the others lie on the line between."""
     answer, kept = sample(net, keep=range(5), seed=7)
     span = masks.clip_span(3, CFG)
     noise = model.draw_noise(3, span, CFG, torch.Generator().manual_seed(7))
@@ -241,14 +241,14 @@ def test_only_the_asked_states_are_kept(net):
 
 
 def test_guidance_1_is_one_pass_of_the_batch_itself(net):
-    """Nothing is duplicated when there is nothing to push away from."""
+    """Without guidance, the batch is not doubled."""
     sample(net, guidance=(1, 1))
     assert [len(c[0]) for c in net.calls] == [3] * 4
     assert all(torch.equal(c[4], toy_world.caption_features(TOKENS)) for c in net.calls)
 
 
 def test_guidance_runs_the_empty_caption_beside_the_given_one(net):
-    """Twice the batch in one pass: captions first, then as many that say nothing."""
+    """One pass has twice the batch: first the captions, then as many empty captions."""
     sample(net, guidance=(1.5, 1.5))
     features = toy_world.caption_features(torch.cat([TOKENS, torch.zeros_like(TOKENS)]))
     assert len(net.calls) == 4

@@ -64,7 +64,7 @@ class Components(nn.Module):
         variance, basis = torch.linalg.eigh((x.T @ x / len(x)).double())  # in ascending order
         n = min(self.basis.shape)
         variance, basis = variance.flip(0)[:n].clamp(min=1e-12), basis.flip(1)[:, :n]
-        half_white = variance**0.25  # sqrt of the standard deviation; full whitening: all of it
+        half_white = variance**0.25  # half whitening: divide by the root of the std only
         unit = (variance / half_white**2).mean().sqrt()  # makes E[z^2] = 1, for flow matching
         self.basis[:, :n], self.scale[:n] = basis.float(), (half_white * unit).float()
 

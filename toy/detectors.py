@@ -22,7 +22,7 @@ import config
 from toy import world
 
 FIT = 4  # frames through which a line is fitted, before and after an impact
-MIN_SLOPE = 0.12  # pixels per frame; slower balls are not reflected
+MIN_SLOPE = 0.12  # pixels per frame; reflections of slower balls are ignored
 WALL_REACH = 4.0  # pixels; largest distance between ball and wall at a reflection
 VISIBLE = 0.12  # a pixel this much brighter than the background belongs to the ball
 MIN_FLUX = 0.25  # smallest rise of a wall's level within two mel frames

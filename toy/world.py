@@ -1,8 +1,8 @@
 """Bouncing balls with impact sounds: a small world to train on, in which sync can be measured.
 
 One soft ball flies straight through a square room, and the walls reflect it. Each impact makes a
-sound. The wall determines its pitch, the speed of the ball its loudness. The sound thus follows
-from the picture, and says something about it. A joint model has to learn both directions.
+sound. The wall determines the pitch, and the speed towards the wall determines the loudness. So the
+sound follows from the picture, and tells something about it. A joint model has to learn both.
 
     video   32 x 32 RGB in [0, 1], 24 frames per second, frame p at time p / 24
     sound   levels of 16 pitch bands, 100 times per second. These 16 levels are called a mel frame
