@@ -5,7 +5,6 @@ if the last line of a cell is `show(figure)`.
 
     python -m studies.plots masks      assets/masks.png: the paper's figure of the four masks
     python -m studies.plots losses     results/NAME_curve.png for every training log there
-    python -m studies.plots imports    assets/imports.png: which file imports which
     python -m studies.plots --help
 """
 
@@ -24,7 +23,6 @@ import masks
 from film.sheet import AUDIO, SINK, VIDEO, clip_events, draw_stretch, draw_strip, plt, save
 from film.sheet import draw_clip as draw_clip  # notebooks take all pictures from this file
 from plumbing import cli
-from studies.order import ORDER, imports_of
 
 # for everything that is neither video, audio nor sink
 CURVES = ("#1b9e77", "#7570b3", "#e7298a", "#555555", "#a6761d", "#66a61e", "#1f9bcf")
@@ -377,23 +375,6 @@ def _bars(ax, values, names, title, xerr=None):
     ax.grid(alpha=0.3, axis="x")
 
 
-# ---- imports ----
-
-
-def draw_imports():
-    """Draw files from top to bottom, with an arc from each file up to every file it imports."""
-    figure, ax = plt.subplots(figsize=(6, 0.27 * len(ORDER)), layout="constrained")
-    angle = np.linspace(-np.pi / 2, np.pi / 2, 40)
-    for i, file in enumerate(ORDER):
-        ax.text(-0.2, i, file, ha="right", va="center", fontsize=9)
-        for j in sorted(ORDER.index(other) for other in imports_of(file) & set(ORDER)):
-            x, y = 0.3 * abs(i - j) * np.cos(angle), (i + j + (i - j) * np.sin(angle)) / 2
-            ax.plot(x, y, color=CURVES[j % len(CURVES)], lw=0.8)
-    ax.set(xlim=(-5, 0.3 * len(ORDER)), ylim=(len(ORDER), -1))
-    ax.axis("off")
-    return figure
-
-
 # ---- command line ----
 
 
@@ -411,18 +392,17 @@ def check(args):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("picture", choices=("masks", "losses", "imports"), help="which pictures to draw")
+    p.add_argument("picture", choices=("masks", "losses"), help="which pictures to draw")
     p.add_argument("--config", default="toy", help=f"masks: one of {', '.join(config.CONFIGS)}")
     p.add_argument("--blocks", type=int, default=4, help="masks: blocks of the clip")
     p.add_argument("--window", type=int, help="masks: past blocks that are visible; default all")
-    p.add_argument("--out", help="masks, imports: file to write; default assets/PICTURE.png")
+    p.add_argument("--out", default="assets/masks.png", help="masks: file to write")
     args = p.parse_args()
     if args.picture == "losses":
         draw_losses()
         return
-    is_masks, out = args.picture == "masks", args.out or f"assets/{args.picture}.png"
-    save(draw_masks(check(args), args.blocks, args.window) if is_masks else draw_imports(), out)
-    print(f"wrote {out}")
+    save(draw_masks(check(args), args.blocks, args.window), args.out)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ FULL = [
     ("-m studies.plots losses", 1),
     ("generate.py --out assets/clip.mp4", 1),
     ("-m studies.plots masks", 1),
-    ("-m studies.plots imports", 1),
     ("-m benchmarks.bench_toy", 10),
     ("notebooks/run.py", 3),
 ]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 from helpers import ROOT, run_here
+from order import ORDER, imports_of
 
 import generate
-from studies.order import ORDER, imports_of
 
 ROOMS = "kernel", "toy", "plumbing", "film", "full_size", "studies", "exercises", "benchmarks"
 HALL = [path.name for path in ROOT.glob("*.py")]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, help_of, options_of
+from order import ORDER
 
 from benchmarks import training_memory
-from studies.order import ORDER
 
 PAGES = (
     "README.md", "DIFFERENCES.md", "results/README.md", "full_size/README.md",
@@ -65,7 +65,7 @@ def test_the_readme_is_short():
 
 
 def test_the_file_table_lists_the_hall():
-    """Exactly the top-level files, in the order of studies/order.py, which follows the imports."""
+    """Exactly the top-level files, in the order of tests/order.py, which follows the imports."""
     assert set(FILE_TABLE) == HALL
     assert FILE_TABLE == [Path(f).stem for f in ORDER if "/" not in f and Path(f).stem in HALL]
 

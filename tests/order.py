@@ -1,7 +1,7 @@
 """The order of all files: a file imports only from files above it.
 
 It is also the reading order of the hall. Files of rooms stand where the import order needs them.
-tests/test_house.py checks the list, `python -m studies.plots imports` draws it.
+test_house.py checks the list.
 """
 
 import ast
@@ -19,7 +19,7 @@ plumbing/processes.py plumbing/trainer.py plumbing/stages.py
 teacher.py dmd.py ode_regression.py self_forcing.py
 full_size/weights.py full_size/text.py full_size/decoders.py full_size/sharding.py
 full_size/memory.py full_size/faster.py full_size/source.py
-studies/order.py studies/plots.py studies/evaluate.py studies/compare.py studies/ablations.py
+studies/plots.py studies/evaluate.py studies/compare.py studies/ablations.py
 studies/reproduce.py
 benchmarks/page.py benchmarks/bench_attention.py benchmarks/bench_generate.py
 benchmarks/bench_decode.py benchmarks/bench_toy.py benchmarks/training_memory.py
