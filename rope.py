@@ -171,6 +171,7 @@ def cos_sin(angles, cfg, device=None, dtype=torch.float32) -> Rope:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     x = torch.randn(1, 2, config.TOY.num_heads, config.TOY.audio_width // config.TOY.num_heads)
     for start in (0.0, 3600.0):  # the same two tokens, 0.2 s apart, now and in an hour
         where = torch.tensor([start, start + 0.2], dtype=torch.float64)

@@ -265,9 +265,10 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="two tiny shapes; numbers mean nothing")
-    out = cli.ROOT / "results" / "bench_attention.json"
-    p.add_argument("--out", default=str(out), help="JSON file to write")
+    p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
+    folder = "runs" if args.tiny else "results"
+    args.out = args.out or cli.ROOT / folder / "bench_attention.json"
     device = cli.find_device(args.device)
     if not args.tiny:
         kernel.require(device)  # otherwise PyTorch would be measured under the kernel's name

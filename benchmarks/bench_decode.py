@@ -198,8 +198,10 @@ def main():
     p.add_argument("--block-seconds", type=float, default=1.0, help=passes)
     p.add_argument("--device", default="cuda", help="where to run")
     p.add_argument("--tiny", action="store_true", help="tiny networks, only to test this script")
-    p.add_argument("--out", default=str(cli.ROOT / "results" / "bench_decode.json"))
+    p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
+    folder = "runs" if args.tiny else "results"
+    args.out = args.out or cli.ROOT / folder / "bench_decode.json"
     device, cfg = cli.find_device(args.device), cli.find_config(args.config)
     if args.seconds < 3:
         raise ValueError(f"--seconds {args.seconds}: expected at least 3, for borders in between")

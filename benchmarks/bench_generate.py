@@ -395,9 +395,10 @@ def main():
     p.add_argument("--floor", action="store_true", help="only compute the lower bound of a pass")
     p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="a tiny model, only to test this script")
-    out = cli.ROOT / "results" / "bench_generate.json"
-    p.add_argument("--out", default=str(out), help="JSON file to write")
+    p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
+    folder = "runs" if args.tiny else "results"
+    args.out = args.out or cli.ROOT / folder / "bench_generate.json"
     cfg = cli.find_config(args.config)
     if args.floor:
         return print(floor_table(cfg, args.windows[0]))

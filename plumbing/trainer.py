@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from plumbing import files, processes
 
 SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
-ABOUT_OUT = "weights to write; loss curve: in results/, or beside weights outside this folder"
+ABOUT_OUT = "weights to write; the loss curve is beside them, for weights/ in results/"
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,13 @@ def state_of(folder) -> Path:
 def curve_of(out) -> Path:
     """Return the file of the loss curve of a training that writes its weights to `out`.
 
-    >>> str(curve_of("weights/x.safetensors")), str(curve_of("../x.safetensors"))
-    ('results/x_curve.json', '../x_curve.json')
+    >>> str(curve_of("weights/x.safetensors")), str(curve_of("runs/x.safetensors"))
+    ('results/x_curve.json', 'runs/x_curve.json')
     """
-    is_here = Path(out).resolve().is_relative_to(Path.cwd())
-    return (Path("results") if is_here else Path(out).parent) / f"{Path(out).stem}_curve.json"
+    folder = Path(out).parent
+    if folder.name == "weights":  # released weights have their curve among the results
+        folder = folder.parent / "results"
+    return folder / f"{Path(out).stem}_curve.json"
 
 
 def check_places(folder, out):

@@ -182,7 +182,8 @@ def compare(args):
     """Measure the first and the last five seconds: {"student, 0-5 s": metrics with intervals}."""
     everyone = COMPARED[args.experiment]
     chosen = {name: everyone[name] for name in cli.chosen(args.only, everyone)}
-    if missing := [s.command for s in chosen.values() if not Path(s.path).exists()]:
+    missing = [s.command for s in chosen.values() if not Path(s.path).exists()]
+    if missing := list(dict.fromkeys(missing)):  # rows may share a student
         raise ValueError(f"train first: {'; '.join(f'python {command}' for command in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
     times = [(0, 5), (args.seconds - 5, args.seconds)]

@@ -210,7 +210,7 @@ def test_consolidated_weights_are_read_as_ltx2_files(two, capsys):
         assert ("sinks.tokens" in weights) == (cfg is FULL)
         for n, w in before.items():
             torch.testing.assert_close(weights[n].float(), w, atol=0.02, rtol=0.01)
-        assert json.loads((two / "results" / f"{name}_curve.json").read_text())[-1]["step"] == 1
+        assert json.loads((two / f"{name}_curve.json").read_text())[-1]["step"] == 1
 
 
 # ---- alone ----

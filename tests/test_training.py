@@ -374,8 +374,8 @@ def test_shipped_weights_say_how_they_were_made(tmp_path, capsys, monkeypatch):
     """Half precision of the averages, with command, steps and versions; the curve beside it."""
     monkeypatch.chdir(tmp_path)
     run = finished_run()
-    run.write_student(tmp_path / "net.safetensors")
-    tensors, cfg, made_by = files.read_weights(tmp_path / "net.safetensors")
+    run.write_student("weights/net.safetensors")
+    tensors, cfg, made_by = files.read_weights("weights/net.safetensors")
     assert cfg == TINY_STUDENT
     assert (made_by["command"], made_by["steps"]) == ("python x.py", 10)
     assert made_by["torch"] == torch.__version__
@@ -384,7 +384,7 @@ def test_shipped_weights_say_how_they_were_made(tmp_path, capsys, monkeypatch):
 
 
 def test_the_curve_of_weights_elsewhere_stays_with_them(tmp_path, monkeypatch, capsys):
-    """results/ of the current folder is for what is trained in it, not for a try in /tmp."""
+    """Only the curves of released weights go to results/."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -394,7 +394,8 @@ def test_the_curve_of_weights_elsewhere_stays_with_them(tmp_path, monkeypatch, c
     names = {p.name for p in elsewhere.iterdir()}
     assert {"net_curve.json", "other_curve.json"} < names and not list(here.iterdir())
     run.write_student("runs/controls/net.safetensors")
-    assert (here / "results" / "net_curve.json").is_file()
+    assert (here / "runs" / "controls" / "net_curve.json").is_file()
+    assert not (here / "results").exists()
 
 
 # ---- command lines ----
