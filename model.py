@@ -17,6 +17,9 @@ Legend, for the whole project
     pass    one call of the transformer;  refresh: the pass at sigma = 0 that writes the keys and
             values of a finished block again;  window: blocks kept besides prefix and sinks
 
+    marks in comments: "Paper" a difference from the paper, "Simpler" a part left out, "Trap" a
+    mistake that is easily made
+
 One layer (norm is RMSNorm without weight; arrows are residuals, gated except for captions)
 
     video  v --self--> --captions-->  n_v = norm(v) \/ --A2V: queries n_v, keys n_a--> --MLP-->
