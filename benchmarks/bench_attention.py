@@ -267,8 +267,7 @@ def main():
     p.add_argument("--tiny", action="store_true", help="two tiny shapes; numbers mean nothing")
     p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
-    folder = "runs" if args.tiny else "results"
-    args.out = args.out or cli.ROOT / folder / "bench_attention.json"
+    args.out = page.json_path(args, "bench_attention")
     device = cli.find_device(args.device)
     if not args.tiny:
         kernel.require(device)  # otherwise PyTorch would be measured under the kernel's name

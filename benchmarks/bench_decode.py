@@ -200,8 +200,7 @@ def main():
     p.add_argument("--tiny", action="store_true", help="tiny networks, only to test this script")
     p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
-    folder = "runs" if args.tiny else "results"
-    args.out = args.out or cli.ROOT / folder / "bench_decode.json"
+    args.out = page.json_path(args, "bench_decode")
     device, cfg = cli.find_device(args.device), cli.find_config(args.config)
     if args.seconds < 3:
         raise ValueError(f"--seconds {args.seconds}: expected at least 3, for borders in between")

@@ -397,8 +397,7 @@ def main():
     p.add_argument("--tiny", action="store_true", help="a tiny model, only to test this script")
     p.add_argument("--out", help="JSON file to write; default in results/, with --tiny in runs/")
     args = p.parse_args()
-    folder = "runs" if args.tiny else "results"
-    args.out = args.out or cli.ROOT / folder / "bench_generate.json"
+    args.out = page.json_path(args, "bench_generate")
     cfg = cli.find_config(args.config)
     if args.floor:
         return print(floor_table(cfg, args.windows[0]))

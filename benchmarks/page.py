@@ -21,6 +21,12 @@ def table(head, rows) -> str:
     return "\n".join([first, "|---" * len(head) + "|", *others])
 
 
+def json_path(args, name) -> Path:
+    """Return the file for the measurements: --out, or NAME.json in results/ (runs/ for --tiny)."""
+    folder = "runs" if args.tiny else "results"  # a test of the script replaces no result
+    return Path(args.out or cli.ROOT / folder / f"{name}.json")
+
+
 def fill_in(name, text, page=PAGE):
     """Replace the text between the two marks <!-- name --> of a Markdown file.
 

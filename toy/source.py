@@ -5,6 +5,7 @@ generate.py needs `StreamSource`, the stages need `TrainingSource`, teacher.py n
 """
 
 import copy
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,22 +77,24 @@ TOY_PROMPTS = ToyPrompts()
 # ---- clips ----
 
 
+codec_of_clips = functools.cache(toy_codec.load)  # read once, not at every step of a training
+
+
 def true_latents(clips):
     """Return the latents (video, audio) of real clips of 5 seconds."""
-    return toy_codec.encode_clips(toy_codec.load(), clips, config.CLIP_SECONDS)
+    return toy_codec.encode_clips(codec_of_clips(), clips, config.CLIP_SECONDS)
 
 
 class TrainingClips:
     """Real clips to train the teacher on: latents and captions, by seed."""
 
     def __init__(self):
-        self.codec = toy_codec.load()
-        self.codec_id = files.fingerprint(self.codec.state_dict())
+        self.codec_id = files.fingerprint(codec_of_clips().state_dict())
 
     def __call__(self, seeds, generator):
         clips = world.draw_clips(seeds)
-        latents = toy_codec.encode_clips(self.codec, clips, config.CLIP_SECONDS)
-        return latents, toy_captions(drop_caption_words(world.caption_tokens(clips), generator))
+        tokens = drop_caption_words(world.caption_tokens(clips), generator)
+        return true_latents(clips), toy_captions(tokens)
 
 
 # ---- weights ----
