@@ -13,9 +13,8 @@ metal), in any order. The model chooses what is left out. "5: ..." changes the p
 
 Each block is one second (block 0 may be a single frame). The model attends to block 0 and to the
 last --window seconds, so memory and time per block are constant. In toy_released, block 0 is a
-whole second, as in the later release. With --window 1 the ball keeps its colour and pitch longer.
-An interrupted stream leaves a playable file of all finished blocks. On one machine, the same seed
-gives the same bytes.
+whole second. With --window 1 the ball keeps its colour and pitch longer. However a stream ends, the
+film of its finished blocks is kept. On one machine, the same seed gives the same bytes.
 
 At full size, on one GPU, with published weights, or with random weights to measure speed:
 
@@ -23,9 +22,9 @@ At full size, on one GPU, with published weights, or with random weights to meas
                        --prompt "A dog barks at the waves."
     python generate.py --config full --device cuda --weights random --seconds 30
 
---weights: the generator's .safetensors file, index file or folder. --ltx2: the folder of
-LTX-2 in the format of diffusers, with text_encoder, tokenizer, connectors, vae, audio_vae and
-vocoder. --speed-up: full_size/README.md.
+--weights: the generator's .safetensors file, index file or folder. --ltx2: the folder of LTX-2 in
+the format of diffusers, with text_encoder, tokenizer, connectors, vae, audio_vae and vocoder. Both
+may be names on the Hugging Face Hub. --speed-up: full_size/README.md.
 
 Speed.  TTFC: time from loaded weights and prompt until the first second of video and sound is
 written.  passes: the transformer alone.  end to end: with decoding and writing. Both rates are of
@@ -35,22 +34,22 @@ each block and of each stage.
 
 import contextlib
 import re
-import signal
 import sys
+from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
-from film import sheet
-from film.mp4 import Movie, check_film
+from film.mp4 import Movie, check_film, partial_films
+from film.writer import Writer, packet
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView
 from masks import block_interval, num_blocks, trained_window
 from plumbing import cli, files
+from plumbing.interrupts import StopRequest
 from plumbing.stopwatch import Stopwatch
 from rollout import few_step_sigmas, rollout
 from toy import source as toy_source
@@ -58,8 +57,9 @@ from toy import source as toy_source
 STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # default prompts
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
-SHEET_SECONDS, SHEET_PIXELS = 60, 64  # contact sheet: first 60 s, frames reduced to about 64 pixels
+MOST_SECONDS = 86400  # of a film: a day
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES["fp8"] = torch.bfloat16  # and the products inside the layers in fp8: full_size/fp8.py
 
 
 # ---- the stream ----
@@ -73,7 +73,7 @@ class Cue(NamedTuple):
 
 
 def parse_cues(prompts, seconds, check=toy_source.toy_features) -> list[Cue]:
-    """Parse prompts of the command line, each "words" or "second: words"; sort them by time.
+    """Parse prompts, each any text or "second: text", with white space after the colon; sort them.
 
     check   called with the words of each prompt, to report errors before the stream starts
 
@@ -84,17 +84,18 @@ def parse_cues(prompts, seconds, check=toy_source.toy_features) -> list[Cue]:
     """
     cues = []
     for text in prompts:
-        start, words = re.fullmatch(r"(?:\s*(\d+(?:\.\d+)?)\s*:)?(.*)", text, re.S).groups()
+        start, words = re.fullmatch(r"(?:\s*(\d+(?:\.\d+)?):(?!\S))?(.*)", text, re.S).groups()
         check(words)
         cues.append(Cue(float(start or 0), words.strip()))
     cues.sort()
     starts = [cue.seconds for cue in cues]
+    hint = '; if "5: " belongs to the text of a prompt, write "0: 5: ..."'
     if starts[0] != 0:
-        raise ValueError(f"the first prompt begins at second {starts[0]:g}; one must begin at 0")
+        raise ValueError(f"the first prompt begins at second {starts[0]:g}, not at 0{hint}")
     if len(set(starts)) < len(starts):
-        raise ValueError("two prompts begin at the same second")
+        raise ValueError('two prompts begin at the same second; expected "5: text" for a later one')
     if starts[-1] >= seconds:
-        raise ValueError(f"a prompt begins at second {starts[-1]:g}, the clip ends at {seconds:g}")
+        raise ValueError(f"a prompt begins at second {starts[-1]:g} of {seconds:g}{hint}")
     return cues
 
 
@@ -104,17 +105,14 @@ def prompt_at(start, cues) -> int:
 
 
 def check_prompts_used(cues, blocks, cfg):
-    """Raises ValueError for a prompt that no block would use.
-
-    A prompt takes effect at the first block that starts at or after its time.
-    """
-    starts = [block_interval(k, cfg)[0] for k in range(blocks)]
-    used = {prompt_at(start, cues) for start in starts}
-    for cue in (cue for i, cue in enumerate(cues) if i not in used):
-        raise ValueError(
-            f"no block uses the prompt at second {cue.seconds:g}: a block begins every "
-            f"{cfg.block_seconds:g} s, the last at {starts[-1]:g}"
-        )
+    """Raises ValueError for a prompt that no block uses: each waits for the next block to start."""
+    for i, cue in enumerate(cues):
+        k = bisect_left(range(blocks), cue.seconds, key=lambda k: block_interval(k, cfg)[0])
+        if k == blocks or prompt_at(block_interval(k, cfg)[0], cues) != i:
+            raise ValueError(
+                f"no block uses the prompt at second {cue.seconds:g}: a block begins every "
+                f"{cfg.block_seconds:g} s, the last at {block_interval(blocks - 1, cfg)[0]:g}"
+            )
 
 
 def stream(
@@ -163,6 +161,8 @@ class Request(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     speedups: tuple = ()  # names, see full_size/faster.py
+    in_fp8: bool = False  # see full_size/fp8.py
+    video_overlap: tuple = (4, 0)  # context and look-ahead, see full_size/decoders.py
 
     @property
     def num_blocks(self):
@@ -174,7 +174,7 @@ class Request(NamedTuple):
             **cli.machine(self.device),
             "config": self.cfg.name,
             "attention": kernel.path(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": "fp8" if self.in_fp8 else str(self.dtype).removeprefix("torch."),
             "window": self.window,
             "passes_a_block": len(few_step_sigmas(self.cfg, self.steps)) - 1,
             "speed_up": self.speedups,
@@ -187,18 +187,18 @@ def parse_seconds(text) -> float:
         seconds = float(text)
     except ValueError:
         raise ValueError(f"--seconds {text}: expected a whole number of seconds") from None
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"--seconds {text}: expected 1 or more")
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ValueError(f"--seconds {text}: expected 1 to {MOST_SECONDS}")
     return seconds
 
 
 def options():
     """The command line."""
     p = cli.parser(__doc__)
-    words = 'words, or "second: words"; may be repeated'
+    words = 'any text, or "SECOND: text" from that second on; may be repeated'
     p.add_argument("--prompt", action="append", metavar="WORDS", help=words)
-    p.add_argument("--seconds", default="5", help="length of the film, a whole number")
-    p.add_argument("--seed", type=int, default=0, help="random seed of the noise")
+    p.add_argument("--seconds", help="length of the film; default: 5, or 10 with --html")
+    cli.add_seed(p, "random seed of the noise")
     p.add_argument(
         "--window", type=int,
         help="seconds of the past in the cache; default as trained: 4, or 3 if block 0 is a whole "
@@ -216,24 +216,23 @@ def options():
     p.add_argument("--report", help="write the timings to this JSON file")
     p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
     p.add_argument("--weights", help="default for a toy: the shipped one; random: to measure speed")
-    p.add_argument("--ltx2", help="at full size: folder of LTX-2 with text encoder and decoders")
+    p.add_argument("--ltx2", help="at full size: folder of LTX-2, or its name on the Hub")
+    context = "at full size: latents before a block that are decoded again with it; default: 4"
+    p.add_argument("--video-context", type=cli.whole(1, 99), metavar="N", help=context)
+    ahead = "at full size: later latents that a picture waits for, for fewer seams; default: 0"
+    p.add_argument("--video-look-ahead", type=cli.whole(0, 99), metavar="N", help=ahead)
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     p.add_argument(
         "--speed-up", nargs="+", metavar="NAME",
-        help="all, or some of qkv, graph, beside, channels-last; see full_size/README.md",
+        help="all, or some of qkv, graph, beside, fuse; see full_size/README.md",
     )  # fmt: skip
-    p.add_argument(
-        "--dtype", choices=list(DTYPES), metavar="TYPE",
-        help=f"data type of the transformer: {', '.join(DTYPES)}; default: float32 (toy), bfloat16 "
-        "(full size)",
-    )  # fmt: skip
+    about = f"precision: {', '.join(DTYPES)}; default float32 (toy), bfloat16 (full size)"
+    p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=about)
     return p
 
 
 def check_args(args) -> Request:
     """Raises ValueError for a command line that cannot be carried out."""
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: expected 0 or more, and less than 2^63")
     cfg = cli.find_config(args.config)
     if cfg.name not in STREAMED:
         raise ValueError(f"--config {cfg.name}: not a student; expected {', '.join(STREAMED)}")
@@ -243,7 +242,8 @@ def check_args(args) -> Request:
         from full_size import text
 
         default, check = FULL_PROMPT, text.check
-    seconds = parse_seconds(args.seconds)
+    default_seconds = "10" if args.html else "5"  # a page should show that blocks are evicted
+    seconds = parse_seconds(default_seconds if args.seconds is None else args.seconds)
     blocks = num_blocks(seconds, cfg)
     few_step_sigmas(cfg, args.steps)  # rejects a wrong --steps
     cues = parse_cues(args.prompt or [default], seconds, check)
@@ -253,19 +253,22 @@ def check_args(args) -> Request:
         raise ValueError(f"--window {args.window}: expected 1 or more")
     if not cfg.is_toy and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
-    if cfg.is_toy and args.ltx2:
-        raise ValueError(f"--ltx2 {args.ltx2}: not used by --config {cfg.name}; leave --ltx2 out")
+    for name in ("--ltx2", "--video-context", "--video-look-ahead"):
+        value = vars(args)[name[2:].replace("-", "_")]
+        if cfg.is_toy and value is not None:
+            raise ValueError(f"{name} {value}: not used by --config {cfg.name}; leave {name} out")
     if not cfg.is_toy and args.weights != "random" and not args.ltx2:
-        raise ValueError(f"--config {cfg.name} needs --ltx2: LTX-2's folder in diffusers' format")
+        raise ValueError(f"--config {cfg.name} needs --ltx2: Lightricks/LTX-2 or its folder")
     device, speedups = cli.find_device(args.device), ()
     if args.speed_up:
         from full_size import faster
 
-        speedups = faster.find_speedups(args.speed_up, cfg, device)
+        speedups = faster.find_speedups(args.speed_up, device)
     return Request(
         cfg, cues, seconds, window, args.steps, args.weights, args.ltx2, device,
         dtype=DTYPES[args.dtype or ("float32" if cfg.is_toy else "bfloat16")],
-        speedups=speedups,
+        speedups=speedups, in_fp8=args.dtype == "fp8",
+        video_overlap=(args.video_context or 4, args.video_look_ahead or 0),
     )  # fmt: skip
 
 
@@ -282,72 +285,57 @@ def open_source(request):
     if request.speedups:
         from full_size import faster
 
-        source.net = faster.sped_up(source.net, request.speedups, request.device)
+        faster.speed_up(source, request)
     return source
 
 
-@contextlib.contextmanager
-def defer_signals():
-    """Let SIGINT and SIGTERM wait, so that the film contains only complete blocks."""
-    caught, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(kind, lambda *_: caught.append(True)) for kind in kinds]
-    try:
-        yield
-    finally:
-        for kind, handler in zip(kinds, handlers):
-            signal.signal(kind, handler)
-    if caught:
-        raise KeyboardInterrupt
+def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
+    """Make a film of the blocks: -> small pictures of it, and the errors that ended it.
 
-
-def run(blocks, decoder, movie, seconds, watch):
-    """Decode and write blocks as they come; return frames and levels for the contact sheet.
-
-    SIGINT and SIGTERM end it early; all finished blocks are written.
+    After an error the later steps are tried all the same: they keep the finished blocks.
     """
-    shown = []
-    movie.add = watch.watch("write", movie.add, by_cpu=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bar = tqdm(
-        total=seconds, unit="s", desc="video", bar_format="{desc} {n:.0f}/{total:.0f} s {bar}"
-    )
-    try:
+    writer, errors = Writer(movie, watch), []
+    form = "{desc} {n:.0f}/{total:.0f} s {bar}"
+    with noted(errors), tqdm(total=seconds, desc="video", bar_format=form) as bar:
+        stop.may_interrupt = True  # during the passes: an unfinished block is not needed
         for block in blocks:
+            stop.may_interrupt = False
             watch.block_made()
+            chunk = decoder.decode(block)
+            latents = {"video latents": block.video, "audio latents": block.audio}
+            writer.add(packet(f"block {block.index}", chunk, latents))
+            watch.block_decoded()
             low, high = block_interval(block.index, decoder.cfg)
-            with defer_signals():
-                add(decoder.decode(block), movie, shown, decoder.cfg)
-                watch.block_written(movie.frames > decoder.cfg.fps)  # frame 0 and one second
             bar.update(high - low)
             bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
-    except KeyboardInterrupt:
-        print(f"interrupted: {movie.frames} frames are kept", file=sys.stderr)
-    finally:
-        bar.close()
-    add(decoder.finish(), movie, shown, decoder.cfg)
-    return shown
+            if stop.is_asked:
+                break
+            stop.may_interrupt = True
+        stop.may_interrupt = False
+    with noted(errors):
+        writer.add(packet("the end", decoder.finish()))
+    with noted(errors):
+        writer.close()
+    with noted(errors):
+        movie.close()
+    return writer.pictures, errors
+
+
+@contextlib.contextmanager
+def noted(errors):
+    """Put an error into the list instead of raising it."""
+    try:
+        yield
+    except KeyboardInterrupt:  # somebody asked for the end: no error
+        pass
+    except Exception as error:  # also of libraries, also a lack of memory
+        errors.append(error)
 
 
 def progress_line(index, low, high, watch):
     """The times of a block, on one line."""
-    passes, output = 1000 * watch.passes[-1], 1000 * watch.output[-1]
-    times = f"passes {passes:5.0f} ms   decode and write {output:4.0f} ms"
+    times = f"passes {1000 * watch.passes[-1]:5.0f} ms   decode {1000 * watch.decoding[-1]:4.0f} ms"
     return f"block {index:3}  {low:4g} - {high:<4g} s   {times}"
-
-
-def add(chunk, movie, shown, cfg):
-    """Write a decoded chunk; keep small frames of the first 60 s for the contact sheet."""
-    frames = (chunk.frames * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    movie.add(frames, chunk.samples.float().cpu().numpy())
-    if movie.frames <= SHEET_SECONDS * cfg.fps + 1:
-        shown.append((thumbnails(chunk.frames), chunk.levels.float().cpu()))
-
-
-def thumbnails(frames):
-    """Reduce frames (P, 3, H, W) by H // SHEET_PIXELS, if above 1, and move them to the CPU."""
-    factor = frames.shape[2] // SHEET_PIXELS
-    frames = frames.float()
-    return (F.avg_pool2d(frames, factor) if factor > 1 and len(frames) else frames).cpu()
 
 
 def sheet_of(film) -> Path:
@@ -365,57 +353,82 @@ def check_targets(film, *others):
         raise ValueError("--out, its .png, --html and --report: expected different files")
 
 
-def finish(args, request, shown, watch, frames, text_seconds):
-    """Write contact sheet, page and report; print a summary."""
-    if not frames:
-        raise ValueError("interrupted before the first block was finished; nothing was written")
-    cfg = request.cfg
-    report = {**request.about(), **watch.report(frames, cfg), "text_seconds": text_seconds}
-    if watch.ttfc:
-        report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
+def save_pictures(args, request, pictures, movie):
+    """Write contact sheet and page."""
+    from film import sheet  # it loads matplotlib, which takes half a second
+
     title = ", then ".join(cue.prompt for cue in request.cues)
-    pictures, levels = map(torch.cat, zip(*shown))
-    sheet.save(sheet.draw_clip(pictures, levels, title, cfg), sheet_of(args.out))
+    pictures, levels = map(torch.cat, zip(*pictures))
+    sheet.save(sheet.draw_clip(pictures, levels, title, request.cfg), sheet_of(movie.path))
     if args.html:
         from film import page
 
-        blocks = len(watch.output)
-        contents = page.contents(pictures, levels, cfg, blocks, request.window)
-        page.write(args.html, args.out, title, contents)
-    if args.report:
-        files.write_json(args.report, report)
+        contents = page.contents(pictures, levels, request, (movie.frames - 1) / request.cfg.fps)
+        page.write(args.html, movie.path, title, contents)
+
+
+def finish(args, request, pictures, errors, watch, movie, text_seconds):
+    """Write pictures and report; print a summary.  Raises the first error."""
+    if movie.frames:
+        report = {**request.about(), **watch.report(movie.frames, request.cfg)}
+        report |= {"text_seconds": text_seconds, "ended_by": [*map(in_one_line, errors)]}
+        if watch.ttfc:
+            report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
+        with noted(errors):
+            save_pictures(args, request, pictures, movie)
+        with noted(errors):
+            if args.report:
+                files.write_json(args.report, report)
+    elif not errors:
+        errors.append(ValueError("interrupted before the first block was finished"))
+    if errors:
+        kept = f"{movie.frames} frames are kept in {movie.path}"
+        kept = kept if movie.frames else "nothing was written"
+        raise ValueError(f"{in_one_line(errors[0])}; {kept}") from errors[0]
+    print(summary(report, request.cfg.fps))
+    written = f"{movie.path} and {sheet_of(movie.path)}"
+    print(f"wrote {written}" + (f" and {args.html}" if args.html else ""))
+
+
+def in_one_line(error) -> str:
+    """The first line of an error, with its type where the message alone says too little."""
+    first = "".join(str(error).splitlines()[:1])
+    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
+
+
+def summary(report, fps) -> str:
+    """The rates, on one line."""
     ttfc = f"{report['ttfc_seconds']:.2f} s" if report["ttfc_seconds"] else "-"
     passes, both = report["settled_passes_fps"], report["settled_end_to_end_fps"]
-    print(
-        f"{frames} frames: TTFC {ttfc}, passes {passes:.0f} FPS = {passes / cfg.fps:.1f}x "
-        f"real time, end to end {both:.0f} FPS = {both / cfg.fps:.1f}x, "
+    return (
+        f"{report['frames']} frames: TTFC {ttfc}, passes {passes:.0f} FPS = {passes / fps:.1f}x "
+        f"real time, end to end {both:.0f} FPS = {both / fps:.1f}x, "
         f"peak memory {report['peak_memory_mb']:.0f} MB"
     )
-    written = f"{args.out} and {sheet_of(args.out)}"
-    print(f"wrote {written}" + (f" and {args.html}" if args.html else ""))
 
 
 def main():
     args = options().parse_args()
     request = check_args(args)
     check_targets(args.out, *filter(None, (args.html, args.report)))
+    for film in partial_films(args.out):
+        print(f"{film} is there: another run still writes it, or was killed", file=sys.stderr)
     source = open_source(request)
     watch = Stopwatch(request.device)
     decoder, cfg = source.decoder(watch.watch), source.net.cfg
     watch.watch_passes(source.net, len(few_step_sigmas(cfg, request.steps)) - 1)
     size = cfg.height, cfg.width
-    movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
-    try:
+    with StopRequest() as stop:
+        movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
+        movie.add = watch.watch("write", movie.add, by_cpu=True)
         blocks = stream(
             source.net, request.cues, request.seconds, args.seed, request.window, request.steps,
             read=source.read,
         )  # fmt: skip
-        shown = run(blocks, decoder, movie, request.seconds, watch)
-    except BaseException:
-        movie.discard()
-        raise
-    movie.close()
-    finish(args, request, shown, watch, movie.frames, source.text_seconds)
+        made = run(blocks, decoder, movie, watch, request.seconds, stop)
+        if stop.is_asked:
+            print(f"interrupted: {movie.frames} frames are kept in {movie.path}", file=sys.stderr)
+        finish(args, request, *made, watch, movie, source.text_seconds)
 
 
 if __name__ == "__main__":

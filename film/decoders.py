@@ -1,8 +1,7 @@
 """Latents to frames and sound, block by block: chunked decoding, and the toy's decoder.
 
 The toy's codec decodes every latent by itself. The decoders of LTX-2 (full_size/decoders.py) were
-made for whole clips. Its video decoder and its vocoder use past and future inputs, its audio
-decoder uses the past only. The frames of a latent may thus depend on latents that do not exist yet.
+made for whole clips: pictures and samples depend on later latents, too, which do not exist yet.
 `ChunkedDecoder` runs each of them on a growing sequence:
 
     latents    ... 4 5 6 | 7 8 9 | 10        one chunk: context, new inputs, look-ahead

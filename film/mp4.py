@@ -1,11 +1,15 @@
 """Write frames and sound into an mp4 while they are being made.
 
-The file is fragmented: its index is written in parts, so an incomplete file can be played. It grows
-as NAME.partial.mp4 and gets its final name at the end, or when the stream is interrupted. After a
-kill it keeps the partial name and lacks at most its last quarter second.
+The growing file is fragmented: its index is written in parts, so that an incomplete file can be
+played. It is called NAME.TOKEN.partial.mp4, with a token of its own for every run. `close` copies
+its packets, without encoding again, into a file whose head states the duration and has the whole
+index: players can seek in it. Only a kill leaves the partial file, which lacks at most its last
+quarter second.
 """
 
 import os
+import secrets
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +24,7 @@ except ImportError:  # benchmarks need no av: they do not write the film
 
 # Trap: without delay_moov, the header is written before the delay of the audio encoder (43 ms of
 # AAC) is known. Sound and all frames but the first then play 43 ms late.
-OPTIONS = {
+GROWING = {
     "movflags": "frag_keyframe+delay_moov+default_base_moof",
     "frag_duration": "250000",  # microseconds per fragment
     "flush_packets": "1",
@@ -37,10 +41,11 @@ class Movie:
         channels   1 or 2
         scale      integer factor by which frames are enlarged
         """
-        self.path, self.scale = Path(path), scale
+        self.path, self.scale, self.fps = Path(path), scale, fps
         check_film(self.path)
-        self.partial = self.path.with_suffix(".partial.mp4")
-        self.file = av.open(str(self.partial), "w", format="mp4", options=OPTIONS)
+        self.token, self.old_film = secrets.token_hex(3), stamp(self.path)
+        self.partial = self.path.with_suffix(f".{self.token}.partial.mp4")
+        self.file = av.open(str(self.partial), "w", format="mp4", options=GROWING)
         self.video = self.file.add_stream("libx264", rate=fps)
         # zerolatency: the encoder keeps no frame back to compare it with later frames
         self.video.options = {"preset": "veryfast", "crf": "16", "tune": "zerolatency"}
@@ -59,25 +64,81 @@ class Movie:
             self.samples += samples.shape[1]
             self.file.mux(self.audio.encode(sound))
         for frame in frames:
-            large = np.kron(frame, np.ones((self.scale, self.scale, 1), np.uint8))  # repeat pixels
+            large = frame.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
             picture = av.VideoFrame.from_ndarray(large, "rgb24")
-            picture.pts, picture.time_base = self.frames, Fraction(1, self.video.codec_context.rate)
+            picture.pts, picture.time_base = self.frames, Fraction(1, self.fps)
             self.frames += 1
             self.file.mux(self.video.encode(picture))
 
     def close(self):
-        """Finish the file and give it its final name.  Without frames, leave no file."""
-        if self.frames:
+        """Finish the file and give it its final name.  Without frames, leave no file.
+
+        If that fails, for example on a full disk, keep what the partial file holds, set `frames` to
+        its number of frames, and raise the error.
+        """
+        if not self.frames:
+            return self.discard()
+        if stamp(self.path) != self.old_film:  # another run has written its film there meanwhile
+            self.path = self.path.with_suffix(f".{self.token}.mp4")
+        try:
             self.file.mux(self.video.encode(None))  # None: flush the encoder
             self.file.mux(self.audio.encode(None))
             self.file.close()
-            os.replace(self.partial, self.path)
-        self.discard()
+            files.write_beside(self.path, lambda path: copy_with_index(self.partial, path))
+        except Exception:
+            self.frames = keep_whole_fragments(self.partial)
+            if self.frames:
+                os.replace(self.partial, self.path)
+            raise
+        finally:
+            self.partial.unlink(missing_ok=True)
 
     def discard(self):
         """Remove the partial file."""
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self.file.close()
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def copy_with_index(film, path):
+    """Copy the encoded packets of a film into an mp4 whose head has the duration and the index."""
+    options = {"movflags": "faststart"}
+    with av.open(str(film)) as old, av.open(str(path), "w", "mp4", options) as new:
+        copies = {stream: new.add_stream_from_template(stream) for stream in old.streams}
+        for packet in old.demux():
+            if packet.dts is not None:  # None: the empty packet that ends a stream
+                packet.stream = copies[packet.stream]
+                new.mux(packet)
+
+
+def keep_whole_fragments(film) -> int:
+    """Cut a broken fragment off the end of a film; return the number of frames left."""
+    with open(film, "r+b") as f:
+        size, end = os.fstat(f.fileno()).st_size, 0
+        # An mp4 is a row of boxes: 4 bytes of length, 4 of kind. A fragment ends in an mdat.
+        while len(head := f.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if length < 8 or f.seek(length - 8, os.SEEK_CUR) > size:
+                break
+            end = f.tell() if kind == b"mdat" else end
+        f.truncate(end)
+    if not end:
+        return 0
+    with av.open(str(film)) as whole:
+        return sum(packet.dts is not None for packet in whole.demux(video=0))
+
+
+def stamp(path):
+    """Return what changes when a file is written again; None if there is no file."""
+    return (os.stat(path).st_ino, os.stat(path).st_mtime_ns) if Path(path).exists() else None
+
+
+def partial_films(path) -> list[Path]:
+    """List the partial files of other runs that write, or wrote, the same film."""
+    path = Path(path).resolve()
+    names = (p for p in path.parent.iterdir() if p.name.endswith(".partial.mp4"))
+    return sorted(p for p in names if p.name.startswith(f"{path.stem}."))
 
 
 def check_film(path):

@@ -3,6 +3,11 @@
 It also holds the palette of all pictures: video blue, audio orange, sinks grey, a colour per wall.
 """
 
+import bisect
+import re
+import textwrap
+import warnings
+
 import matplotlib
 
 matplotlib.use("Agg")  # draw into files, open no windows; call it before importing pyplot
@@ -10,6 +15,8 @@ matplotlib.use("Agg")  # draw into files, open no windows; call it before import
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 
 import config
 from plumbing import files
@@ -21,7 +28,8 @@ WALL_COLOURS = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a")  # marks of impacts 
 
 def save(figure, path, dpi=100):
     """Write the figure as a PNG and close it."""
-    files.write_beside(path, lambda p: figure.savefig(p, dpi=dpi, format="png"))
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # glyphs that no font has
+        files.write_beside(path, lambda p: figure.savefig(p, dpi=dpi, format="png"))
     plt.close(figure)
 
 
@@ -36,17 +44,78 @@ def draw_clip(frames, sound, title="", cfg=config.TOY, row_seconds=10, per_secon
     width = min(row_seconds, max(1, seconds))
     second, picture, bands = 1.8, 1.8 / per_second, 1.2  # inches
     figure, axes = plt.subplots(
-        2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.6),
+        2 * rows, 1, figsize=(second * width + 0.8, (picture + bands + 0.2) * rows + 0.9),
         gridspec_kw={"height_ratios": [picture, bands] * rows}, squeeze=False, layout="constrained",
     )  # fmt: skip
     events = clip_events(frames, sound, cfg)
     for r in range(rows):
         pair = axes[2 * r : 2 * r + 2, 0]
         draw_stretch(pair, frames, sound, events, r * row_seconds, width, per_second, cfg)
-    axes[-1, 0].set_xlabel("seconds")
-    marks = "   impacts seen $\\blacktriangledown$, onsets heard $\\blacktriangle$"
-    figure.suptitle(title + (marks if cfg.is_toy else ""))
+    marks = "\n▼ impacts seen   ▲ onsets heard" if cfg.is_toy else ""
+    axes[-1, 0].set_xlabel("seconds" + marks, fontsize=8)
+    _write_title(figure, plain(title))
     return figure
+
+
+# ---- the title: a prompt, which may be any text ----
+
+
+def plain(text) -> str:
+    """Return text on one line, without control characters and bytes that are not UTF-8.
+
+    >>> plain("tab\\tand bell\\a, not \\udcff UTF-8")
+    'tab and bell , not ? UTF-8'
+    """
+    text = text.encode("utf-8", "replace").decode()  # a broken argument holds lone surrogates
+    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+
+
+def two_lines(text, fits) -> str:
+    """Break text into two lines at most, as long as `fits` allows; a cut one ends with an ellipsis.
+
+    >>> print(two_lines("waves break on the rocks", lambda lines: len(lines) <= 18))
+    waves break
+    on th…
+    """
+
+    def broken(width):
+        lines = textwrap.wrap(text, width)
+        return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][:-1] + "…"])
+
+    return broken(1 + bisect.bisect(range(2, 500), False, key=lambda w: not fits(broken(w))))
+
+
+def fonts_for(text) -> list[str]:
+    """Return font families: the default, then fonts of this machine for what it lacks."""
+    default = font_manager.FontProperties()
+    families = default.get_family()
+    missing = set(map(ord, text)) - FT2Font(font_manager.findfont(default)).get_charmap().keys()
+    paths = font_manager.findSystemFonts() if missing else []
+    for path in sorted(paths, key=lambda path: ("Regular" not in path, path)):
+        try:
+            font = FT2Font(path)
+            if has := missing & font.get_charmap().keys():
+                font_manager.fontManager.addfont(path)
+                families.append(font.family_name)
+                missing -= has
+        except (OSError, RuntimeError, NotImplementedError):
+            continue  # a damaged file, or a font made of pixels
+    return families
+
+
+def _write_title(figure, text):
+    # Any text is text: "$" begins no formula.
+    title = figure.suptitle("", family=fonts_for(text), parse_math=False, usetex=False)
+
+    def fits(lines):
+        title.set_text(lines)
+        return title.get_window_extent().width < 0.97 * figure.bbox.width
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        title.set_text(two_lines(text[:1000], fits))
+
+
+# ---- the pictures ----
 
 
 def clip_events(frames, sound, cfg):

@@ -10,13 +10,21 @@ the queue mark the stages. They are read after the stream. The CPU waits for the
 when the finished block is needed, and never inside a block.
 """
 
-import resource
+import itertools
+import math
 import statistics
 import sys
 import time
 from collections import Counter, defaultdict
 
 import torch
+
+from masks import block_interval
+
+try:
+    import resource
+except ImportError:  # Windows has no such module
+    resource = None
 
 
 class Stopwatch:
@@ -25,7 +33,8 @@ class Stopwatch:
     def __init__(self, device=torch.device("cpu")):
         self.on_gpu = device.type == "cuda"
         self.marks = defaultdict(list)  # stage -> (block, begin, end) of every call
-        self.passes, self.output = [], []  # seconds per block, on the clock of the CPU
+        self.passes, self.decoding = [], []  # seconds per block, on the clock of the CPU
+        self.written = []  # seconds from the start until each block was in the file
         self.ttfc = self.ttfc_passes = None
         self.peaks = []  # peak memory after each block, in MB
         if self.on_gpu:
@@ -41,25 +50,30 @@ class Stopwatch:
         return seconds
 
     def block_made(self):
-        """Note that the passes of a block are done: decoding and writing start."""
+        """Note that the passes of a block are done: decoding starts."""
         self.passes.append(self.lap())
+
+    def block_decoded(self):
+        """Note that a block waits to be written: the passes of the next one start."""
+        self.decoding.append(self.lap())
+        self.peaks.append(self._peak_memory_mb())
 
     def block_written(self, has_first_second):
         """Note that a block is in the file, and whether the file has its first second."""
-        self.output.append(self.lap())
-        self.peaks.append(self._peak_memory_mb())
+        # Called by the thread that writes: it must not use the laps of the main thread.
+        self.written.append(time.perf_counter() - self.start)
         if has_first_second and self.ttfc is None:
-            self.ttfc, self.ttfc_passes = self.last - self.start, sum(self.passes)
+            self.ttfc, self.ttfc_passes = self.written[-1], sum(self.passes[: len(self.written)])
 
     def watch(self, stage, function, by_cpu=False):
         """Return a function that does the same, and times its calls as a stage of the block."""
-        # Writing the film is work of the CPU, even if there is a GPU.
-        mark = time.perf_counter if by_cpu else self._mark
+        # Writing the film is work of the CPU, even if there is a GPU, in a thread of its own.
+        mark, done = (time.perf_counter, self.written) if by_cpu else (self._mark, self.decoding)
 
         def watched(*args, **kwargs):
-            begin = mark()
+            block, begin = len(done), mark()
             result = function(*args, **kwargs)
-            self.marks[stage].append((len(self.output), begin, mark()))
+            self.marks[stage].append((block, begin, mark()))
             return result
 
         return watched
@@ -75,7 +89,7 @@ class Stopwatch:
             last_frame = inputs[5].video.stop  # of the span
             passes[last_frame] += 1
             stage = "denoise" if passes[last_frame] <= steps else "refresh"
-            self.marks[stage].append((len(self.output), begin.pop(), self._mark()))
+            self.marks[stage].append((len(self.decoding), begin.pop(), self._mark()))
 
         net.register_forward_pre_hook(before)
         net.register_forward_hook(after)
@@ -105,9 +119,9 @@ class Stopwatch:
 
     def report(self, frames, cfg) -> dict:
         """Return rates of the whole stream, rates of its median block, and memory."""
-        passes, whole, fps = sum(self.passes), self.last - self.start, cfg.fps
+        passes, whole, fps = sum(self.passes), self.written[-1], cfg.fps
         block = settled_median(self.passes)
-        both = settled_median([sum(pair) for pair in zip(self.passes, self.output)])
+        intervals = [b - a for a, b in itertools.pairwise([0.0, *self.written])][: len(self.passes)]
         report = {
             "frames": frames,
             "ttfc_seconds": self.ttfc,
@@ -117,11 +131,14 @@ class Stopwatch:
             "end_to_end_fps": frames / whole,
             "end_to_end_times_real_time": frames / whole / fps,
             "settled_passes_fps": fps * cfg.block_seconds / block,
-            "settled_end_to_end_fps": fps * cfg.block_seconds / both,
+            "settled_end_to_end_fps": fps * cfg.block_seconds / settled_median(intervals),
             "median_block_seconds": block,
             "stage_seconds": self.stages(),
             "passes_seconds": self.passes,
-            "output_seconds": self.output,
+            "decoding_seconds": self.decoding,
+            "written_seconds": self.written,
+            "interval_95_seconds": percentile_95(intervals[2:] or intervals),
+            "viewer_waits": viewer_waits(self.written[: len(self.passes)], cfg),
             "peak_memory_mb": self._peak_memory_mb(),
         }
         if self.on_gpu:
@@ -141,7 +158,35 @@ def settled_median(seconds) -> float:
     return statistics.median_high(seconds[2:] or seconds)
 
 
+def percentile_95(seconds) -> float:
+    """Return the smallest value that is at least as large as 95 % of all.
+
+    >>> percentile_95(range(1, 101)), percentile_95([3.0])
+    (95, 3.0)
+    """
+    return sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+
+
+def viewer_waits(written, cfg) -> int:
+    """Count the blocks that are written too late for a viewer who starts with the first second.
+
+    >>> from config import TOY
+    >>> viewer_waits([0.1, 0.5, 1.4, 2.6, 3.4], TOY)  # block 3 begins at 2 s, is due at 2.5
+    1
+    """
+    starts = [block_interval(k, cfg)[0] for k in range(len(written))]
+    # Block 0 may be a single frame: the first second is then complete with block 1.
+    first = next((k for k in range(len(starts)) if block_interval(k, cfg)[1] >= 1), 0)
+    playing_since, waits = written[first], 0
+    for time_written, start in list(zip(written, starts))[first + 1 :]:
+        if time_written > playing_since + start:
+            playing_since, waits = time_written - start, waits + 1
+    return waits
+
+
 def peak_memory_mb() -> float:
-    """Return the peak resident memory of this process, in MB."""
+    """Return the peak resident memory of this process, in MB; 0 where it is not counted."""
+    if not resource:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)  # bytes there, else KB

@@ -23,6 +23,21 @@ PAPER = replace(config.TOY, name="paper")
 MERGED = replace(config.TOY, name="merged", prefix_video_frames=4, prefix_audio_frames=26)
 LAYOUTS = [replace(cfg, num_sinks=S) for cfg in (PAPER, MERGED) for S in (0, 16)]
 
+# prompts that something between the command line and a picture might take for its own
+NASTY = {
+    "dollars": "a coin worth $5 falls beside a $10 bill",
+    "a formula": r"price tag reads $\frac{1$ and $_{$ flickers",
+    "other scripts": "海浪拍打岩石 שלום עולם नमस्ते 🌊",
+    "two lines": "first line\nsecond line\u2028third",
+    "controls": "tab\tand bell\a and NUL\0 and escape \x1b[31m",
+    "not UTF-8": "caf\udce9 at night",
+    "markup": "</script><script>alert(1)</script><!-- <b>&amp;</b>",
+    "placeholders": "an @film@ about @data@ in @video@ @nothing@",
+    "no letter": "\U0010ffff\ufeff\u202e",
+    "long": "waves break on the rocks and gulls cry, " * 100,
+    "one long word": "w" * 5000,
+}
+
 
 def layout_name(cfg):
     """A readable test id, e.g. 4+26,S=16."""

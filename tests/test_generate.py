@@ -6,27 +6,28 @@ signal must end a process, the test starts a real one, with a random student of 
 
 import base64
 import json
-import os
+import random
 import re
-import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from helpers import random_model, run_here
+from helpers import NASTY, random_model, run_here
 from safetensors.torch import save_file
 
 import config
 import generate
 import model
-from film import decoders
+from film import decoders, sheet, writer
 from film.mp4 import Movie
 from full_size import faster
+from masks import block_interval, full_window
 from plumbing import cli, files
 from toy import codec as toy_codec
 from toy import source as toy_source
@@ -64,10 +65,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     def main(*args):
         return run_here(generate, args, monkeypatch, capsys)
 
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield main
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
+    return main
 
 
 def play(path):
@@ -126,7 +124,7 @@ def test_output_is_a_line_a_block_and_a_summary(run):
     """Times of every block, then frames, TTFC, both speeds and memory, then the files."""
     _, out, err = run("--seconds", 2)
     *blocks, summary, files_written = out.splitlines()
-    line = r"block +{} +{} - {} +s +passes +\d+ ms +decode and write +\d+ ms"
+    line = r"block +{} +{} - {} +s +passes +\d+ ms +decode +\d+ ms"
     for k, (low, high) in enumerate([(0, 0), (0, 1), (1, 2)]):
         assert re.fullmatch(line.format(k, low, high), blocks[k])
     assert len(blocks) == 3
@@ -143,7 +141,7 @@ def test_the_report_holds_the_timings(run):
     assert report["frames"] == 73
     how = {"config": "toy", "device": "cpu", "dtype": "float32", "window": 4, "passes_a_block": 4}
     assert report.items() >= how.items() and report["torch"] == torch.__version__
-    assert len(report["passes_seconds"]) == len(report["output_seconds"]) == 4
+    assert len(report["passes_seconds"]) == len(report["decoding_seconds"]) == 4
     assert report["median_block_seconds"] in report["passes_seconds"][2:]
     assert report["passes_fps"] == pytest.approx(73 / sum(report["passes_seconds"]))
     assert report["passes_times_real_time"] == pytest.approx(report["passes_fps"] / 24)
@@ -151,7 +149,9 @@ def test_the_report_holds_the_timings(run):
     assert 0 < report["ttfc_passes_seconds"] < report["ttfc_seconds"]
     assert report["ttfc_seconds"] < 73 / report["end_to_end_fps"]
     assert report["ttfc_with_text_seconds"] == report["ttfc_seconds"] + report["text_seconds"]
-    assert report["stage_seconds"]["write"] < max(report["output_seconds"])
+    assert report["written_seconds"] == sorted(report["written_seconds"])
+    assert report["stage_seconds"]["write"] < report["written_seconds"][-1]
+    assert report["ended_by"] == []
 
 
 def test_the_page_holds_the_film(run):
@@ -181,10 +181,10 @@ def test_window_steps_and_prompt_matter(run, more):
 
 def test_a_long_stream_draws_its_first_minute_only(run, monkeypatch):
     """The contact sheet stops at SHEET_SECONDS (here 2), the film goes on."""
-    monkeypatch.setattr(generate, "SHEET_SECONDS", 2)
+    monkeypatch.setattr(writer, "SHEET_SECONDS", 2)
     drawn = []
-    monkeypatch.setattr(generate.sheet, "draw_clip", lambda *args: drawn.append(args))
-    monkeypatch.setattr(generate.sheet, "save", lambda *args: None)
+    monkeypatch.setattr(sheet, "draw_clip", lambda *args: drawn.append(args))
+    monkeypatch.setattr(sheet, "save", lambda *args: None)
     run("--seconds", 4)
     assert len(drawn[0][0]) == 49 and len(drawn[0][1]) == 201
     assert len(play("out.mp4")[0]) == 97
@@ -272,10 +272,14 @@ def test_clips_side_by_side_differ_in_their_noise(weights):
 @pytest.mark.parametrize(
     "prompts, message",
     [
-        (["5: red"], "the first prompt begins at second 5; one must begin at 0"),
-        (["red", "0: blue"], "two prompts begin at the same second"),
-        (["red", "7: blue"], "a prompt begins at second 7, the clip ends at 5"),
+        (["5: red"], 'the first prompt begins at second 5, not at 0; if .* write "0: 5: ..."'),
+        (["red", "0: blue"], 'two prompts begin at the same second; expected "5: text"'),
+        (["red", "7: blue"], 'a prompt begins at second 7 of 5; if .* write "0: 5: ..."'),
+        (["red", "5: blue"], "a prompt begins at second 5 of 5"),
+        (["red", f"{'9' * 400}: blue"], "a prompt begins at second inf of 5"),
         (["red", "2:"], "says nothing"),
+        (["red", "2: "], "says nothing"),
+        (["red", "2:blue"], "unknown word '2:blue'"),
         (["red", "-1: blue"], "unknown word '-1:'"),
         (["red", "1.2.3: blue"], "1.2.3"),
     ],
@@ -286,12 +290,82 @@ def test_impossible_cues_are_refused(prompts, message):
         generate.parse_cues(prompts, 5)
 
 
+TEXTS = "16:9 shot", "12:30 at night", "2:rain", "1 : 1", "-1: x", ".5: x", "1e1: x", "1.2.3: x"
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "", ":", "at 3: rain", "3：雨", *NASTY.values()])
+def test_any_text_is_a_prompt(text):
+    """Only a number, a colon and white space change the prompt; "0: " keeps even those as text."""
+    words = text.strip()
+    assert generate.parse_cues([text], 5, str) == [(0, words)]
+    assert generate.parse_cues([f"0: {text}"], 5, str) == [(0, words)]
+    assert generate.parse_cues([f"0: 3: {text}"], 5, str) == [(0, f"3: {words}".strip())]
+    assert generate.parse_cues([text, f" 3.5:\t{text}"], 5, str) == [(0, words), (3.5, words)]
+
+
+@pytest.mark.parametrize("blocks", [5, 10**12])
+@pytest.mark.parametrize("cfg", [SMALL, config.TOY_RELEASED], ids=lambda cfg: cfg.name)
+def test_a_prompt_is_used_if_a_block_starts_between_it_and_the_next(cfg, blocks):
+    """As going through all blocks says, but a stream of many years is checked at once, too."""
+    draw, refused = random.Random(0), 0
+    for _ in range(200):
+        later = sorted(draw.sample(range(1, 50), draw.randint(0, 4)))
+        cues = [generate.Cue(second / 10, "red") for second in (0, *later)]
+        starts = [block_interval(k, cfg)[0] for k in range(min(blocks, 7))]
+        used = {generate.prompt_at(start, cues) for start in starts}
+        try:
+            generate.check_prompts_used(cues, blocks, cfg)
+        except ValueError as error:
+            unused = min(set(range(len(cues))) - used)
+            assert f"no block uses the prompt at second {cues[unused].seconds:g}:" in str(error)
+            refused += 1
+        else:
+            assert len(used) == len(cues)
+    assert 20 < refused < 180
+
+
+@pytest.mark.parametrize("words", NASTY.values(), ids=NASTY.keys())
+def test_any_prompt_gives_a_film_a_sheet_and_a_page(run, monkeypatch, words):
+    """With a reader of any text, as at full size: status 0, and nothing on stderr but the bar."""
+    features = toy_source.toy_features("red")
+    monkeypatch.setattr(toy_source, "toy_features", lambda _: features)
+    monkeypatch.setattr(toy_source.StreamSource, "read", lambda self, _: features)
+    args = "--prompt", words, "--prompt", f"1: {words}", "--seconds", 2, "--html", "page.html"
+    status, out, err = run(*args)
+    assert status == 0 and out.endswith("wrote out.mp4 and out.png and page.html\n")
+    assert re.fullmatch(r"(\s*video [012]/2 s[ █▏▎▍▌▋▊▉]*)*\s*", err)
+    assert "</script></body></html>" in Path("page.html").read_text("utf-8")
+
+
+def test_the_page_of_a_stream_that_ended_early_is_as_long_as_the_film(run, monkeypatch):
+    """Three blocks of 601 are there: two seconds."""
+    stream = generate.stream
+    monkeypatch.setattr(generate, "stream", lambda *a, **options: islice(stream(*a, **options), 3))
+    run("--seconds", 600, "--html", "page.html")
+    page = Path("page.html").read_text("utf-8")
+    assert '"seconds": 2.0' in page and '"blocks": [[0.0, 0.0], [0.0, 1.0], [1.0, 2.0]]' in page
+
+
+@pytest.mark.parametrize("cfg", ["toy", "toy_released"])
+def test_a_page_shows_an_eviction_unless_told_otherwise(cfg):
+    """A film is 5 seconds long, which evicts nothing; with --html 10; --seconds decides."""
+
+    def request(*args):
+        return generate.check_args(generate.options().parse_args(["--config", cfg, *args]))
+
+    plain, page, short = request(), request("--html", "x"), request("--html", "x", "--seconds", "1")
+    assert [plain.seconds, page.seconds, short.seconds] == [5, 10, 1]
+    assert full_window(plain.num_blocks) <= plain.window < full_window(page.num_blocks)
+
+
 # ---- errors ----
 
 BAD = {
     "unknown word": (["--prompt", "purple"], "red green blue yellow, slow fast, wood metal"),
     "unknown word later": (["--prompt", "red", "--prompt", "2: dog"], "unknown word 'dog'; known"),
-    "empty prompt": (["--prompt", ""], "says nothing; use some of: red green"),
+    "empty prompt": (["--prompt", ""], "--prompt is empty; see --help"),
+    "blank prompt": (["--prompt", " \t"], "says nothing; use some of: red green"),
+    "bytes": (["--prompt", "caf\udce9"], "unknown word 'caf\\udce9'; known"),
     "seconds 0": (["--seconds", "0"], "--seconds 0: expected"),
     "seconds -1": (["--seconds", "-1"], "--seconds -1: expected"),
     "seconds 2.5": (["--seconds", "2.5"], "2.5 seconds end inside a block"),
@@ -335,12 +409,13 @@ BAD = {
     "page as film": (["--html", "out.mp4"], "expected different files"),
     "report as sheet": (["--report", "out.png"], "expected different files"),
     "decoders": (["--ltx2", "LTX-2"], "--ltx2 LTX-2: not used by --config toy; leave --ltx2 out"),
-    "negative seed": (["--seed", "-1"], "--seed -1: expected 0 or more"),
-    "long seed": (["--seed", "9" * 30], "expected 0 or more, and less than 2^63"),
-    "seed": (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+    "video context": (["--video-context", "4"], "--video-context 4: not used by --config toy"),
+    "look-ahead": (["--video-look-ahead", "0"], "--video-look-ahead 0: not used by --config toy"),
+    "negative seed": (["--seed", "-1"], "--seed -1: expected a whole number from 0 to 4294967295"),
+    "long seed": (["--seed", str(2**32)], "expected a whole number from 0 to 4294967295"),
+    "seed": (["--seed", "x"], "--seed x: expected a whole number from 0"),
     "speed-up": (["--speed-up", "x"], "--speed-up x: unknown; expected all, qkv, graph, "),
     "graph": (["--speed-up", "qkv", "graph"], "--speed-up graph needs a GPU; leave it out"),
-    "channels": (["--speed-up", "channels-last"], "needs a full-size config"),
     "dtype": (["--dtype", "int8"], "invalid choice: 'int8'"),
 }
 
@@ -365,79 +440,6 @@ def test_missing_shipped_weights_are_named(run, monkeypatch, tmp_path):
     assert status == 2 and "student.safetensors: no such file" in err and err.count("\n") == 1
 
 
-def test_a_failure_in_the_middle_leaves_the_old_film(run, monkeypatch, tmp_path):
-    """A full disk at block 2: one line, no half film; the old film stays."""
-    add = Movie.add
-
-    def full(movie, frames, samples):
-        if movie.frames > 1:
-            raise OSError("No space left on device")
-        add(movie, frames, samples)
-
-    monkeypatch.setattr(Movie, "add", full)
-    Path("out.mp4").write_bytes(OLD)
-    status, _, err = run("--seconds", 3)
-    assert status == 2 and err.splitlines()[-1] == "generate.py: No space left on device"
-    assert left_in(tmp_path) == ["out.mp4"] and Path("out.mp4").read_bytes() == OLD
-
-
-# ---- interruptions ----
-
-
-def interrupt_after(monkeypatch, blocks):
-    """Send Ctrl-C while block number `blocks` is being computed."""
-    stream = generate.stream
-
-    def interrupted(*args, **how):
-        for block in stream(*args, **how):
-            if block.index == blocks:
-                signal.raise_signal(signal.SIGINT)
-            yield block
-
-    monkeypatch.setattr(generate, "stream", interrupted)
-
-
-@pytest.mark.filterwarnings("error")  # they would stand on stderr
-@pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_ctrl_c_keeps_every_finished_block(run, monkeypatch, tmp_path, blocks):
-    """Even after block 0 alone: a playable film, its sheet, and a message."""
-    interrupt_after(monkeypatch, blocks)
-    status, out, err = run("--seconds", 600)
-    frames = 24 * (blocks - 1) + 1
-    assert status == 0 and f"interrupted: {frames} frames are kept" in err
-    assert f"\n{frames} frames: " in out
-    assert left_in(tmp_path) == ["out.mp4", "out.png"]
-    with av.open("out.mp4") as film:
-        assert sum(1 for _ in film.decode(video=0)) == frames
-
-
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_block_is_written_waits_for_its_end(run, monkeypatch, kind):
-    """No half second: the block being written is finished, the next one not begun."""
-    kron, calls = np.kron, []
-
-    def kron_or_signal(*args):
-        calls.append(1)
-        if len(calls) == 30:  # in the middle of block 2
-            signal.raise_signal(kind)
-        return kron(*args)
-
-    monkeypatch.setattr(np, "kron", kron_or_signal)
-    status, _, err = run("--seconds", 600)
-    assert status == 0 and "interrupted: 49 frames are kept" in err
-    pictures, samples, _ = play("out.mp4")
-    assert len(pictures) == 49 and 48000 <= len(samples) <= 48000 + 3 * 1024
-
-
-def test_ctrl_c_before_the_first_block_writes_nothing(run, monkeypatch, tmp_path):
-    """The error is one line, and an old film stays."""
-    interrupt_after(monkeypatch, 0)
-    Path("out.mp4").write_bytes(OLD)
-    status, _, err = run("--seconds", 600)
-    assert status == 2 and err.splitlines()[-1].endswith("nothing was written")
-    assert left_in(tmp_path) == ["out.mp4"] and Path("out.mp4").read_bytes() == OLD
-
-
 # ---- real processes ----
 
 
@@ -449,54 +451,10 @@ def toy_weights(tmp_path_factory):
     return path
 
 
-def start(folder, *args):
-    """Start `python generate.py ...` in a folder, with unbuffered output."""
-    command = [sys.executable, "-u", str(ROOT / "generate.py"), *map(str, args)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(
-        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes
-    )
-
-
-def wait_for_block(process, index):
-    for line in process.stdout:
-        if line.startswith(f"block {index:3}"):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def test_sigterm_keeps_a_playable_film(toy_weights, tmp_path):
-    """During a stream of 600 seconds: exit status 0, and all finished blocks."""
-    process = start(tmp_path, "--seconds", 600, "--weights", toy_weights)
-    wait_for_block(process, 2)
-    process.terminate()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    kept = int(re.search(r"interrupted: (\d+) frames are kept", err)[1])
-    pictures, samples, _ = play(tmp_path / "out.mp4")
-    assert len(pictures) == kept >= 49 and kept % 24 == 1
-    assert abs(len(samples) - 1000 * (kept - 1)) <= 3 * 1024
-    assert left_in(tmp_path) == ["out.mp4", "out.png"]
-
-
-def test_sigkill_leaves_a_playable_part_and_the_old_film(toy_weights, tmp_path):
-    """out.partial.mp4 lacks at most its last half second; out.mp4 is unchanged."""
-    (tmp_path / "out.mp4").write_bytes(OLD)
-    process = start(tmp_path, "--seconds", 600, "--weights", toy_weights)
-    wait_for_block(process, 3)
-    process.kill()
-    process.communicate(timeout=60)
-    assert left_in(tmp_path) == ["out.mp4", "out.partial.mp4"]
-    assert (tmp_path / "out.mp4").read_bytes() == OLD
-    pictures, samples, _ = play(tmp_path / "out.partial.mp4")
-    assert len(pictures) >= 73 - 12 and len(samples) >= 72000 - 12000
-
-
 def test_generate_runs_from_any_folder(toy_weights, tmp_path):
     """`python path/to/generate.py` needs nothing but its arguments."""
-    process = start(tmp_path, "--seconds", 1, "--weights", toy_weights, "--out", "x.mp4")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    command = [sys.executable, ROOT / "generate.py", "--seconds", "1", "--weights", toy_weights]
+    out = subprocess.check_output([*command, "--out", "x.mp4"], cwd=tmp_path, text=True)
     assert out.splitlines()[-1] == "wrote x.mp4 and x.png"
     assert left_in(tmp_path) == ["x.mp4", "x.png"]
     assert len(play(tmp_path / "x.mp4")[0]) == 25
@@ -506,7 +464,7 @@ def test_a_faster_stream_is_the_same_but_for_rounding(weights):
     """With all speed-ups of a CPU, latents of order 1 agree within 1e-4 in float32."""
     net = toy_source.load_student(weights / "good", SMALL)
     plain = list(generate.stream(net, "red", 3, window=1))
-    speedups = faster.find_speedups(["all"], config.TOY, torch.device("cpu"))
+    speedups = faster.find_speedups(["all"], torch.device("cpu"))
     assert speedups == ("qkv",)
     net = faster.sped_up(net, speedups, torch.device("cpu"))
     for one, other in zip(plain, generate.stream(net, "red", 3, window=1), strict=True):
@@ -524,7 +482,7 @@ def test_help_documents_every_option(run, monkeypatch):
     status, out, _ = run("--help")
     assert status == 0 and generate.__doc__.splitlines()[0] in out
     options = [a for a in parsers[0]._actions if a.option_strings]
-    assert len(options) == 15
+    assert len(options) == 17
     for action in options:
         assert action.help and action.option_strings[-1] in out, action.option_strings
 
