@@ -182,12 +182,12 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
 
     q (B, Q, H*D)   k, v (B, T, H*D) projections -> (B, Q, H*D); Q may differ from T.
 
-    On a GPU without gradients, a CUDA kernel runs: for few tokens it does everything, for many it
+    On a GPU without gradients, a CUDA kernel runs. For few queries it does everything, for many it
     does all but attention, and SDPA follows.
     """
     if kernel.supports(q, k, v, heads):
-        if kernel.fits_fused(q, k):
-            return kernel.fused(q, k, v, heads, cache)
+        if kernel.fits_tensor_cores(q, heads.count):
+            return kernel.tensor_cores(q, k, v, heads, cache)
         return attention(heads.split(kernel.append(q, k, v, heads, cache)), *cache.visible())
     keys, values = cache.append(heads.keys(k), heads.split(v))
     return attention(heads.queries(q), keys, values)
@@ -239,9 +239,12 @@ class CachedView:
                 cache.first_visible = cache.prefix_tokens
         if self.num_evicted:
             for site in SITES:
-                by = self._prefix_rotation(site, self.layers[0][site].k)
-                for layer in self.layers:
-                    layer[site].move_prefix(by)
+                self.move_prefixes(site, self._prefix_rotation(site, self.layers[0][site].k))
+
+    def move_prefixes(self, site, by: rope.Rope):
+        """Rotate the pinned keys of an attention, in all layers."""
+        for layer in self.layers:
+            layer[site].move_prefix(by)
 
     def _prefix_rotation(self, site, like) -> rope.Rope:
         """How far the pinned keys of an attention have moved since they were written."""

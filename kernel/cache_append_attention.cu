@@ -4,46 +4,49 @@
 // S scores, P softmax weights, m running maximum, l running sum, O output. A "thread block" is a
 // group of CUDA threads; a "block" of kv_cache.py, one second of video, does not occur here.
 //
-// In PyTorch this is a chain of about a dozen small kernels. Each of them reads and writes whole
-// tensors, or waits to be launched. Three rungs lead from there to here:
+// Four rungs of a ladder. Each does the same; benchmarks/bench_attention.py times each of them.
 //
-//   1. One pass over memory (`append`). RMSNorm needs a sum over a whole row (H*D). Then every
-//      channel is scaled and rotated once. A thread block handles one row, a thread a few channel
-//      pairs. Each value is read once, kept in registers during the sum, and written once, to its
-//      final place: queries to a buffer for SDPA, keys and values into their slots. The cache is
-//      never copied.
-//   2. Online softmax (`fused`). Attention does not need all scores at once. Walk along the keys in
-//      tiles and keep a running maximum m and sum l. When m grows, rescale the earlier results:
+//   1. PyTorch: a chain of about a dozen small kernels, then SDPA. Each kernel reads and writes
+//      whole tensors, or waits to be launched.
+//   2. One pass over memory (`append`), then SDPA. RMSNorm needs a sum over a whole row (H*D). Then
+//      every channel is scaled and rotated once. A thread block handles one row, a thread a few
+//      channel pairs. Each value is read once, kept in registers during the sum, and written once,
+//      to its final place: queries to a buffer, keys and values into their slots. The cache is
+//      never copied, and SDPA reads the slots in place.
+//   3. `append`, then online softmax (`online`). Attention does not need all scores at once. Walk
+//      along the keys in tiles and keep a running maximum m and sum l. When m grows, rescale:
 //          S = q k^T / sqrt(D)    m' = max(m, max S)    P = exp(S - m')
 //          l = l exp(m - m') + sum P        O = O exp(m - m') + P v        result O / l
-//   3. Keys split among warps (`fused`). A second of audio has 25 queries: too few to fill a GPU.
-//      So a thread block takes 8 queries of one head, and its 8 warps take different tiles of keys.
-//      Each warp has its own (m, l, O), and the same formula merges them at the end. Every key and
-//      value is read by one warp of a thread block and serves 8 queries.
+//      A second of audio has 25 queries: too few to fill a GPU. So the warps of a thread block take
+//      different tiles of keys. Each warp has its own (m, l, O), and the same formula merges them.
+//      Every number is multiplied by an ordinary core, so a loaded key serves 8 queries only.
+//   4. `append`, then the same on tensor cores (`tensor_cores`, `combine`). One instruction of a
+//      warp multiplies two small matrices, so a loaded key serves all 32 queries of a thread block
+//      and is read from memory once. To keep all of the GPU reading, the keys of a head are also
+//      split among thread blocks; a last small kernel merges their (m, l, O).
 //
-// PyTorch's SDPA follows `append`; it reads the slots in place. With 1152 video queries, attention
-// is bound by matrix multiplication, and the kernels of SDPA use the tensor cores well. `fused` is
-// for few queries, where the launches are the whole cost: it does everything in one launch.
+// Rung 2 is for many queries: 1152 video queries are bound by products, and the kernels of SDPA are
+// the better ones there. Rung 4 is for few queries in bfloat16, which are bound by reading the keys
+// and values. Rung 3 is for reading; nothing takes it by default.
 //
-// Thread blocks of one launch run in any order. So none of them may read a slot that this launch
-// writes. Each thread block of `fused` recomputes the new keys from `k` and skips their slots.
+// Why `append` is a launch of its own: thread blocks of one launch run in any order, so none may
+// read a slot that the same launch writes. An earlier kernel did everything in one launch; each
+// thread block normed all new keys again. In a CUDA graph it lost everywhere (below).
 //
-// Measured on one NVIDIA H100 (torch 2.11.0+cu130, bfloat16, one clip), in microseconds. Floors are
-// computed for 800 TFLOP/s and 3 TB/s (benchmarks/bench_attention.py):
+// Measured on one NVIDIA H100 (torch 2.11.0+cu130, 2026-11-26, bfloat16, one clip, CUDA graphs), in
+// microseconds; floors for 758 TFLOP/s and 3.0 TB/s (benchmarks/bench_attention.py):
 //
-//   `append` of a second of video, 1152 x 4096, moves 57 MB: 22, floor 19
-//   attention of 1152 queries over 7296 keys (window 5 s), by SDPA: 272, floor 172
-//                                              append + SDPA    fused
-//   audio self-attention, 25 queries, eager              129       79
-//       the same in a CUDA graph, window 5 s            11.3     19.9
-//                                window 15 s            14.5     30.3
-//   V2A, 25 queries, 1152 new keys, CUDA graph            77      735
-//   A2V, 1152 queries, CUDA graph                         21      349
+//                                    floor   rung 1   rung 2   rung 3   rung 4
+//   audio self, 25 queries,   5 s      0.6       60     12.2     13.2      9.8
+//                            15 s      1.3       63     14.7     20.5     12.7
+//   V2A, 25 queries,          5 s       23        -       77        -     40.4
+//                            15 s       54        -        -        -     73.7
+//   A2V, 1152 queries,        5 s      3.7       81     22.0      159        -
+//                            15 s      5.2       88     29.3      293        -
 //
-// So `fused` wins only where launches are the cost: few tokens, launched one by one. In a recorded
-// pass it loses everywhere, because it multiplies on the ordinary cores, not on the tensor cores.
-// V2A fits (170 of the 227 KB of shared memory that a thread block may have, in bfloat16), but each
-// of its 128 thread blocks norms all the new keys again, whole rows of them.
+// In V2A, SDPA takes the kernel of cuDNN (65); its flash kernels need 26 and 5, `tensor_cores` 28
+// and `combine` 3. The rest is `append`, which moves 19 MB: 8. Rung 3 loses to rung 2, because it
+// does not use the tensor cores. The earlier kernel needed 19.9 for audio self, 735 for V2A.
 //
 // The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks
 // all arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the
@@ -73,8 +76,9 @@ struct Args {  // the same fields in the same order as Args in cache_append_atte
     Projection q, k;
     StridedRows v;            // values, T tokens like the keys
     void *k_cache, *v_cache;  // (B, slots, H*D)
-    void *out;                // (B, Q, H*D): `append`: queries for SDPA; `fused`: attention
-    int B, H, slots;
+    void *out;                // (B, Q, H*D): `append`: queries; after it: attention
+    float *parts;             // (splits, B*Q*H, D + 4) of `tensor_cores`, see `merge`
+    int B, H, slots, splits;
     int first, filled;  // slots [first, filled) are visible, including the new keys
     int start;          // the new keys belong in slots [start, start + T)
     int split;          // a pair is channels (i, i + D/2) of a head if 1, (2i, 2i + 1) if 0
@@ -87,8 +91,6 @@ __device__ inline const scalar *row_of(const StridedRows &rows, int b, int token
 }
 
 constexpr int WARP = 32;
-constexpr int WARPS = 8;    // per thread block of `fused`; the keys are split among them
-constexpr int QUERIES = 8;  // per thread block of `fused`; they reuse each loaded key and value
 
 // ---- numbers: stored as float, half or bfloat16, computed as float ----
 
@@ -98,13 +100,6 @@ __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); 
 __device__ inline void store(float &to, float x) { to = x; }
 __device__ inline void store(__half &to, float x) { to = __float2half(x); }
 __device__ inline void store(__nv_bfloat16 &to, float x) { to = __float2bfloat16(x); }
-
-template <typename scalar>
-__device__ inline float rounded(float x) {
-    scalar y;
-    store(y, x);
-    return to_float(y);
-}
 
 constexpr int at_most_16(int bytes) { return bytes < 16 ? bytes : 16; }
 
@@ -186,32 +181,21 @@ __device__ inline Pairs<V> norm_and_rotate(Pairs<V> x, const Projection &p, int 
     return y;
 }
 
-// ---- sums ----
+// ---- sums and maxima over groups of neighbouring lanes ----
 
+template <int lanes = WARP>
 __device__ inline float warp_sum(float x) {
-    for (int step = WARP / 2; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+    for (int step = lanes / 2; step; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
     return x;
 }
 
+template <int lanes = WARP>
 __device__ inline float warp_max(float x) {
-    for (int step = WARP / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, step));
+    for (int step = lanes / 2; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, step));
     return x;
 }
 
-// 1 / sqrt(mean x^2 + eps) of a row, computed by one warp.
-template <typename scalar>
-__device__ inline float inverse_rms(const scalar *row, int width, float eps) {
-    constexpr int n = 16 / sizeof(scalar);
-    float sum = 0;
-    for (int i = threadIdx.x % WARP * n; i < width; i += WARP * n) {
-        auto x = vector_at<scalar, n>(row + i);
-#pragma unroll
-        for (int j = 0; j < n; ++j) sum += to_float(x.at[j]) * to_float(x.at[j]);
-    }
-    return rsqrtf(warp_sum(sum) / width + eps);
-}
-
-// ---- rung 1: one pass over memory ----
+// ---- rung 2: one pass over memory ----
 
 // Grid (max(Q, T), B, 3): one thread block per row of q, k and v. A thread has V channel pairs.
 template <typename scalar, int D>
@@ -248,115 +232,85 @@ __global__ void append(const __grid_constant__ Args a) {
     if (has_pairs) store_pairs<scalar, D>(to + h * D, u, split, x);
 }
 
-// ---- rungs 2 and 3: online softmax, keys split among warps ----
+// ---- rungs 3 and 4: the head of a thread block, parts of its softmax ----
 
-// One thread block of `fused`: its part of the work, its shared memory, its steps.
+// The head of one thread block. `append` has run: every visible key and value is in its slot.
 template <typename scalar, int D>
-struct FusedBlock {
-    static constexpr int V = pairs_at_once<scalar, D>(), UNITS = D / 2 / V;
-    static constexpr int C = (D + WARP - 1) / WARP;  // a lane has channels [lane C, lane C + C)
-
+struct Head {
     const Args &a;
-    const int b = blockIdx.z, h = blockIdx.y, first_query = blockIdx.x * QUERIES;
+    const int h = blockIdx.y, b = blockIdx.z, Q = a.q.tokens, num_keys = a.filled - a.first;
+
+    __device__ scalar *at(const void *x, int tokens, int token) const {  // x (B, tokens, H, D)
+        return (scalar *)x + (((size_t)b * tokens + token) * a.H + h) * D;
+    }
+    // Normed and rotated; the thread block overwrites it with the result.
+    __device__ scalar *query(int r) const { return at(a.out, Q, r); }
+    __device__ const scalar *key(int j) const { return at(a.k_cache, a.slots, slot(j)); }
+    __device__ const scalar *value(int j) const { return at(a.v_cache, a.slots, slot(j)); }
+    __device__ int slot(int j) const {  // beyond the last one: the last one again
+        return a.first + (j < num_keys ? j : num_keys - 1);
+    }
+};
+
+constexpr float SCALE = 1.44269504f;  // log2(e): exp(x) = exp2(SCALE x)
+
+// A part is the result for some of the keys: D + 4 floats (O, m, l, two spare ones, so that rows
+// start in different banks of shared memory). A part without keys has m = -inf: its weight is 0.
+struct Merged {
+    float m, l, O;
+};
+
+// Channel c of one row of parts (count, rows, D + 4).
+template <int D>
+__device__ inline Merged merge(const float *parts, int count, int rows, int row, int c) {
+    Merged all = {-INFINITY, 0, 0};
+    parts += row * (D + 4);
+    for (int i = 0; i < count; ++i) all.m = fmaxf(all.m, parts[i * rows * (D + 4) + D]);
+    for (int i = 0; i < count; ++i) {
+        const float *part = parts + i * rows * (D + 4), weight = exp2f(part[D] - all.m);
+        all.l += weight * part[D + 1];
+        all.O += weight * part[c];
+    }
+    return all;
+}
+
+// ---- rung 3: online softmax, keys split among warps ----
+
+// One thread block of `online`: 8 queries of a head, which reuse each loaded key and value.
+template <typename scalar, int D>
+struct OnlineBlock {
+    static constexpr int WARPS = 8, QUERIES = 8, N = 16 / sizeof(scalar);
+    static constexpr int C = (D + WARP - 1) / WARP;  // a lane has channels [lane C, lane C + C)
+    static constexpr int FLOATS = QUERIES * D + WARPS * WARP * QUERIES + WARPS * QUERIES * (D + 4);
+
+    const Head<scalar, D> head;
+    const int first_query = blockIdx.x * QUERIES;
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int Q = a.q.tokens, T = a.k.tokens, width = a.H * D;
-    const int num_old = a.filled - a.first - T, num_keys = num_old + T;
     // In shared memory:
-    float *const q;            // (QUERIES, D), stored as units of (2, V) pairs; scaled for exp2
-    float *const P;            // (WARPS, WARP, QUERIES) softmax weights of each warp's tile
-    float *const O;            // (WARPS, QUERIES, D): this line and the next, for the merge
-    float *const m, *const l;  // (WARPS, QUERIES)
-    scalar *const new_k;       // (T, D)
+    float *const q;      // (QUERIES, D), scaled for exp2
+    float *const P;      // (WARPS, WARP, QUERIES) softmax weights of each warp's tile
+    float *const parts;  // (WARPS, QUERIES, D + 4), see `merge`
 
-    __device__ FusedBlock(const Args &a, float4 *shared)
-        : a(a), q((float *)shared), P(q + QUERIES * D), O(P + WARPS * WARP * QUERIES),
-          m(O + WARPS * QUERIES * D), l(m + WARPS * QUERIES),
-          new_k((scalar *)(l + WARPS * QUERIES)) {}
+    __device__ OnlineBlock(const Args &a, float *shared)
+        : head{a}, q(shared), P(q + QUERIES * D), parts(P + WARPS * WARP * QUERIES) {}
 
-    static size_t shared_bytes(int T) {
-        const size_t floats = QUERIES * D + WARPS * WARP * QUERIES + WARPS * QUERIES * (D + 2);
-        return floats * sizeof(float) + (size_t)T * D * sizeof(scalar);
-    }
-
-    // This head of one row of x (B, tokens, H*D).
-    __device__ scalar *head_of(const void *x, int tokens, int token) const {
-        return (scalar *)x + ((size_t)b * tokens + token) * width + h * D;
-    }
-    __device__ const scalar *head_of(const StridedRows &rows, int token) const {
-        return row_of<scalar>(rows, b, token) + h * D;
-    }
-
-    // Key j: first the old keys, without the slots of the new ones; then the new keys.
-    __device__ int slot_of(int j) const {
-        return a.first + j < a.start ? a.first + j : a.first + j + T;
-    }
-    __device__ const scalar *key(int j) const {
-        return j < num_old ? head_of(a.k_cache, a.slots, slot_of(j)) : new_k + (j - num_old) * D;
-    }
-    __device__ const scalar *value(int j) const {
-        return j < num_old ? head_of(a.v_cache, a.slots, slot_of(j)) : head_of(a.v, j - num_old);
-    }
-
-    // One warp: norm (over all heads) and rotate this head of a token; pass the result to `use`.
-    template <typename Use>
-    __device__ void prepare(const Projection &p, int token, Use use) const {
-        const scalar *head = head_of(p.rows, token);
-        const float scale = inverse_rms(head - h * D, width, a.eps);
-        for (int u = lane; u < UNITS; u += WARP) {
-            Pairs<V> x = load_pairs<scalar, D>(head, u, a.split);
-            use(u, norm_and_rotate<scalar, D>(x, p, token, a.H, h, u, scale, a.split));
-        }
-    }
-
-    __device__ void prepare_queries() const {
-        const float scale = 1.44269504f / sqrtf(D);  // log2(e) / sqrt(D), for exp2
-        for (int r = warp; r < QUERIES; r += WARPS) {
-            float *row = q + r * D;
-            if (first_query + r >= Q) {  // zeros take part; their result is not written
-                for (int i = lane; i < D; i += WARP) row[i] = 0;
-                continue;
-            }
-            prepare(a.q, first_query + r, [&](int u, const Pairs<V> &x) {
-                for (int j = 0; j < V; ++j) {  // rounded as PyTorch would store them
-                    row[u * 2 * V + j] = rounded<scalar>(x.a[j]) * scale;
-                    row[u * 2 * V + V + j] = rounded<scalar>(x.b[j]) * scale;
-                }
-            });
-        }
-    }
-
-    // Every thread block computes them itself: it cannot wait for another one.
-    __device__ void prepare_new_keys() const {
-        for (int t = warp; t < T; t += WARPS)
-            prepare(a.k, t, [&](int u, const Pairs<V> &x) {
-                store_pairs<scalar, D>(new_k + t * D, u, a.split, x);
-            });
-    }
-
-    // The work is divided among the thread blocks of a head. This launch never reads these slots.
-    __device__ void append_new() const {
-        constexpr int n = 16 / sizeof(scalar);
-        const int threads = WARPS * WARP;
-        for (int i = blockIdx.x * threads + threadIdx.x; i < T * D / n; i += gridDim.x * threads) {
-            const int t = i * n / D, c = i * n % D;
-            scalar *k = head_of(a.k_cache, a.slots, a.start + t) + c;
-            scalar *v = head_of(a.v_cache, a.slots, a.start + t) + c;
-            vector_at<scalar, n>(k) = vector_at<scalar, n>(new_k + i * n);
-            vector_at<scalar, n>(v) = vector_at<scalar, n>(head_of(a.v, t) + c);
+    __device__ void load_queries() const {  // zeros beyond the last one; their result is dropped
+        for (int i = threadIdx.x; i < QUERIES * D; i += WARPS * WARP) {
+            const int r = first_query + i / D;
+            q[i] = r < head.Q ? to_float(head.query(r)[i % D]) * (SCALE / sqrtf(D)) : 0;
         }
     }
 
     // S = q k^T for one key; every lane has its own key.
     __device__ void scores(const scalar *k, float (&S)[QUERIES]) const {
 #pragma unroll
-        for (int u = 0; u < UNITS; ++u) {
-            const Pairs<V> x = load_pairs<scalar, D>(k, u, a.split);
+        for (int u = 0; u < D; u += N) {
+            auto x = vector_at<scalar, N>(k + u);
 #pragma unroll
             for (int r = 0; r < QUERIES; ++r) {
-                auto qa = vector_at<float, V>(q + r * D + u * 2 * V);
-                auto qb = vector_at<float, V>(q + r * D + u * 2 * V + V);
+                auto y = vector_at<float, N>(q + r * D + u);
 #pragma unroll
-                for (int j = 0; j < V; ++j) S[r] += qa.at[j] * x.a[j] + qb.at[j] * x.b[j];
+                for (int j = 0; j < N; ++j) S[r] += y.at[j] * to_float(x.at[j]);
             }
         }
     }
@@ -384,10 +338,10 @@ struct FusedBlock {
     // O += P v over all keys of a tile; every lane has its own channels.
     __device__ void add_values(int tile, Running &run) const {
         if (lane * C >= D) return;  // D < 32: this lane has no channels
-        const int count = num_keys - tile < WARP ? num_keys - tile : WARP;
+        const int count = head.num_keys - tile < WARP ? head.num_keys - tile : WARP;
 #pragma unroll 4
         for (int j = 0; j < count; ++j) {
-            auto v = vector_at<scalar, C>(value(tile + j) + lane * C);
+            auto v = vector_at<scalar, C>(head.value(tile + j) + lane * C);
             auto p = vector_at<float, QUERIES>(P + (warp * WARP + j) * QUERIES);
 #pragma unroll
             for (int r = 0; r < QUERIES; ++r)
@@ -399,12 +353,12 @@ struct FusedBlock {
     __device__ void attend(Running &run) const {
 #pragma unroll
         for (int r = 0; r < QUERIES; ++r) run.m[r] = -INFINITY;
-        for (int tile = warp * WARP; tile < num_keys; tile += WARPS * WARP) {
-            const bool valid = tile + lane < num_keys;
+        for (int tile = warp * WARP; tile < head.num_keys; tile += WARPS * WARP) {
             float S[QUERIES] = {};
-            scores(key(valid ? tile + lane : tile), S);
+            scores(head.key(tile + lane), S);
 #pragma unroll
-            for (int r = 0; r < QUERIES; ++r) S[r] = valid ? S[r] : -INFINITY;
+            for (int r = 0; r < QUERIES; ++r)
+                if (tile + lane >= head.num_keys) S[r] = -INFINITY;
             vector_at<float, QUERIES>(P + (warp * WARP + lane) * QUERIES) = softmax(S, run);
             __syncwarp();  // before: a lane per key; after: a lane per C channels
             add_values(tile, run);
@@ -412,72 +366,256 @@ struct FusedBlock {
         }
     }
 
-    __device__ void store_partial(const Running &run) const {
+    __device__ void store_part(const Running &run) const {
 #pragma unroll
         for (int r = 0; r < QUERIES; ++r) {
             const float sum = warp_sum(run.l[r]);
-            const int row = warp * QUERIES + r;
-            if (lane == 0) m[row] = run.m[r], l[row] = sum;
+            float *part = parts + (warp * QUERIES + r) * (D + 4);
+            if (lane == 0) part[D] = run.m[r], part[D + 1] = sum;
 #pragma unroll
             for (int c = 0; c < C; ++c)
-                if (lane * C < D) O[row * D + lane * C + c] = run.O[r][c];
+                if (lane * C < D) part[lane * C + c] = run.O[r][c];
         }
     }
 
-    // A warp without any tile has m = -inf, so its weight is 0.
-    __device__ void merge() const {
+    __device__ void merge_warps() const {
         for (int i = threadIdx.x; i < QUERIES * D; i += WARPS * WARP) {
             const int r = i / D, c = i % D;
-            if (first_query + r >= Q) return;
-            float top = -INFINITY, sum = 0, out = 0;
-            for (int w = 0; w < WARPS; ++w) top = fmaxf(top, m[w * QUERIES + r]);
-            for (int w = 0; w < WARPS; ++w) {
-                const float weight = exp2f(m[w * QUERIES + r] - top);
-                sum += weight * l[w * QUERIES + r];
-                out += weight * O[(w * QUERIES + r) * D + c];
-            }
-            store(head_of(a.out, Q, first_query + r)[c], out / sum);
+            if (first_query + r >= head.Q) return;
+            const Merged all = merge<D>(parts, WARPS, QUERIES, r, c);
+            store(head.query(first_query + r)[c], all.O / all.l);
         }
     }
 };
 
 // Grid (ceil(Q / QUERIES), H, B): one thread block per 8 queries of one head.
 template <typename scalar, int D>
-__global__ void __launch_bounds__(WARPS *WARP, 1) fused(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(OnlineBlock<scalar, D>::WARPS *WARP, 1)
+    online(const __grid_constant__ Args a) {
     extern __shared__ float4 shared[];
-    const FusedBlock<scalar, D> block(a, shared);
-    block.prepare_queries();
-    block.prepare_new_keys();
+    const OnlineBlock<scalar, D> block(a, (float *)shared);
+    block.load_queries();
     __syncthreads();
-    block.append_new();
-    typename FusedBlock<scalar, D>::Running run = {};
+    typename OnlineBlock<scalar, D>::Running run = {};
     block.attend(run);
-    block.store_partial(run);
+    block.store_part(run);
     __syncthreads();
-    block.merge();
+    block.merge_warps();
+}
+
+// ---- rung 4: tensor cores, keys split among thread blocks ----
+
+using bf16 = __nv_bfloat16;
+using Two = Vector<bf16, 2>;   // a register of the tensor cores
+using Eight = Vector<Two, 4>;  // one load of 16 bytes
+
+// C += A B, one instruction of a warp: A is (16, 16), B (16, 8), C (16, 8). Lane 4 g + t holds
+//   a0, a2  columns (2t, 2t + 1) and (2t + 8, 2t + 9) of row g; a1, a3 the same of row g + 8
+//   b0, b1  rows (2t, 2t + 1) and (2t + 8, 2t + 9) of column g
+//   c       columns (2t, 2t + 1) of row g, then of row g + 8
+#ifdef __CUDACC__
+__device__ inline void mma(float (&c)[4], Two a0, Two a1, Two a2, Two a3, Two b0, Two b1) {
+#if __CUDA_ARCH__ < 800
+    __trap();  // older tensor cores know no bfloat16; `fits_tensor_cores` never comes here
+#else
+    auto bits = [](const Two &x) { return *(const unsigned *)&x; };
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(bits(a0)), "r"(bits(a1)), "r"(bits(a2)), "r"(bits(a3)), "r"(bits(b0)), "r"(bits(b1)));
+#endif
+}
+#endif
+
+__device__ inline Eight eight(const bf16 *p) { return *(const Eight *)p; }
+
+__device__ inline Two two(float x, float y) {
+    Two xy;
+    store(xy.at[0], x), store(xy.at[1], y);
+    return xy;
+}
+
+// One thread block of `tensor_cores`: all queries of a head, a range of its keys. Warps take tiles
+// of 16 keys in turn. A lane loads 16 bytes at once, straight into the registers that `mma` reads.
+// This works because two orders are free:
+//   q k^T  A sum may run over the channels in any order. Lane 4 g + t loads channels [8t, 8t + 8)
+//          of key g, and passes four of them as "2t, 2t + 1, 2t + 8, 2t + 9", then the other four.
+//   P v    Columns may stand in any order. Lane 4 g + t loads 8 channels of keys 2t, 2t + 1,
+//          2t + 8 and 2t + 9, and passes the c-th channel to the c-th product as "column g".
+struct TensorBlock {
+    static constexpr int D = 64, WARPS = 12, TILE = 16, FEW = 32;  // FEW: most queries
+    static constexpr int FLOATS = WARPS * FEW * (D + 4);
+
+    const Head<bf16, D> head;
+    float *const parts;  // (WARPS, FEW, D + 4) in shared memory, see `merge`
+    const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+
+    struct Tile {
+        Eight k[2][2];         // keys g and g + 8: channels [8t, 8t + 8) and 32 more
+        Vector<bf16, 8> v[4];  // keys 2t, 2t + 1, 2t + 8, 2t + 9
+    };
+    struct Running {       // a lane has a part of queries g, g + 8, g + 16, g + 24
+        Eight q[4][2];     // channels [8t, 8t + 8) and 32 more
+        float m[4], l[4];  // l: sum over the keys of this lane
+        float O[2][8][4];  // c of 8 products, for queries 0 to 15, then 16 to 31
+    };
+
+    __device__ void load_queries(Running &run) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bf16 *q = head.query(8 * i + g) + 8 * t;
+            run.m[i] = -INFINITY;
+            if (8 * i + g < head.Q) run.q[i][0] = eight(q), run.q[i][1] = eight(q + 32);
+        }
+    }
+
+    // S = q k^T for 16 queries, rows g (q) and g + 8 (q8), and two times 8 keys.
+    __device__ void scores(const Eight (&q)[2], const Eight (&q8)[2], const Eight (&k)[2][2],
+                           float (&S)[2][4]) const {
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int half = i / 2, j = i % 2 * 2;
+                mma(S[n], q[half].at[j], q8[half].at[j], q[half].at[j + 1], q8[half].at[j + 1],
+                    k[n][half].at[j], k[n][half].at[j + 1]);
+            }
+    }
+
+    // One query, row g (e = 0) or g + 8 (e = 2) of 16: new maximum; rescale; S becomes P.
+    __device__ void softmax(float (&S)[2][4], int M, int e, Running &run) const {
+        const float scale = SCALE / sqrtf(D);
+        float &m = run.m[2 * M + e / 2], &l = run.l[2 * M + e / 2];
+        const float top = fmaxf(fmaxf(S[0][e], S[0][e + 1]), fmaxf(S[1][e], S[1][e + 1]));
+        const float m_new = fmaxf(m, warp_max<4>(top) * scale), shrink = exp2f(m - m_new);
+        m = m_new, l *= shrink;
+#pragma unroll
+        for (int j = e; j < e + 2; ++j) {
+#pragma unroll
+            for (int c = 0; c < 8; ++c) run.O[M][c][j] *= shrink;
+#pragma unroll
+            for (int n = 0; n < 2; ++n) l += S[n][j] = exp2f(S[n][j] * scale - m);
+        }
+    }
+
+    // Eight loads, all under way before the first product.
+    __device__ Tile load(int first) const {
+        Tile x;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const bf16 *k = head.key(first + i / 2 * 8 + g) + i % 2 * 32 + 8 * t;
+            const bf16 *v = head.value(first + i / 2 * 8 + 2 * t + i % 2) + g % 2 * 32 + g / 2 * 8;
+            x.k[i / 2][i % 2] = eight(k);
+            x.v[i] = vector_at<bf16, 8>(v);
+        }
+        return x;
+    }
+
+    __device__ void attend_tile(int first, const Tile &x, Running &run) const {
+#pragma unroll
+        for (int M = 0; M < 2; ++M) {
+            float S[2][4] = {};  // c of `mma`, for keys 0 to 7 and 8 to 15
+            scores(run.q[2 * M], run.q[2 * M + 1], x.k, S);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (first + i / 4 * 8 + 2 * t + i % 2 >= head.num_keys) S[i / 4][i % 4] = -INFINITY;
+            softmax(S, M, 0, run), softmax(S, M, 2, run);
+            const Two p[4] = {two(S[0][0], S[0][1]), two(S[0][2], S[0][3]),  // c of one product
+                              two(S[1][0], S[1][1]), two(S[1][2], S[1][3])};  // is a of the next
+#pragma unroll
+            for (int c = 0; c < 8; ++c)
+                mma(run.O[M][c], p[0], p[1], p[2], p[3], Two{x.v[0].at[c], x.v[1].at[c]},
+                    Two{x.v[2].at[c], x.v[3].at[c]});
+        }
+    }
+
+    // Column 2t of the c-th product is channel 8t + c, column 2t + 1 is channel 32 + 8t + c.
+    __device__ void store_part(const Running &run) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float l = warp_sum<4>(run.l[i]), *part = parts + (warp * FEW + 8 * i + g) * (D + 4);
+            if (t == 0) part[D] = run.m[i], part[D + 1] = l;
+#pragma unroll
+            for (int c = 0; c < 16; ++c)
+                part[c / 8 * 32 + 8 * t + c % 8] = run.O[i / 2][c % 8][i % 2 * 2 + c / 8];
+        }
+    }
+
+    __device__ void merge_warps() const {
+        const Args &a = head.a;
+        for (int i = threadIdx.x; i < head.Q * D; i += WARPS * WARP) {
+            const int r = i / D, c = i % D, rows = a.B * head.Q * a.H;
+            const Merged all = merge<D>(parts, WARPS, FEW, r, c);
+            bf16 &out = head.query(r)[c];
+            if (a.splits == 1) {
+                store(out, all.O / all.l);
+                continue;
+            }
+            const size_t row = (&out - (bf16 *)a.out) / D;
+            float *part = a.parts + (blockIdx.x * rows + row) * (D + 4);
+            part[c] = all.O;
+            if (c == 0) part[D] = all.m, part[D + 1] = all.l;
+        }
+    }
+};
+
+// Grid (splits, H, B): one thread block per range of keys and head.
+__global__ void __launch_bounds__(TensorBlock::WARPS *WARP, 1)
+    tensor_cores(const __grid_constant__ Args a) {
+    extern __shared__ float4 shared[];
+    const TensorBlock block{{a}, (float *)shared};
+    TensorBlock::Running run = {};
+    block.load_queries(run);
+    const int tiles = (block.head.num_keys + block.TILE - 1) / block.TILE;
+    const int end = tiles * (blockIdx.x + 1) / a.splits;
+    for (int tile = tiles * blockIdx.x / a.splits + block.warp; tile < end; tile += block.WARPS)
+        block.attend_tile(tile * block.TILE, block.load(tile * block.TILE), run);
+    block.store_part(run);
+    __syncthreads();
+    block.merge_warps();
+}
+
+// A thread per number of the output: merge the thread blocks of `tensor_cores`.
+__global__ void combine(const __grid_constant__ Args a) {
+    constexpr int D = TensorBlock::D;
+    const int rows = a.B * a.q.tokens * a.H, i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * D) return;
+    const Merged all = merge<D>(a.parts, a.splits, rows, i / D, i % D);
+    store(((bf16 *)a.out)[i], all.O / all.l);
 }
 
 // ---- launch ----
 
-template <typename scalar, int D>
-cudaError_t launch(bool is_fused, const Args &a, cudaStream_t stream) {
+template <typename Kernel>
+cudaError_t run(Kernel kernel, dim3 grid, int threads, int floats, const Args &a, cudaStream_t on) {
     cudaLaunchConfig_t config = {};
-    config.stream = stream;
-    if (!is_fused) {
-        const int threads = a.H * (D / 2 / pairs_at_once<scalar, D>());
-        const int tokens = a.q.tokens > a.k.tokens ? a.q.tokens : a.k.tokens;
-        config.blockDim = dim3((threads + WARP - 1) / WARP * WARP);
-        config.gridDim = dim3(tokens, a.B, 3);
-        config.dynamicSmemBytes = WARP * sizeof(float);  // at most 32 warps
-        return cudaLaunchKernelEx(&config, append<scalar, D>, a);
-    }
-    config.blockDim = dim3(WARPS * WARP);
-    config.gridDim = dim3((a.q.tokens + QUERIES - 1) / QUERIES, a.H, a.B);
-    config.dynamicSmemBytes = FusedBlock<scalar, D>::shared_bytes(a.k.tokens);
+    config.gridDim = grid;
+    config.blockDim = dim3((threads + WARP - 1) / WARP * WARP);
+    config.dynamicSmemBytes = floats * sizeof(float);
+    config.stream = on;
     // A kernel must ask for more than 48 KB; more than the GPU has is refused here.
-    cudaError_t error = cudaFuncSetAttribute(
-        fused<scalar, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, config.dynamicSmemBytes);
-    return error ? error : cudaLaunchKernelEx(&config, fused<scalar, D>, a);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             config.dynamicSmemBytes);
+    return error ? error : cudaLaunchKernelEx(&config, kernel, a);
+}
+
+enum Rung { APPEND, ONLINE, TENSOR_CORES };
+
+template <typename scalar, int D>
+cudaError_t launch(int rung, const Args &a, cudaStream_t on) {
+    const int Q = a.q.tokens, T = a.k.tokens, outputs = a.B * Q * a.H * D;
+    const int threads = a.H * (D / 2 / pairs_at_once<scalar, D>());  // shared: at most 32 warps
+    cudaError_t error = run(append<scalar, D>, dim3(Q > T ? Q : T, a.B, 3), threads, WARP, a, on);
+    if (error || rung == APPEND) return error;
+    if (rung == ONLINE) {
+        using Block = OnlineBlock<scalar, D>;
+        const dim3 grid((Q + Block::QUERIES - 1) / Block::QUERIES, a.H, a.B);
+        return run(online<scalar, D>, grid, Block::WARPS * WARP, Block::FLOATS, a, on);
+    }
+    using Block = TensorBlock;
+    error = run(tensor_cores, dim3(a.splits, a.H, a.B), Block::WARPS * WARP, Block::FLOATS, a, on);
+    if (error || a.splits == 1) return error;
+    return run(combine, dim3((outputs + 255) / 256), 256, 0, a, on);
 }
 
 #ifndef HEAD_SIZES  // D of audio and video: toy (24, 40), full size (64, 128)
@@ -485,20 +623,22 @@ cudaError_t launch(bool is_fused, const Args &a, cudaStream_t stream) {
 #endif
 
 template <typename scalar>
-cudaError_t launch_for(int D, bool is_fused, const Args &a, cudaStream_t stream) {
+cudaError_t launch_for(int D, int rung, const Args &a, cudaStream_t stream) {
 #define CASE(size) \
-    if (D == size) return launch<scalar, size>(is_fused, a, stream);
+    if (D == size) return launch<scalar, size>(rung, a, stream);
     HEAD_SIZES(CASE)
 #undef CASE
     return cudaErrorInvalidValue;
 }
 
-// dtype: 0 float, 1 half, 2 bfloat16. is_fused: `fused` instead of `append`. Returns a CUDA error.
-extern "C" int cache_append_attention(int dtype, int D, int is_fused, const Args *a, void *stream) {
+// dtype: 0 float, 1 half, 2 bfloat16. rung: 0 `append` alone, 1 and `online`, 2 and `tensor_cores`,
+// for bfloat16, D = 64 and at most 32 queries. Returns a CUDA error.
+extern "C" int cache_append_attention(int dtype, int D, int rung, const Args *a, void *stream) {
     auto on = (cudaStream_t)stream;
-    if (dtype == 0) return launch_for<float>(D, is_fused, *a, on);
-    if (dtype == 1) return launch_for<__half>(D, is_fused, *a, on);
-    if (dtype == 2) return launch_for<__nv_bfloat16>(D, is_fused, *a, on);
+    if (rung == TENSOR_CORES && (dtype != 2 || D != 64)) return cudaErrorInvalidValue;
+    if (dtype == 0) return launch_for<float>(D, rung, *a, on);
+    if (dtype == 1) return launch_for<__half>(D, rung, *a, on);
+    if (dtype == 2) return launch_for<__nv_bfloat16>(D, rung, *a, on);
     return cudaErrorInvalidValue;
 }
 

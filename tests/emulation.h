@@ -127,6 +127,26 @@ X shuffle_xor(unsigned mask, X x, int lane_mask, int line) {
     return x;
 }
 
+// C += A B by the tensor cores: (16, 16) by (16, 8). Where the lanes hold A, B and C is written in
+// the PTX manual, "Matrix Fragments for mma.m16n8k16".
+template <typename Two>
+void mma(int line, float (&c)[4], Two a0, Two a1, Two a2, Two a3, Two b0, Two b1) {
+    static Two a[MOST][4], b[MOST][2];
+    Two *my_a = a[self->index], *my_b = b[self->index];
+    my_a[0] = a0, my_a[1] = a1, my_a[2] = a2, my_a[3] = a3, my_b[0] = b0, my_b[1] = b1;
+    wait(AT_WARP, line);
+    const int lane = self->index % LANES, first = self->index - lane;
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            const Two x = a[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            const Two y = b[first + column * 4 + k % 8 / 2][k / 8];
+            c[i] += __bfloat162float(x.at[k % 2]) * __bfloat162float(y.at[k % 2]);
+        }
+    }
+    wait(AT_WARP, -line);  // before the registers are used again
+}
+
 #ifndef EMULATION_THREADS
 
 struct Fiber : Thread {
@@ -308,6 +328,7 @@ inline cudaError_t run_grid(const cudaLaunchConfig_t &config) {
 #define __syncthreads() emulation::wait(emulation::AT_BLOCK, __LINE__)
 #define __syncwarp() emulation::wait(emulation::AT_WARP, __LINE__)
 #define __shfl_xor_sync(mask, x, lane_mask) emulation::shuffle_xor(mask, x, lane_mask, __LINE__)
+#define mma(...) emulation::mma(__LINE__, __VA_ARGS__)
 
 template <typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(Argument),
