@@ -4,23 +4,29 @@ The three networks come from Hugging Face diffusers: the video VAE, the audio VA
 `Decoder` runs them on a stream in overlapping chunks (film/decoders.py).
 """
 
+import math
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from film.decoders import Chunk, ChunkedDecoder
+from full_size import parts
+from full_size.checkpoint import check_numbers
 
 PARTS = ("vae", "audio_vae", "vocoder")  # folders
 STEREO, MEL_LATENT_BINS, MEL_BINS = 2, 16, 64
 
 
 class Overlap(NamedTuple):
-    """Context and look-ahead of each network, in its own inputs."""
+    """Context and look-ahead of each network, in its own inputs; None: as far as it reaches."""
 
-    video: tuple[int, int] = (4, 0)  # latent frames
-    audio: tuple[int, int] = (8, 0)  # latent frames
-    vocoder: tuple[int, int] = (16, 4)  # mel frames
+    video: tuple[int, int] = (4, 0)  # latent frames; it reaches 22 both ways
+    audio: tuple[int, int] | None = None  # latent frames
+    vocoder: tuple[int, int] | None = None  # mel frames
 
 
 class Decoder:
@@ -38,8 +44,12 @@ class Decoder:
         decode_audio = watch("audio decoder", self._decode_audio)
         synthesise = watch("vocoder", self._synthesise)
         self.video = ChunkedDecoder(decode_video, cfg.video_stride, 1, *overlap.video)
-        self.mel = ChunkedDecoder(decode_audio, cfg.audio_stride, 1, *overlap.audio)
-        self.sound = ChunkedDecoder(synthesise, samples, samples, *overlap.vocoder)
+        self.mel = ChunkedDecoder(
+            decode_audio, cfg.audio_stride, 1, *(overlap.audio or audio_reach(audio_vae.decoder))
+        )
+        self.sound = ChunkedDecoder(
+            synthesise, samples, samples, *(overlap.vocoder or vocoder_reach(vocoder))
+        )
 
     @torch.inference_mode()
     def decode(self, block) -> Chunk:
@@ -68,7 +78,8 @@ class Decoder:
 
     def _decode_video(self, latents):
         """(B, C, F, h, w) normalised latents -> (B, 3, P, H, W) in [-1, 1]."""
-        return self.vae.decode(denormalised(latents, self.vae, (-1, 1, 1, 1)), return_dict=False)[0]
+        new = self.video.given - self.video.done
+        return decode_video(self.vae.decoder, denormalised(latents, self.vae, (-1, 1, 1, 1)), new)
 
     def _decode_audio(self, latents):
         """(B, 8, F, 16) normalised latents -> (B, 2, M, 64) log-mel frames."""
@@ -100,6 +111,126 @@ def no_tf32():
         torch.backends.cudnn.allow_tf32 = before
 
 
+# ---- how far the decoders of sound reach ----
+
+
+def audio_reach(decoder) -> tuple[int, int]:
+    """Return how many latents before and after its own a mel frame depends on: it is causal."""
+    latents, rate = num_neighbours(decoder.conv_in) + num_neighbours(decoder.mid), 1
+    for stage in reversed(decoder.up):  # the first one to run is the last one in the list
+        latents += num_neighbours(stage.block) / rate
+        if hasattr(stage, "upsample"):
+            rate *= 2  # frames of a latent
+            latents += num_neighbours(stage.upsample) / rate
+    return math.ceil(latents + num_neighbours(decoder.conv_out) / rate), 0
+
+
+def vocoder_reach(net) -> tuple[int, int]:
+    """Return how many mel frames before and after its own a sample depends on."""
+    before = after = num_neighbours(net.conv_in) / 2  # half of them on either side
+    rate, parallel = 1, net.resnets_per_upsample
+    for i, up in enumerate(net.upsamplers):
+        # input t of a transposed convolution adds to the outputs t * stride - padding and later
+        (kernel,), (padding,), (stride,) = up.kernel_size, up.padding, up.stride
+        before += (kernel - 1 - padding) / (stride * rate)
+        after += padding / (stride * rate)
+        rate *= stride  # samples of a mel frame
+        blocks = net.resnets[i * parallel : (i + 1) * parallel]  # added up: the widest one counts
+        widest = max(map(num_neighbours, blocks)) / 2 / rate
+        before, after = before + widest, after + widest
+    last = num_neighbours(net.conv_out) / 2 / rate
+    # of the first and of the last sample of a mel frame
+    return math.floor(before + last), math.floor(after + last + (rate - 1) / rate)
+
+
+def num_neighbours(module) -> int:
+    """Return how many inputs besides its own an output of a chain of convolutions depends on."""
+    convs = (m for m in module.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d)))
+    return sum((conv.kernel_size[0] - 1) * conv.dilation[0] for conv in convs)  # axis 0: time
+
+
+# ---- the video decoder ----
+
+
+def decode_video(decoder, latents, new=None):
+    """Run the video decoder of diffusers.  (B, 128, F, h, w) -> (B, 3, 8 (F - 1) + 1, 32 h, 32 w)
+
+    new   latents at the end whose frames are needed; earlier frames may be zeros. Default: all
+    """
+    # diffusers keeps channels outermost, (B, C, T, H, W). The convolutions of a GPU want them
+    # innermost, so each of them would copy its input and its output. Here x is (B, T, H, W, C).
+    stages = [(*stage.upsamplers, *stage.resnets) for stage in decoder.up_blocks]
+    steps = [*decoder.mid_block.resnets, *sum(stages, ())]
+    num_frames, p = 8 * (latents.shape[2] - 1) + 1, decoder.patch_size
+    needed = num_frames if new is None else min(num_frames, 8 * new)
+    x = convolve(decoder.conv_in, latents.permute(0, 2, 3, 4, 1))
+    for step, frames in zip(steps, needed_frames(steps, needed)):
+        x = (upsample if hasattr(step, "upscale_factor") else add_residual)(step, x[:, -frames:])
+    x = convolve(decoder.conv_out, activate(x))
+    # each output is a patch of p x p pixels, columns before rows
+    x = x.unflatten(-1, (3, p, p)).permute(0, 4, 1, 2, 6, 3, 5).flatten(5, 6).flatten(3, 4)
+    return F.pad(x, (0, 0, 0, 0, num_frames - x.shape[2], 0))
+
+
+def needed_frames(steps, frames) -> list[int]:
+    """Return how many of the last frames each step must read, to get the last `frames` right."""
+    # The first frame that a convolution reads stands in for those before, so its output is wrong.
+    frames, counts = frames + 1, []  # one more: the last convolution
+    for step in reversed(steps):
+        is_upsampler = hasattr(step, "upscale_factor")
+        frames = (frames + 1) // 2 + 1 if is_upsampler else frames + 2  # two convolutions
+        counts.append(frames)
+    return counts[::-1]
+
+
+def add_residual(block, x):
+    """Add what a residual block computes."""
+    hidden = convolve(block.conv1, activate(x))
+    return x + convolve(block.conv2, activate(hidden))
+
+
+def activate(x):
+    """Divide by the root mean square over the channels, then apply SiLU."""
+    return F.silu(F.rms_norm(x, x.shape[-1:], eps=1e-8))
+
+
+def convolve(layer, x):
+    """Apply a 3 x 3 x 3 convolution to (B, T, H, W, C), with its padding."""
+    conv = layer.conv
+    # a view with the order of axes that PyTorch wants; in memory, channels stay innermost
+    x = F.conv3d(padded(x).permute(0, 4, 1, 2, 3), conv.weight, conv.bias)
+    return x.permute(0, 2, 3, 4, 1)
+
+
+def padded(x):
+    """Add a frame at either end, the same again, and a pixel at every edge, by reflection.
+
+    >>> padded(torch.tensor([[1, 2, 3], [4, 5, 6]]).view(1, 1, 2, 3, 1))[0, 0, :, :, 0]
+    tensor([[5, 4, 5, 6, 5],
+            [2, 1, 2, 3, 2],
+            [5, 4, 5, 6, 5],
+            [2, 1, 2, 3, 2]])
+    """
+    t, h, w = (torch.arange(-1, n + 1, device=x.device) for n in x.shape[1:4])
+    t = t.clamp(0, len(t) - 3)
+    h, w = ((n - 3) - ((n - 3) - i.abs()).abs() for n, i in ((len(h), h), (len(w), w)))
+    return x[:, t[:, None, None], h[:, None], w]
+
+
+def upsample(layer, x):
+    """Double frames, rows and columns; the first frame of the result is dropped."""
+    x, same = to_space(convolve(layer.conv, x)), to_space(x)
+    copies = x.shape[-1] // same.shape[-1]
+    x.unflatten(-1, (copies, -1)).add_(same.unsqueeze(-2))  # one residual for several channels
+    return x[:, 1:]
+
+
+def to_space(x):
+    """Turn every eight channels into 2 frames x 2 rows x 2 columns."""
+    x = x.unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # each axis beside its 2
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+
+
 # ---- the three networks ----
 
 
@@ -109,9 +240,7 @@ def decoder_classes() -> dict:
         from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
     except (ImportError, RuntimeError):
-        raise ValueError(
-            "decoding at full size needs diffusers: pip install -r requirements-full.txt"
-        ) from None
+        raise ValueError(parts.REQUIRED) from None
     return {
         "vae": (AutoencoderKLLTX2Video, {"decoder_causal": False}),
         "audio_vae": (AutoencoderKLLTX2Audio, {}),
@@ -119,20 +248,50 @@ def decoder_classes() -> dict:
     }
 
 
+# settings that change a network's results, but neither names nor shapes, as published
+SWITCHES = {
+    "vae": {
+        "latent_channels": 128, "patch_size": 4, "patch_size_t": 1, "resnet_norm_eps": 1e-6,
+        "decoder_causal": False, "decoder_spatial_padding_mode": "reflect",
+        "decoder_spatio_temporal_scaling": (True, True, True), "timestep_conditioning": False,
+        "upsample_residual": (True, True, True), "upsample_factor": (2, 2, 2),
+    },
+    "audio_vae": {
+        "latent_channels": 8, "mel_bins": 64, "norm_type": "pixel", "causality_axis": "height",
+        "mid_block_add_attention": False,
+    },
+    "vocoder": {
+        "upsample_factors": (6, 5, 2, 2, 2), "resnet_dilations": ((1, 3, 5),) * 3,
+        "act_fn": "leaky_relu", "leaky_relu_negative_slope": 0.1, "antialias": False,
+        "final_act_fn": "tanh", "output_sampling_rate": 24000,
+    },
+}  # fmt: skip
+
+
+def networks() -> dict:
+    """Return what the three networks must be; nobody reads their encoders."""
+    classes = decoder_classes().items()
+    return {
+        name: parts.Part(network, SWITCHES[name], ("encoder.",)) for name, (network, _) in classes
+    }
+
+
+def check_folder(folder):
+    """Raise ValueError unless LTX-2's folder has whole decoders."""
+    parts.check_folders(folder, PARTS)
+    parts.check_parts(folder, networks())
+
+
 def load(folder, device="cpu", dtype=torch.bfloat16) -> list:
     """Load the three networks from a local folder in diffusers' format (PARTS)."""
     nets = []
-    for name, (network_class, _) in decoder_classes().items():
-        try:
-            net = network_class.from_pretrained(
-                folder,
-                subfolder=name,
-                dtype=torch.float32 if name == "vocoder" else dtype,  # see `Decoder`
-                local_files_only=True,
-            )
-        except OSError:
-            raise ValueError(f"{folder}: no decoders in diffusers' format ({name}/)") from None
-        nets.append(without_encoder(net).to(device).eval().requires_grad_(False))
+    for name, part in networks().items():
+        place = Path(folder, name)
+        kind = torch.float32 if name == "vocoder" else dtype  # see `Decoder`
+        net = without_encoder(parts.load_part(place, part, kind)).to(device)
+        for key, parameter in net.named_parameters():
+            check_numbers(place, key, parameter)
+        nets.append(channels_innermost(net.eval().requires_grad_(False)))
     return nets
 
 
@@ -149,7 +308,7 @@ def meta_decoders(dtype=torch.bfloat16) -> list:
         classes = decoder_classes().values()
         nets = [without_encoder(network_class(**options)) for network_class, options in classes]
     # a network of diffusers would warn if its own `to` changed the dtype
-    return [torch.nn.Module.to(net, dtype).eval() for net in nets]
+    return [channels_innermost(torch.nn.Module.to(net, dtype).eval()) for net in nets]
 
 
 def random_weights(device="cpu", dtype=torch.bfloat16) -> list:
@@ -161,10 +320,9 @@ def random_weights(device="cpu", dtype=torch.bfloat16) -> list:
     return nets
 
 
-def channels_last(nets, layout=torch.channels_last_3d):
-    """Store the convolution kernels of the video decoder with channels innermost, or as before."""
-    # PyTorch then uses this layout for the inputs and outputs of its convolutions too. cuDNN works
-    # in it on tensor cores, and otherwise converts to it and back.
-    for p in nets[0].parameters():  # the other two networks are small
-        if p.dim() == 5:  # a kernel (C', C, frames, rows, columns)
-            p.data = p.data.contiguous(memory_format=layout)
+def channels_innermost(net):
+    """Store the kernels of the video decoder as `decode_video` stores its features."""
+    for p in net.parameters():
+        if p.dim() == 5:  # (C', C, frames, rows, columns); the other two networks have none
+            p.data = p.data.contiguous(memory_format=torch.channels_last_3d)
+    return net

@@ -14,7 +14,7 @@ import torch
 
 import config
 import model
-from full_size import decoders, memory, sharding, text, weights
+from full_size import decoders, fp8, hub, memory, parts, sharding, text, weights
 
 
 class StreamSource:
@@ -25,32 +25,37 @@ class StreamSource:
         is_random = request.weights == "random"
         prompts = [cue.prompt for cue in request.cues]
         device, dtype = request.device, request.dtype
+        if request.in_fp8:
+            fp8.check_device(device)
         if not is_random:  # headers only; complain before anything slow begins
-            text.check_folder(request.ltx2, text.TEXT_PARTS + decoders.PARTS)
+            names = text.TEXT_PARTS + decoders.PARTS
+            folder = hub.local(request.ltx2, hub.wanted_parts(*names))
+            parts.check_folders(folder, names)
+            request = request._replace(ltx2=folder)
+            text.check_folder(request.ltx2, request.cfg.caption_width)
+            decoders.check_folder(request.ltx2)
             source = weights.Source(request.weights, request.cfg)
         memory.check_stream(request)
         if is_random:
             self.features = text.random_features(prompts, request.cfg, device, dtype)
             self.text_seconds = 0.0
-            self.net = weights.random_weights(request.cfg, device, dtype)
+            self.net = weights.random_weights(request.cfg, device, dtype, request.in_fp8)
             self.decoders = decoders.random_weights(device, dtype)
         else:
             self.features, self.text_seconds = text.encode_and_free(
                 request.ltx2, prompts, device, dtype
             )
-            self.net = source.load(device, dtype)
+            self.net = source.load(device, dtype, request.in_fp8)
             self.decoders = decoders.load(request.ltx2, device, dtype)
-        if "channels-last" in request.speedups:
-            decoders.channels_last(self.decoders)
-        self.cfg = self.net.cfg
+        self.cfg, self.overlap = self.net.cfg, decoders.Overlap(video=request.video_overlap)
 
     def read(self, words):
         """Return the features of a prompt of this stream."""
         return self.features[words]
 
-    def decoder(self, watch, overlap=decoders.Overlap()):
+    def decoder(self, watch, overlap=None):
         """Make a decoder for one stream; watch: `Stopwatch.watch`."""
-        return decoders.Decoder(*self.decoders, self.cfg, overlap, watch)
+        return decoders.Decoder(*self.decoders, self.cfg, overlap or self.overlap, watch)
 
 
 class FileWeights(NamedTuple):

@@ -15,24 +15,34 @@ prompts.txt has one prompt per line. A killed run continues where it was. The te
 published pipeline of Hugging Face diffusers.
 """
 
+import contextlib
 import gc
 import hashlib
-import json
+import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from full_size import weights
+from full_size import hub, parts
 from model import Captions
-from plumbing import cli, files
+from plumbing import cli, files, texts
 from plumbing.stopwatch import Stopwatch
 
-REQUIRED = "reading prompts at full size needs: pip install -r requirements-full.txt"
 TEXT_PARTS = ("text_encoder", "tokenizer", "connectors")
+SWITCHES = {  # of the connectors, as published
+    "rope_type": "split",
+    "rope_double_precision": True,
+    "rope_theta": 10000.0,
+    "connector_rope_base_seq_len": 4096,
+    "causal_temporal_positioning": False,
+    "per_modality_projections": False,
+    "video_gated_attn": False,
+    "audio_gated_attn": False,
+}
 TOKENS = 1024  # per prompt, whatever its length
 
 
@@ -47,22 +57,40 @@ def check(prompt):
     """Raise ValueError for an empty prompt; any text will do."""
     if not prompt.strip():
         raise ValueError("the prompt says nothing; describe what is to be seen and heard")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):  # Python's stand-ins for undecodable bytes
+        raise ValueError(f"prompt {prompt[:60]!r}: not in UTF-8; write it in UTF-8")
 
 
-def check_folder(folder, parts=TEXT_PARTS):
-    """Raise ValueError unless LTX-2's folder has these parts, with whole files of weights."""
-    places = [Path(folder, part) for part in parts]
-    for place in places:
-        if not place.is_dir():
-            raise ValueError(
-                f"{folder}: no {place.name}/; expected LTX-2's folder in diffusers' format"
-            )
-    for place in places:
-        found = [*place.glob("*.safetensors.index.json"), *place.glob("*.safetensors")]
-        if not found and place.name != "tokenizer":
-            raise ValueError(f"{place}: no .safetensors file in it; download the folder again")
-        for file in {shard for path in found for shard in weights.shards(path)}:
-            weights.opened(file)  # the header tells how long the file must be
+def networks() -> dict:
+    """Return what the two networks of the text path must be."""
+    try:
+        from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+        from transformers import Gemma3ForConditionalGeneration
+    except (ImportError, RuntimeError):
+        raise ValueError(parts.REQUIRED) from None
+    return {
+        # lm_head predicts the next word, which nobody asks for
+        "text_encoder": parts.Part(Gemma3ForConditionalGeneration, {}, ("lm_head.",)),
+        "connectors": parts.Part(LTX2TextConnectors, SWITCHES),
+    }
+
+
+def check_folder(folder, width=None):
+    """Raise ValueError unless LTX-2's folder has a whole text path.
+
+    width   channels that the transformer reads; None: any number
+    """
+    parts.check_folders(folder, TEXT_PARTS)
+    encoder, connectors = parts.check_parts(folder, networks()).values()
+    made = encoder.text_config.num_hidden_layers + 1, encoder.text_config.hidden_size
+    read = connectors.text_proj_in_factor, connectors.caption_channels
+    if made != read:
+        raise ValueError(
+            f"{folder}: text_encoder/ makes {made[0]} states of width {made[1]}, connectors/ read "
+            f"{read[0]} of width {read[1]}; expected both as in Lightricks/LTX-2"
+        )
+    if width not in (None, read[1]):
+        raise ValueError(f"{folder}: makes features of width {read[1]}, the config reads {width}")
 
 
 def random_features(prompts, cfg, device="cpu", dtype=torch.bfloat16) -> dict[str, Features]:
@@ -83,6 +111,12 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
     """
     found = {}
     for prompt in dict.fromkeys(prompts):  # one at a time: padding must not depend on the others
+        if end := unread_end(pipeline.tokenizer, prompt):
+            print(
+                f"{prompt[:40]!r}...: only {TOKENS} tokens of a prompt are read, so its end is "
+                f"not: {end[:60]!r}{'...' if len(end) > 60 else ''}",
+                file=sys.stderr,
+            )
         states, mask, _, _ = pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, device=device
         )
@@ -92,17 +126,26 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
     return found
 
 
+def unread_end(tokenizer, prompt) -> str:
+    """Return the words of a prompt that no longer fit into TOKENS tokens."""
+    return tokenizer.decode(tokenizer(prompt.strip()).input_ids[TOKENS:]).strip()
+
+
 def load_text_path(folder, dtype=torch.bfloat16):
     """Return diffusers' LTX2Pipeline with only the text path of a folder."""
+    loaded = {
+        name: parts.load_part(Path(folder, name), part, dtype) for name, part in networks().items()
+    }
+    from diffusers import LTX2Pipeline
+    from transformers import AutoTokenizer
+
+    place = Path(folder, "tokenizer")
     try:
-        from diffusers import LTX2Pipeline
-    except (ImportError, RuntimeError):
-        raise ValueError(REQUIRED) from None
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # its library raises anything
+        raise ValueError(f"{place}: no tokenizer ({error}); download it again") from None
     absent = dict.fromkeys(("transformer", "vae", "audio_vae", "vocoder", "scheduler"))
-    try:
-        return LTX2Pipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
-    except OSError as error:
-        raise ValueError(f"{folder}: no text encoder in diffusers' format ({error})") from None
+    return LTX2Pipeline(tokenizer=tokenizer, **loaded, **absent)
 
 
 def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tuple[dict, float]:
@@ -124,12 +167,11 @@ def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tupl
 
 
 def read_lines(path) -> list[str]:
-    """Read a text file with one prompt per line."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8 ({error.reason})") from None
-    if not lines:
+    """Read a text file with one prompt per line; empty lines at its end do not count."""
+    # Trap: str.splitlines would also split at a form feed or U+2028, which a prompt may hold.
+    lines = re.split(r"\r\n|\r|\n", texts.read_text(path).rstrip())
+    lines = [line.strip("\ufeff \t") for line in lines]  # U+FEFF: two files in one
+    if lines == [""]:
         raise ValueError(f"{path}: no prompts; expected one a line")
     if "" in lines:
         raise ValueError(f"{path}: line {lines.index('') + 1} is empty; expected one prompt a line")
@@ -139,23 +181,49 @@ def read_lines(path) -> list[str]:
 def encode_to_folder(read, prompts, negative, folder):
     """Write the missing features of all prompts and of the negative prompt.
 
+    A folder grows: prompts may be added after those that it has.
+
     read       function from a prompt to its Features
     negative   prompt that guidance moves away from; may be empty
     """
-    index, contents = Path(folder, "prompts.json"), {"prompts": prompts, "negative": negative}
-    if index.exists() and json.loads(index.read_text()) != contents:
-        raise ValueError(f"{folder}: holds features of other prompts; remove it or name another")
-    files.write_json(index, contents)
-    missing = [(p, path) for p, path in _places(folder, contents) if not path.exists()]
+    index = Path(folder, "prompts.json")
+    if index.exists():
+        _check_grows(folder, *_contents(index), prompts, negative)
+    files.write_json(index, {"prompts": prompts, "negative": negative})
+    places = _places(folder, prompts, negative)
+    missing = [(prompt, path) for prompt, path in places if not path.exists()]
     for prompt, path in tqdm(missing, unit="prompt", mininterval=5):
         made = {name: x[0].cpu().contiguous() for name, x in read(prompt)._asdict().items()}
         files.write_beside(path, lambda p: save_file(made, p, {"prompt": prompt}))
 
 
-def _places(folder, contents):
+def _check_grows(folder, old, old_negative, new, new_negative):
+    """Raise ValueError unless the new prompts of a folder begin with the old ones."""
+    pairs = zip([old_negative, *old], [new_negative, *new, *[None] * len(old)])
+    for number, (before, now) in enumerate(pairs):
+        if before != now:
+            place = f"prompt {number}" if number else "the negative prompt"
+            is_now = "missing" if now is None else f"{now[:40]!r}"
+            raise ValueError(
+                f"{folder}: holds features of other prompts: {place} was {before[:40]!r}, "
+                f"is now {is_now}; add prompts at the end, or name another folder"
+            )
+
+
+def _contents(index) -> tuple[list, str]:
+    """Return the prompts and the negative prompt that an index names."""
+    with contextlib.suppress(ValueError, KeyError):
+        found = texts.read_json(index)
+        prompts, negative = found["prompts"], found["negative"]
+        if isinstance(prompts, list) and all(isinstance(x, str) for x in [*prompts, negative]):
+            return prompts, negative
+    raise ValueError(f"{index}: not an index of prompts; full_size/text.py makes one")
+
+
+def _places(folder, prompts, negative):
     """Yield all prompts with the files of their features, the negative prompt first."""
-    yield contents["negative"], Path(folder, "negative.safetensors")
-    for number, prompt in enumerate(contents["prompts"]):
+    yield negative, Path(folder, "negative.safetensors")
+    for number, prompt in enumerate(prompts):
         yield prompt, Path(folder, f"{number:06}.safetensors")
 
 
@@ -166,15 +234,9 @@ class EncodedPrompts:
         index = Path(folder, "prompts.json")
         if not index.is_file():
             raise ValueError(f"{folder}: no prompts.json; full_size/text.py makes such a folder")
-        contents = index.read_bytes()
+        places = list(_places(folder, *_contents(index)))
         # trajectories remember the prompts that they were drawn from by this hash
-        self.cfg, self.identity = cfg, hashlib.sha256(contents).hexdigest()[:12]
-        try:
-            places = list(_places(folder, json.loads(contents)))
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(
-                f"{index}: not an index of prompts; full_size/text.py makes one"
-            ) from None
+        self.cfg, self.identity = cfg, hashlib.sha256(index.read_bytes()).hexdigest()[:12]
         if missing := [path.name for _, path in places if not path.is_file()]:
             raise ValueError(
                 f"{folder}: {missing[0]} is missing ({len(missing)} of {len(places)}); run "
@@ -201,11 +263,10 @@ class EncodedPrompts:
         return None, self.captions(torch.randint(len(self), (n,), generator=generator))
 
     def _read(self, path):
-        try:
-            with safe_open(path, "pt") as f:
-                pair = [f.get_tensor(name).float() for name in Features._fields]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a whole file of features ({error})") from None
+        with files.opened(path) as f:
+            if set(f.keys()) != set(Features._fields):
+                raise ValueError(f"{path}: not a file of features; full_size/text.py makes one")
+            pair = [f.get_tensor(name).float() for name in Features._fields]
         if pair[0].shape[-1] != self.cfg.caption_width:
             raise ValueError(
                 f"{path}: features of width {pair[0].shape[-1]}; config {self.cfg.name} reads "
@@ -217,14 +278,15 @@ class EncodedPrompts:
 def main():
     p = cli.parser(__doc__)
     p.add_argument("prompts", help="text file, one prompt a line")
-    p.add_argument("--ltx2", required=True, help="LTX-2's folder in diffusers' format")
+    p.add_argument("--ltx2", required=True, help=hub.ABOUT_LTX2)
     p.add_argument("--negative", default="", help="what guidance moves away from")
     p.add_argument("--out", default="features", help="folder to write, or to go on with")
     p.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     args = p.parse_args()
     prompts, device = read_lines(args.prompts), cli.find_device(args.device)
-    check_folder(args.ltx2)
-    pipeline = load_text_path(args.ltx2).to(device)
+    folder = hub.local(args.ltx2, hub.wanted_parts(*TEXT_PARTS))
+    check_folder(folder)
+    pipeline = load_text_path(folder).to(device)
 
     def read(prompt):
         return encode(pipeline, [prompt], device)[prompt]

@@ -20,19 +20,22 @@ so `--config` decides. A file whose flags cannot be determined is refused (`chec
     python -m full_size.weights FILE --config released      checks a file and prints its flags
     python -m full_size.weights FILE --interleaved OUT      converts to the students' RoPE layout
     python -m full_size.weights FILE --split OUT            converts to LTX-2's RoPE layout
+    python -m full_size.weights FILE.pt --config full --out OUT        converts a file of the
+        official training, and so every other checkpoint that can be read: shards, prefixes, the
+        transformer/ folder of diffusers
 """
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config
+from full_size import fp8, hub
+from full_size.checkpoint import Checkpoint
 from model import OmniTransformer, build
-from plumbing import cli, files
+from plumbing import cli, contents, files
 from sink_tokens import init_sinks
 
 # ---- names ----
@@ -106,9 +109,7 @@ def to_ltx2(weights, model) -> dict:
 
 # ---- files ----
 
-PREFIXES = ("model.diffusion_model.", "model.velocity_model.", "model.")  # ComfyUI's, and trainers'
-OTHER_PARTS = ("vae.", "audio_vae.", "vocoder.", "text_embedding_projection.")
-CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
+PREFIX = "model.diffusion_model."  # as in LTX-2's file
 SINKS = "audio_sink_tokens"  # paper-era students carry them, (1, S, 2048)
 
 # In the metadata: name -> our field, the values expected there, and how to read them
@@ -128,115 +129,26 @@ LATER = {  # switches of LTX-2.3 and 2.5, and the value each has in LTX-2
 }
 
 
-def shards(path) -> list[Path]:
-    """List the files of a checkpoint: one `.safetensors`, an index of several, or a folder."""
-    path = Path(path)
-    if path.is_dir():
-        index = sorted(path.glob("*.safetensors.index.json"))
-        found = index or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise ValueError(f"{path}: expected one .safetensors file or index, found {len(found)}")
-        return shards(found[0])
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    if path.suffix != ".json":
-        return [path]
-    try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        parts = [path.parent / Path(name).name for name in names]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(
-            f"{path}: not an index of shards; expected JSON with a weight_map from tensors to "
-            f"files; download it again"
-        ) from None
-    if missing := [part.name for part in parts if not part.is_file()]:
-        raise ValueError(f"{path}: {missing[0]} is missing ({len(missing)} of {len(parts)} shards)")
-    return parts
-
-
-def transformer_name(key) -> str | None:
-    """Remove the prefix of a transformer tensor; None for tensors of decoders and connectors.
-
-    >>> transformer_name("model.diffusion_model.patchify_proj.bias")
-    'patchify_proj.bias'
-    >>> transformer_name("vae.decoder.conv_in.bias"), transformer_name("vocoder.ups.0.bias")
-    (None, None)
-    """
-    if key.startswith(OTHER_PARTS):
-        return None
-    prefix = next((p for p in PREFIXES if key.startswith(p)), "")
-    name = key[len(prefix) :]
-    return None if name.startswith(CONNECTORS) else name
-
-
-def opened(file, device="cpu"):
-    """Open a safetensors file and read its header.  Raises ValueError if it is incomplete."""
-    try:
-        return safe_open(file, "pt", device=str(device))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file}: not a whole safetensors file ({error}); download it again"
-        ) from None
-
-
-class Checkpoint:
-    """Where the transformer's tensors are; they are read one by one, straight to the device."""
-
-    def __init__(self, path):
-        self.path, self.metadata = path, {}
-        self.where, self.shapes = {}, {}  # of LTX-2's name: (file, key), and shape
-        for file in shards(path):
-            with opened(file) as f:
-                self.metadata |= f.metadata() or {}
-                for key in f.keys():
-                    if name := transformer_name(key):
-                        self.where[name] = file, key
-                        self.shapes[name] = tuple(f.get_slice(key).get_shape())  # reads no weights
-
-    def flags(self) -> dict:
-        """Return the flags that the file stores, as fields of Config."""
-        stated = self._settings()
-        for switch, ours in LATER.items():
-            if stated.get(switch, ours) != ours:
-                raise ValueError(
-                    f"{self.path}: {switch}={stated[switch]} belongs to a later LTX than this "
-                    f"project implements; expected an LTX-2 19B file"
-                )
-        found = {}
-        for name, (field, expected, read) in FLAGS.items():
-            if name not in stated:
-                continue
-            try:
-                found[field] = read(stated[name])
-            except (KeyError, TypeError, ValueError):
-                raise ValueError(
-                    f"{self.path}: its metadata have {name}={stated[name]!r}; expected {expected}; "
-                    f"take the file as it was published"
-                ) from None
-        return found
-
-    def _settings(self) -> dict:
-        """Return the transformer's settings in the metadata; empty if there are none."""
-        text = self.metadata.get("config", "{}")
-        try:
-            return dict(**json.loads(text).get("transformer", {}))
-        except (ValueError, TypeError, AttributeError):
+def flags(path, stated) -> dict:
+    """Return the flags among the settings that a file states, as fields of Config."""
+    for switch, ours in LATER.items():
+        if stated.get(switch, ours) != ours:
             raise ValueError(
-                f"{self.path}: its metadata have the config {text[:40]!r}; expected JSON with a "
-                f"dictionary under 'transformer'; take the file as it was published"
+                f"{path}: {switch}={stated[switch]} belongs to a later LTX (2.3 or 2.5); "
+                f"{contents.LTX_2}"
+            )
+    found = {}
+    for name, (field, expected, read) in FLAGS.items():
+        if name not in stated:
+            continue
+        try:
+            found[field] = read(stated[name])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{path}: its metadata have {name}={stated[name]!r}; expected {expected}; "
+                f"take the file as it was published"
             ) from None
-
-    def read(self, device, dtype):
-        """Yield (LTX-2's name, tensor), file by file."""
-        for file in sorted({file for file, _ in self.where.values()}):
-            with opened(file, device) as f:
-                for name, (place, key) in self.where.items():
-                    if place != file:
-                        continue
-                    tensor = f.get_tensor(key).to(dtype)
-                    if not torch.isfinite(tensor).all():
-                        raise ValueError(f"{file}: tensor {key} holds NaN or infinity")
-                    yield name, tensor
+    return found
 
 
 def check_flags(path, stated, cfg):
@@ -283,13 +195,16 @@ def told(cfg, stated) -> str:
 class Source:
     """A published transformer, with all names, shapes and flags checked, ready to be read."""
 
-    def __init__(self, path, cfg):
+    def __init__(self, path, cfg, may_unpickle=False):
         """Read the headers, so that a wrong file is refused in the first second.
 
-        cfg   shape, blocks and sinks; the three flags, unless the file stores them
+        path           a file, an index, a folder, or a name on the Hub
+        cfg            shape, blocks and sinks; the three flags, unless the file stores them
+        may_unpickle   also read a .pt file
         """
-        self.path, self.checkpoint = path, Checkpoint(path)
-        stated = self.checkpoint.flags()
+        path = hub.local(path, hub.WEIGHTS)
+        self.path, self.checkpoint = path, Checkpoint(path, may_unpickle)
+        stated = flags(path, self.checkpoint.settings())
         self.cfg = replace(cfg, **stated)
         net = build(self.cfg, device="meta")
         self.table = self._places(net)
@@ -313,6 +228,10 @@ class Source:
         ):
             if keys:
                 more = f" ({len(keys)} such keys)" if len(keys) > 1 else ""
+                strange = [contents.TOY, *contents.OTHERS]
+                rows = contents.CHANGED + strange * (not where.keys() & table.keys())
+                if what := contents.named(self.checkpoint.keys, rows):
+                    raise ValueError(f"{self.path}: {what}")
                 raise ValueError(
                     f"{self.path} {trouble} {keys[0]}{more}: expected the {len(table)} tensors "
                     f"of an LTX-2 transformer of this config"
@@ -333,31 +252,36 @@ class Source:
         exits, found = [n for n, ours in self.table.items() if "proj_out" in ours], {}
         for name in exits:
             file, key = self.checkpoint.where[name]
-            with opened(file) as f:
+            with files.opened(file) as f:
                 found[name] = f.get_tensor(key).float()
         return files.fingerprint(found)
 
-    def tensors(self, device="cpu", dtype=torch.bfloat16):
-        """Yield (our name, tensor) for every parameter; new sinks if the file has none."""
+    def stored(self, device="cpu", dtype=torch.bfloat16):
+        """Yield (our name, tensor) for every tensor of the file."""
         for name, tensor in self.checkpoint.read(device, dtype):
             yield self.table[name], tensor
+
+    def tensors(self, device="cpu", dtype=torch.bfloat16):
+        """Yield (our name, tensor) for every parameter; new sinks if the file has none."""
+        yield from self.stored(device, dtype)
         if self.cfg.num_sinks and "sinks.tokens" not in self.table.values():
             print(f"{self.path}: no sinks; {self.cfg.num_sinks} fresh ones take their place")
             g = torch.Generator().manual_seed(0)
             sinks = init_sinks(self.cfg.num_sinks, self.cfg.audio_width, g)
             yield "sinks.tokens", sinks.to(device, dtype)
 
-    def load(self, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-        """Read the whole file into a model."""
-        net = build(self.cfg, device="meta")
+    def load(self, device="cpu", dtype=torch.bfloat16, in_fp8=False) -> OmniTransformer:
+        """Read the whole file into a model; in_fp8: whose layers multiply in fp8."""
+        net, tensors = build(self.cfg, device="meta"), self.tensors(device, dtype)
+        tensors = fp8.while_read(net, tensors) if in_fp8 else tensors
         # assign: the tensors become the parameters, so there is no second copy in memory
-        files.load_into(net, dict(self.tensors(device, dtype)), self.path, assign=True)
+        files.load_into(net, dict(tensors), self.path, assign=True)
         return net.requires_grad_(False).eval()
 
 
 def save(path, tensors, cfg, made_by):
     """Write weights under LTX-2's names and with flags, as `Source` reads them."""
-    table = {ours: f"{PREFIXES[0]}{ltx2_name(ours)}" for ours in tensors if ours != "sinks.tokens"}
+    table = {ours: f"{PREFIX}{ltx2_name(ours)}" for ours in tensors if ours != "sinks.tokens"}
     named = {table.get(ours, SINKS): x.contiguous() for ours, x in tensors.items()}
     flags = {  # in the words of LTX-2's metadata
         "rope_type": cfg.rope_layout,
@@ -368,16 +292,23 @@ def save(path, tensors, cfg, made_by):
     files.write_beside(path, lambda p: save_file(named, p, metadata))
 
 
-def random_weights(cfg, device="cpu", dtype=torch.bfloat16) -> OmniTransformer:
-    """Return a model with random weights, to measure speed and memory."""
-    net = build(cfg, device="meta").to(dtype).to_empty(device=device)
-    torch.manual_seed(0)
-    for name, p in net.named_parameters():
-        if name.endswith(("q_norm", "k_norm")):
-            torch.nn.init.ones_(p)
-        else:
-            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5 if p.dim() == 2 else 0.02)
+def random_weights(cfg, device="cpu", dtype=torch.bfloat16, in_fp8=False) -> OmniTransformer:
+    """Return a model with random weights, to measure speed and memory; in_fp8: as in `load`."""
+    net = build(cfg, device="meta")
+    tensors = random_tensors(dict(net.named_parameters()), device, dtype)
+    tensors = fp8.while_read(net, tensors) if in_fp8 else tensors
+    net.load_state_dict(dict(tensors), assign=True)
     return net.requires_grad_(False).eval()
+
+
+def random_tensors(parameters, device, dtype):
+    """Yield (name, tensor) with random contents for every parameter."""
+    torch.manual_seed(0)
+    for name, p in parameters.items():
+        tensor = torch.ones(p.shape, device=device, dtype=dtype)
+        if not name.endswith(("q_norm", "k_norm")):
+            tensor.normal_(std=p.shape[-1] ** -0.5 if p.dim() == 2 else 0.02)
+        yield name, tensor
 
 
 # ---- the two rotary layouts ----
@@ -421,14 +352,20 @@ def show_names():
         print(f"    {ours:40} {table[ours]}")
 
 
-def convert(source, layout, path):
-    """Write a transformer in the other RoPE layout, in bfloat16."""
+def convert(source, path, layout=None):
+    """Write a transformer in bfloat16 as one file, under LTX-2's names and with its flags.
+
+    layout   RoPE layout to write; None: the layout it has
+    """
     if source.cfg.rope_layout == layout:
         raise ValueError(f"{source.path}: its pairs are {layout} already; nothing to convert")
     files.check_writable(path)
-    weights = to_layout(dict(source.tensors()), layout, source.cfg)
-    made_by = {"command": f"python -m full_size.weights {source.path} --{layout} {path}"}
-    save(path, weights, replace(source.cfg, rope_layout=layout), made_by)
+    weights = dict(source.stored())
+    if layout:
+        weights = to_layout(weights, layout, source.cfg)
+    option = f"--{layout or 'out'}"
+    made_by = {"command": f"python -m full_size.weights {source.path} {option} {path}"}
+    save(path, weights, replace(source.cfg, rope_layout=layout or source.cfg.rope_layout), made_by)
     print(f"wrote {path}")
 
 
@@ -437,16 +374,17 @@ def main():
     p.add_argument("file", nargs="?", help="transformer to check; without it, names are printed")
     about = "config of its shape and sinks: ltx2, full, released"
     p.add_argument("--config", default="ltx2", help=about)
+    p.add_argument("--out", help="write it as one file; the only way to read a .pt file")
     p.add_argument("--interleaved", metavar="OUT", help="write it in the students' RoPE layout")
     p.add_argument("--split", metavar="OUT", help="write it in LTX-2's RoPE layout")
     args = p.parse_args()
     if not args.file:
         return show_names()
-    source = Source(args.file, cli.find_config(args.config))
+    source = Source(args.file, cli.find_config(args.config), may_unpickle=args.out is not None)
     print(f"{args.file}: {len(source.table)} tensors, each with its place in the model")
-    for layout in REORDER:
-        if path := getattr(args, layout):
-            convert(source, layout, path)
+    for layout in (None, *REORDER):
+        if path := getattr(args, layout or "out"):
+            convert(source, path, layout)
 
 
 if __name__ == "__main__":

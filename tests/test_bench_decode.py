@@ -51,6 +51,31 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     assert "%" not in times and times.count("| – | – | – |") == 2 and "2 blocks" in times
 
 
+def test_the_error_of_a_context(monkeypatch):
+    """A decoder that looks 2 latents back and 1 ahead: context 2 is enough, the future is not."""
+
+    def decode(_, latents):
+        t = torch.arange(latents.shape[2])
+        seen = [latents[:, :1, (t + i).clamp(0, len(t) - 1)] for i in (-2, -1, 0, 1)]
+        return sum(seen).repeat_interleave(8, 2)[:, :, 7:]
+
+    monkeypatch.setattr(bench_decode.decoders, "decode_video", decode)
+    errors = bench_decode.context_errors(None, (1, 2, 3))
+    assert errors[2] == errors[3] == (0, 0) and errors[1][0] > errors[1][1] > 0
+    assert errors["no look-ahead"][0] == 0 < errors["no look-ahead"][1]
+    table = bench_decode.context_table({1: (0.5, 0.25), "no look-ahead": (1, 0.125)})
+    assert "| error | context 1 | no look-ahead |" in table
+    assert "| first frame | 50.0% | 100.0% |" in table and "| the block | 25.0% | 12.5% |" in table
+
+
+def test_frame_errors_are_relative():
+    """To the root mean square of all frames; the first of two frames is off by half."""
+    expected = torch.full((1, 3, 2, 4, 4), 2.0)
+    found = expected.clone()
+    found[:, :, 0] += 1
+    assert bench_decode.frame_errors(found, expected) == pytest.approx((0.5, 0.125**0.5))
+
+
 def test_a_table_is_filled_in_between_its_marks(tmp_path):
     """Everything else of the file stays; without marks it is refused."""
     path = tmp_path / "page.md"

@@ -4,12 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import config
 from full_size import text as captions
 
 CFG = replace(config.FULL, caption_width=6)
 PROMPTS = ["a dog barks", "rain", "a long train"]
+OTHER_PROMPTS = [
+    (PROMPTS[:2], "", "prompt 3 was 'a long train', is now missing"),
+    (PROMPTS, "blurry", "the negative prompt was '', is now 'blurry'"),
+    (["a dog barks", "snow", "a long train", "wind"], "", "prompt 2 was 'rain', is now 'snow'"),
+]
 
 
 def reader(asked, width=6):
@@ -72,9 +78,24 @@ def test_a_killed_encoding_goes_on_where_it_was(folder):
     asked = []
     captions.encode_to_folder(reader(asked), PROMPTS, "", folder)
     assert asked == ["rain"]
-    for other in ((PROMPTS[:2], ""), (PROMPTS, "blurry")):
-        with pytest.raises(ValueError, match="holds features of other prompts; remove it"):
-            captions.encode_to_folder(reader(asked), *other, folder)
+    for prompts, negative, message in OTHER_PROMPTS:
+        with pytest.raises(ValueError, match=f"features of other prompts: {message}; add prompts"):
+            captions.encode_to_folder(reader(asked), prompts, negative, folder)
+    assert asked == ["rain"]
+
+
+def test_a_folder_grows(folder):
+    """Prompts that were added at the end are encoded; the rest stays; a killed growth goes on."""
+    asked, before = [], (folder / "000001.safetensors").read_bytes()
+    captions.encode_to_folder(reader(asked), [*PROMPTS, "snow", "wind"], "", folder)
+    assert asked == ["snow", "wind"]
+    assert (folder / "000001.safetensors").read_bytes() == before
+    prompts = captions.EncodedPrompts(folder, CFG)
+    assert len(prompts) == 5
+    assert prompts.captions(torch.tensor([3])).features[0][0, 0, 0] == len("snow")
+    (folder / "000004.safetensors").unlink()
+    captions.encode_to_folder(reader(asked), [*PROMPTS, "snow", "wind"], "", folder)
+    assert asked == ["snow", "wind", "wind"]
 
 
 def test_foreign_folders_and_files_are_refused(folder, tmp_path):
@@ -84,25 +105,65 @@ def test_foreign_folders_and_files_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="features of width 6; config full reads 3840"):
         captions.EncodedPrompts(folder, config.FULL)
     (folder / "000001.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="000001.safetensors: not a whole file of features"):
+    with pytest.raises(ValueError, match="000001.safetensors: not a whole safetensors file"):
         captions.EncodedPrompts(folder, CFG).captions(torch.tensor([1]))
-    for index in ("{}", "[]", "{"):
+    save_file({"video": torch.zeros(4, 6)}, folder / "000001.safetensors")
+    with pytest.raises(ValueError, match="000001.safetensors: not a file of features"):
+        captions.EncodedPrompts(folder, CFG).captions(torch.tensor([1]))
+    for index in ("{}", "[]", "{", '{"prompts": "rain", "negative": ""}', '{"prompts": [1]}'):
         (folder / "prompts.json").write_text(index)
         with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
             captions.EncodedPrompts(folder, CFG)
+        with pytest.raises(ValueError, match="prompts.json: not an index of prompts"):
+            captions.encode_to_folder(reader([]), PROMPTS, "", folder)
 
 
-def test_a_text_file_holds_one_prompt_a_line(tmp_path):
-    """Empty lines, empty files and other encodings than UTF-8 are refused by number and name."""
+TWO = ["a dog barks", "rain"]
+TEXTS = {  # as editors and exports write them
+    "plain": (b"a dog barks\n rain \n", TWO),
+    "byte order mark": (b"\xef\xbb\xbfa dog barks\nrain\n", TWO),
+    "two files in one": (b"a dog barks\n\xef\xbb\xbfrain\n", TWO),
+    "UTF-16": ("a dog barks\nrain\n".encode("utf-16"), TWO),
+    "Windows": (b"a dog barks\r\nrain\r\n", TWO),
+    "old Mac": (b"a dog barks\rrain\r", TWO),
+    "no newline at the end": (b"a dog barks\nrain", TWO),
+    "blank lines at the end": (b"a dog barks\nrain\n\n \n", TWO),
+    "line separator": ("a\u2028b\nc".encode(), ["a\u2028b", "c"]),
+    "form feed and next line": ("a\x0cb\x85c\x1cd\ne".encode(), ["a\x0cb\x85c\x1cd", "e"]),
+    "other scripts": ("犬が吠える\nдождь\n".encode(), ["犬が吠える", "дождь"]),
+    "twice": (b"rain\nrain\n", ["rain", "rain"]),
+}
+
+
+@pytest.mark.parametrize("data, lines", TEXTS.values(), ids=TEXTS.keys())
+def test_a_text_file_holds_one_prompt_a_line(tmp_path, data, lines):
+    """A line ends where an editor ends it, and nowhere else."""
     path = tmp_path / "prompts.txt"
-    path.write_text("a dog barks\n rain \n")
-    assert captions.read_lines(path) == ["a dog barks", "rain"]
-    path.write_text("a dog barks\n\nrain\n")
-    with pytest.raises(ValueError, match="prompts.txt: line 2 is empty"):
+    path.write_bytes(data)
+    assert captions.read_lines(path) == lines
+
+
+NO_TEXTS = {
+    "a gap": (b"a dog barks\n\nrain\n", "prompts.txt: line 2 is empty"),
+    "a gap first": (b"\nrain\n", "prompts.txt: line 1 is empty"),
+    "nothing": (b"", "no prompts; expected one a line"),
+    "blanks": (b" \n\n", "no prompts; expected one a line"),
+    "Latin-1": ("caf\xe9".encode("latin-1"), "prompts.txt: expected text in UTF-8"),
+    "half of UTF-16": (b"\xff\xfea", "prompts.txt: expected text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("data, message", NO_TEXTS.values(), ids=NO_TEXTS.keys())
+def test_other_text_files_are_refused(tmp_path, data, message):
+    """By name and number of the line."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
         captions.read_lines(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="no prompts; expected one a line"):
-        captions.read_lines(path)
-    path.write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match="prompts.txt: expected text in UTF-8"):
-        captions.read_lines(path)
+
+
+def test_a_missing_text_file_is_named(tmp_path):
+    """In words, without a number; a folder as well."""
+    for path, reason in ((tmp_path / "no", "No such file or directory"), (tmp_path, "directory")):
+        with pytest.raises(ValueError, match=f"^{path}: cannot be read .*{reason}.$"):
+            captions.read_lines(path)

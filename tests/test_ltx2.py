@@ -16,6 +16,7 @@ from full_size import weights as ltx2
 from kv_cache import MaskedView
 from masks import clip_span
 from model import build
+from plumbing import files
 
 V, A = 4096, 2048
 
@@ -208,7 +209,7 @@ def test_foreign_metadata_are_refused(tmp_path, config, message):
         load(path)
 
 
-INDICES = "", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'
+INDICES = "", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'
 
 
 @pytest.mark.parametrize("index", INDICES)
@@ -227,7 +228,7 @@ def test_a_foreign_index_is_refused(tmp_path, index):
 def test_later_generations_are_refused(tmp_path, switch, value):
     """A file of LTX-2.3 or 2.5 says so in its metadata."""
     path = single_file(tmp_path / "x.safetensors", theirs(), flags={**LTX2_FLAGS, switch: value})
-    with pytest.raises(ValueError, match=f"{switch}={value} belongs to a later LTX"):
+    with pytest.raises(ValueError, match=f"{switch}={value} belongs to a later LTX .2.3 or 2.5.; "):
         load(path)
 
 
@@ -239,7 +240,8 @@ WRONG = {  # weights that are replaced, None: removed
         {NAME: None, "proj_out.bias": None},
         rf"has no proj_out.bias \(2 such keys\): {EXPECTED}",
     ),
-    "unexpected": ({GATE: torch.zeros(3)}, f"has an unexpected {GATE}: {EXPECTED}"),
+    "unexpected": ({"x.y": torch.zeros(3)}, f"has an unexpected x.y: {EXPECTED}"),
+    "later": ({GATE: torch.zeros(3)}, rf"weights of LTX-2.3 or later \('.*{GATE}'\); this project"),
     "shape": ({NAME: torch.zeros(3)}, rf"tensor {NAME} is \(3,\), expected \(32,\); "),
 }
 
@@ -259,6 +261,27 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     weights[NAME] *= torch.nan
     with pytest.raises(ValueError, match=f"x.safetensors: tensor .*{NAME} holds NaN or infinity"):
         load(single_file(tmp_path / "x.safetensors", weights))
+
+
+def test_the_rest_of_a_reserved_file_is_noticed(tmp_path):
+    """An interrupted downloader leaves zeros where a matrix should be; a bias may be zero."""
+    weights = theirs()
+    weights[NAME] *= 0
+    load(single_file(tmp_path / "x.safetensors", weights))
+    weights["proj_out.weight"] *= 0
+    with pytest.raises(ValueError, match="tensor .*proj_out.weight holds only zeros; download it"):
+        load(single_file(tmp_path / "x.safetensors", weights))
+
+
+def test_the_fingerprint_is_that_of_the_output_projections(tmp_path):
+    """Another number there gives another hash; a copy of the file has the same."""
+    weights, found = theirs(), []
+    for name in ("", "", "proj_out.weight", "audio_proj_out.bias"):
+        if name:
+            weights[name] = weights[name] + 1
+        path = single_file(tmp_path / f"{len(found)}.safetensors", weights)
+        found.append(ltx2.Source(path, CFG).fingerprint())
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 def test_files_that_are_not_whole_are_refused(tmp_path):
@@ -293,7 +316,7 @@ def test_sinks_of_a_student_are_its_own_and_of_a_teacher_fresh(tmp_path, capsys)
 
 def test_only_the_transformer_is_read(tmp_path, monkeypatch):
     """No tensor of another part is touched: 43 GB need not fit where 38 do."""
-    read, real = [], ltx2.safe_open
+    read, real = [], files.opened
 
     @contextlib.contextmanager
     def watched(*args, **options):
@@ -302,7 +325,7 @@ def test_only_the_transformer_is_read(tmp_path, monkeypatch):
             yield watching
         read.extend(call.args[0] for call in watching.get_tensor.call_args_list)
 
-    monkeypatch.setattr(ltx2, "safe_open", watched)
+    monkeypatch.setattr(files, "opened", watched)
     weights = theirs()
     load(single_file(tmp_path / "x.safetensors", weights))
     assert sorted(read) == sorted("model.diffusion_model." + name for name in weights)
