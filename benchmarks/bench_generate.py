@@ -1,37 +1,38 @@
 """How fast is the full size on one GPU: against its lower bound, the textbook, each speed-up?
 
-    python -m benchmarks.bench_generate                windows of 5, 15 and 25 seconds
-    python -m benchmarks.bench_generate --rounds 1     the ladder once instead of three times
+    python -m benchmarks.bench_generate                windows of 5 and 15 s, bfloat16 and fp8
+    python -m benchmarks.bench_generate --rounds 1     the ladder once instead of twice
     python -m benchmarks.bench_generate --floor        the lower bound, computed without a GPU
     python -m benchmarks.bench_generate --device cpu --tiny     only to test the script
 
-Random weights, batch 1, 512 x 768, bfloat16, four passes and a refresh per block.
-
-The ladder comes first, with the first window. It adds the speed-ups of generate.py one by one.
-Runs with and without the new one alternate. If it does not help, the next rungs leave it out.
-
-Then one row for each window, with all speed-ups that helped:
+Random weights, batch 1, 512 x 768, four passes and a refresh per block, all in one process. First
+one film for each window, with all speed-ups, in bfloat16:
 
     floor        lower bound of the passes: their operations, counted on tensors without contents,
                  at the rate that this GPU reaches on a large matrix product
     passes       the transformer alone, median of the blocks with a full window
     end to end   with decoding and mp4, same blocks; without diffusers or av the passes alone
-    TTFC         time to first chunk, without encoding the prompt: passes alone, and until the first
-                 second is written
-    first, last  time of the first and the last block with a full window, and peak memory until
-                 then; with the first window, a film has --blocks blocks
-    planned      peak memory, as full_size/memory.py computes it
-    textbook     the same block with caches that grow by `cat`, see `TextbookView`. Its time is
-                 divided by the time of our caches without any speed-up, and with all that helped;
-                 a dash: its caches do not fit
+    TTFC         time to first chunk, without encoding the prompt, after the warm-up: passes alone,
+                 and until the first second is written
+    intervals    seconds between finished blocks: median and 95th percentile; and how many blocks
+                 come too late for a viewer who starts with the first second
+    slowest      the slowest block after block 0, divided by the median
+    peak         memory, and as full_size/memory.py computes it
 
-After every rung and every window the script writes results/bench_generate.json and, unless --tiny,
-the tables of benchmarks/README.md.
+Then, for each window, the textbook: the same block with caches that grow by `cat`, see
+`TextbookView`. Its time is divided by the time of our caches without any speed-up, and with all; a
+dash: its caches do not fit. Then the ladder, with the first window: one more speed-up in each row.
+At last the same films in fp8 (full_size/fp8.py).
+
+After every row the script writes results/bench_generate.json and, unless --tiny, the tables of
+benchmarks/README.md. The last lines are a summary.
 """
 
 import copy
 import gc
+import itertools
 import tempfile
+import time
 from collections import Counter
 from dataclasses import replace
 from statistics import median_high
@@ -45,15 +46,14 @@ import config
 import generate
 import model
 from benchmarks import page
-from benchmarks.bench_attention import matmul_rate
+from benchmarks.bench_attention import matmul_rate, seconds
 from film.mp4 import Movie, av
-from full_size import decoders, faster, memory, text, weights
+from full_size import decoders, faster, fp8, memory, text, weights
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, attention
 from masks import block_span
 from plumbing import cli, files
-from plumbing.stopwatch import Stopwatch, settled_median
-from rollout import Block
+from plumbing.stopwatch import Stopwatch, percentile_95, settled_median
 
 
 def tiny(cfg):
@@ -68,10 +68,15 @@ def tiny(cfg):
 
 def flops_of_block(cfg, window, tokens=text.TOKENS) -> int:
     """Count the operations of a block with a full window: of its passes and the refresh."""
+    return sum(flops_by_kind(cfg, window, tokens))
+
+
+def flops_by_kind(cfg, window, tokens=text.TOKENS) -> list[int]:
+    """Count as `flops_of_block`: of matrix products, and of attention."""
     # All layers do the same, so two models tell what a layer adds.
     one, two = (flops_of_pass(meta_net(cfg, layers), window, tokens) for layers in (1, 2))
     passes = len(cfg.sigmas)  # the last level is 0, the refresh
-    return (one + (cfg.num_layers - 1) * (two - one)) * passes
+    return [(a + (cfg.num_layers - 1) * (b - a)) * passes for a, b in zip(one, two)]
 
 
 def meta_net(cfg, layers):
@@ -79,20 +84,21 @@ def meta_net(cfg, layers):
     return model.build(replace(cfg, num_layers=layers), device="meta")
 
 
-def flops_of_pass(net, window, tokens=text.TOKENS) -> int:
-    """Count the operations of one pass with a full window; a multiply-add is two."""
+def flops_of_pass(net, window, tokens=text.TOKENS) -> tuple[int, int]:
+    """Count one pass with a full window: products, attention; a multiply-add is two operations."""
     view = CachedView(net.cfg, window + 3, window)
     prompt = net.project_text(torch.empty(1, tokens, net.cfg.caption_width, device="meta"))
     for _ in range(window + 1):  # full, but nothing is evicted yet, so no past pass is needed
         view.next_block()
     with FlopCounterMode(display=False) as counter:
         one_pass(net, view, prompt)
-    return counter.get_total_flops()
+    attention = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    return counter.get_total_flops() - attention, attention
 
 
 def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
     """Return the lower bound of one pass on a GPU with this rate and bandwidth, as Markdown."""
-    one, two = meta_net(cfg, 1), meta_net(cfg, 2)
+    one = meta_net(cfg, 1)
     sizes = Counter()  # tokens -> number of weights that are multiplied with so many tokens
 
     def count(layer, inputs, _):
@@ -100,12 +106,11 @@ def floor_table(cfg, window, flops=800e12, bandwidth=3e12) -> str:
 
     for layer in (m for m in one.layers.modules() if isinstance(m, nn.Linear)):
         layer.register_forward_hook(count)
-    a_layer = flops_of_pass(two, window) - flops_of_pass(one, window)
+    _, attention_work = flops_of_pass(one, window)
     del sizes[text.TOKENS]  # keys and values of the prompt are computed before the stream
-    rows, attention_work = [], cfg.num_layers * a_layer
+    rows, attention_work = [], cfg.num_layers * attention_work
     for tokens, n in sorted(sizes.items(), reverse=True):
         work, size = 2 * tokens * n, 2 * n
-        attention_work -= work
         done = f"{n / 1e9:.1f} G weights: {work / 1e12:.1f} TFLOP, {size / 1e9:.1f} GB to be read"
         milliseconds = 1000 * max(work / flops, size / bandwidth)
         rows.append([f"linear layers, {tokens} tokens", done, f"{milliseconds:.1f} ms"])
@@ -162,19 +167,30 @@ class Subject(NamedTuple):
     features: tuple  # of the prompt
     decoders: list | None  # the three networks of LTX-2; None without diffusers or av
     device: torch.device
+    in_fp8: bool = False
 
     def with_speedups(self, names):
-        """Return the transformer with exactly these speed-ups; lay out the decoders."""
-        self.lay_out_decoders(names)
+        """Return the transformer with exactly these speed-ups."""
         # The modules are a copy, so neither speed-ups nor hooks stay on `net`. The weights are not.
         shared = {id(p): p for p in self.net.parameters()}  # deepcopy takes these as copied
         return faster.sped_up(copy.deepcopy(self.net, shared), names, self.device)
 
-    def lay_out_decoders(self, names):
-        if self.decoders:
-            is_last = "channels-last" in names
-            layout = torch.channels_last_3d if is_last else torch.contiguous_format
-            decoders.channels_last(self.decoders, layout)
+    def rounded(self):
+        """Let the transformer multiply in fp8, in place: its weights in bfloat16 are gone."""
+        fp8.quantise(self.net.layers)
+        return self._replace(in_fp8=True)
+
+
+def fp8_rate(device, n=8192) -> float:
+    """Measure the operations per second in an fp8 product of n x n matrices."""
+    a, b = (fp8.rounded(torch.randn(n, n, device=device)) for _ in range(2))
+
+    def product():
+        return torch._scaled_mm(
+            a[0], b[0].t(), a[1], b[1].t(), out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+
+    return 2 * n**3 / settled_median([seconds(product, device, 5) for _ in range(7)])
 
 
 def time_passes(net, features, blocks, window, device) -> list[float]:
@@ -184,7 +200,7 @@ def time_passes(net, features, blocks, window, device) -> list[float]:
     return [watch.lap() for _ in stream]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as the warm-up: for inference mode, fused kernels would be compiled again
 def time_block(net, features, view, k, device, times=5) -> float:
     """Return the median seconds of the passes and the refresh of block k."""
     prompt = net.project_text(*features)
@@ -200,28 +216,14 @@ def time_block(net, features, view, k, device, times=5) -> float:
     return settled_median(seconds)
 
 
-def time_decoding(subject, speedups, blocks=6) -> float:
-    """Return the median seconds to decode a block of noise."""
-    cfg, device = subject.net.cfg, subject.device
-    subject.lay_out_decoders(speedups)
-    decoder, watch = decoders.Decoder(*subject.decoders, cfg), Stopwatch(device)
-    dtype, seconds = next(subject.decoders[0].parameters()).dtype, []
-    for k in range(blocks):
-        noise = model.draw_noise(1, block_span(k, cfg), cfg, None, device, dtype)
-        watch.lap()
-        decoder.decode(Block(k, *noise))
-        seconds.append(watch.lap())
-    return settled_median(seconds)
-
-
 def full_blocks(per_block, window):
-    """Drop the values of blocks with a partly filled window, and of blocks that were recorded."""
+    """Drop the values of the blocks before the window is full."""
     return per_block[settled_after(window) :] or per_block[-1:]
 
 
 def settled_after(window) -> int:
-    """Return the number of blocks before the window is full and all passes are recorded."""
-    return 2 * (window + 1) + 4  # each place of the ring is recorded once; two for good measure
+    """Return the number of blocks before the window is full."""
+    return window + 2  # block 0, the window, one for good measure
 
 
 def free_memory():
@@ -230,71 +232,37 @@ def free_memory():
     torch.cuda.empty_cache()
 
 
-# ---- the ladder ----
+# ---- one film ----
 
 
-def climb(rungs, subject, window, rounds, save):
-    """Add the rungs: each speed-up on top of those that helped so far."""
-
-    def passes(speedups):
-        free_memory()  # of the recordings before
-        net, blocks = subject.with_speedups(speedups), settled_after(window) + 4
-        per_block = time_passes(net, subject.features, blocks, window, subject.device)
-        return median_high(full_blocks(per_block, window))
-
-    def decoding(speedups):
-        return time_decoding(subject, speedups)
-
-    for name in faster.find_speedups(["all"], subject.net.cfg, subject.device):
-        measure = decoding if name == "channels-last" else passes
-        if measure is passes or subject.decoders:
-            before = helpful(rungs)
-            pairs = [(measure(before), measure((*before, name))) for _ in range(rounds)]
-            rungs.append(rung(name, measure.__name__, pairs))
-            save()
-
-
-def helpful(rungs) -> tuple:
-    """Return the names of the speed-ups that made the stream faster."""
-    return tuple(r["speed_up"] for r in rungs if r["before_over_after"] > 1)
-
-
-def rung(name, of_what, pairs) -> dict:
-    """Return the medians over rounds of (before, after) in seconds."""
-    before, after = (median_high(column) for column in zip(*pairs))
-    return {
-        "speed_up": name,
-        "of": of_what,
-        "before_seconds": before,
-        "after_seconds": after,
-        # within a round: a machine may be slower in the next one
-        "before_over_after": median_high([b / a for b, a in pairs]),
-    }
-
-
-# ---- one window ----
-
-
-def bench_window(subject, window, blocks, rate, speedups=()) -> dict:
-    """Measure one row of the table; rate: see `matmul_rate`."""
-    cfg, row = subject.net.cfg, {"window_seconds": window, "blocks": blocks, "matmul_flops": rate}
-    fast = subject.with_speedups(speedups)
+def bench_window(subject, window, blocks, rate) -> dict:
+    """Measure one row of the table; rate: operations per second in products and in attention."""
+    cfg, row = subject.net.cfg, {"window_seconds": window, "blocks": blocks, "flops_rate": rate}
+    names = faster.find_speedups(["all"], subject.device)
+    net, begin = subject.with_speedups(names), time.perf_counter()
+    if "graph" in names:
+        decode = [decoders.Decoder(*subject.decoders, cfg).decode] if subject.decoders else []
+        net.warm_up(subject.features, blocks, window, *decode)
+    row |= {"speed_up": names, "in_fp8": subject.in_fp8}
+    row["warm_up_seconds"] = time.perf_counter() - begin
     if subject.decoders:
-        row["film"] = bench_film(fast, subject, window, blocks, speedups)
+        row["film"] = bench_film(net, subject, window, blocks, names)
         passes = row["film"]["passes_seconds"]
     else:
-        passes = time_passes(fast, subject.features, blocks, window, subject.device)
-    del fast  # its recordings hold the caches of their stream
+        passes = time_passes(net, subject.features, blocks, window, subject.device)
+    del net  # its recordings hold the caches of their stream
     free_memory()
-    full, floor = full_blocks(passes, window), flops_of_block(cfg, window) / rate
+    full, work = full_blocks(passes, window), flops_by_kind(cfg, window)
+    floor = sum(n / r for n, r in zip(work, rate))
     median, frames = median_high(full), cfg.fps * cfg.block_seconds  # frames of a block
-    row |= {
+    return row | {
         "floor_fps": frames / floor,
         "passes_fps": frames / median,
         "share_of_floor": floor / median,
+        "block_seconds": median,
         "first_and_last_full_block_seconds": [full[0], full[-1]],
+        "slowest_over_median": max(passes[1:]) / median,
     }
-    return row | beside_textbook(subject, window, median)
 
 
 def bench_film(net, subject, window, blocks, speedups) -> dict:
@@ -305,18 +273,20 @@ def bench_film(net, subject, window, blocks, speedups) -> dict:
     seconds, size = blocks * cfg.block_seconds, (cfg.height, cfg.width)
     with tempfile.TemporaryDirectory() as folder:
         movie = Movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
+        movie.add = watch.watch("write", movie.add, by_cpu=True)
         stream = generate.stream(net, "x", seconds, window=window, read=lambda _: subject.features)
-        generate.run(stream, decoder, movie, seconds, watch)
-        movie.close()
-    both = [sum(pair) for pair in zip(watch.passes, watch.output)]
-    fps = cfg.fps * cfg.block_seconds / median_high(full_blocks(both, window))
-    peaks = [mb * 2**20 / memory.GB for mb in full_blocks(watch.peaks, window)]
-    dtype = subject.features[0].dtype
-    planned = memory.film_rows(cfg, len(watch.passes), window, dtype, speedups)
+        _, errors = generate.run(stream, decoder, movie, watch, seconds)
+    for error in errors:
+        raise error
+    written = itertools.pairwise(watch.written[: len(watch.passes)])
+    intervals = full_blocks([end - begin for begin, end in written], window)
+    dtype, is_fp8 = subject.features[0].dtype, subject.in_fp8
+    planned = memory.film_rows(cfg, len(watch.passes), window, dtype, speedups, in_fp8=is_fp8)
     return {
         **watch.report(movie.frames, cfg),
-        "full_blocks_fps": fps,
-        "first_and_last_peak_gb": [peaks[0], peaks[-1]],
+        "full_blocks_fps": cfg.fps * cfg.block_seconds / median_high(intervals),
+        "interval_median_and_95_seconds": [median_high(intervals), percentile_95(intervals)],
+        "peak_gb": max(watch.peaks) * 2**20 / memory.GB,
         "plan_gb": memory.total(planned) / memory.GB,
     }
 
@@ -331,6 +301,7 @@ def beside_textbook(subject, window, fastest) -> dict:
     if memory.free_bytes(device) < 1.2 * size:  # it also copies the caches of one attention
         return {"same_block_seconds": ours}
     book = time_block(net, features, TextbookView(), k, device)
+    free_memory()
     return {
         "same_block_seconds": ours,
         "textbook_seconds": book,
@@ -339,48 +310,72 @@ def beside_textbook(subject, window, fastest) -> dict:
     }
 
 
+# ---- the ladder ----
+
+
+def climb(subject, window, rounds) -> list[dict]:
+    """Time a block with a full window, with no speed-up and with one more in each row."""
+    names = faster.find_speedups(["all"], subject.device)
+    seconds, k = [[] for _ in range(len(names) + 1)], window + 1
+    for _ in range(rounds):  # in turn, because a machine may be slower in the next minute
+        for n, found in enumerate(seconds):
+            net, view = subject.with_speedups(names[:n]), CachedView(subject.net.cfg, k + 1)
+            found.append(time_block(net, subject.features, view, k, subject.device))
+            del net, view
+            free_memory()
+    medians = [median_high(found) for found in seconds]
+    pairs = zip(("", *names), medians, seconds)
+    return [{"speed_up": name, "block_seconds": m, "rounds": found} for name, m, found in pairs]
+
+
 # ---- tables ----
 
 
-def ladder_table(rungs) -> str:
+def ladder_table(rungs, cfg) -> str:
     """Return the ladder as Markdown."""
-    rows = []
+    rows, before = [], rungs[0]["block_seconds"]
     for r in rungs:
-        times = [f"{1000 * r[f'{when}_seconds']:.1f} ms a block" for when in ("before", "after")]
-        rows.append([f"`{r['speed_up']}`", r["of"], *times, f"{r['before_over_after']:.3f}"])
-    return page.table(["speed-up", "of", "before", "after", "before ÷ after"], rows)
+        now = r["block_seconds"]
+        name = f"+ `{r['speed_up']}`" if r["speed_up"] else "none"
+        fps = f"{cfg.fps * cfg.block_seconds / now:.1f}"
+        rows.append([name, f"{1000 * now:.0f} ms", fps, f"{before / now:.2f}"])
+        before = now
+    return page.table(["speed-up", "passes of a block", "FPS", "before ÷ after"], rows)
 
 
 def window_table(rows) -> str:
-    """Return speed and memory by window as Markdown."""
-    head = ["window", "floor", "passes", "end to end", "TTFC: passes, all"]
-    head += ["first, last full block", "peak until then", "planned"]
+    """Return speed and memory by window and precision as Markdown."""
+    head = ["window", "precision", "floor", "passes", "slowest ÷ median", "end to end"]
+    head += ["TTFC: passes, all", "intervals: median, 95 %", "late blocks", "peak, planned"]
     return page.table([*head, "textbook ÷ ours: plain, fastest"], map(window_cells, rows))
 
 
 def window_cells(row) -> list[str]:
     """Return one line of the table; "" without a film, or without room for the textbook."""
-    end = first_second = peaks = plan = book = ""
-    if film := row.get("film"):
-        end = f"{film['full_blocks_fps']:.0f} FPS"
-        first_second = f"{film['ttfc_passes_seconds']:.2f}, {film['ttfc_seconds']:.2f} s"
-        peaks = "{:.1f}, {:.1f} GB".format(*film["first_and_last_peak_gb"])
-        plan = f"{film['plan_gb']:.1f} GB"
+    film, book = [""] * 5, ""
+    if found := row.get("film"):
+        film = [
+            f"{found['full_blocks_fps']:.0f} FPS",
+            f"{found['ttfc_passes_seconds']:.2f}, {found['ttfc_seconds']:.2f} s",
+            "{:.2f}, {:.2f} s".format(*found["interval_median_and_95_seconds"]),
+            f"{found['viewer_waits']} of {len(found['passes_seconds'])}",
+            f"{found['peak_gb']:.1f}, {found['plan_gb']:.1f} GB",
+        ]
     if "textbook_seconds" in row:
         book = f"{row['textbook_over_ours']:.2f}, {row['textbook_over_fastest']:.2f}"
-    first, last = (1000 * s for s in row["first_and_last_full_block_seconds"])
     passes = f"{row['passes_fps']:.0f} FPS, {row['share_of_floor']:.0%}"
-    bound = f"{row['window_seconds']} s", f"{row['floor_fps']:.0f} FPS"
-    return [*bound, passes, end, first_second, f"{first:.0f}, {last:.0f} ms", peaks, plan, book]
+    precision = "fp8" if row["in_fp8"] else "bfloat16"
+    bound = f"{row['window_seconds']} s", precision, f"{row['floor_fps']:.0f} FPS"
+    return [*bound, passes, f"{row['slowest_over_median']:.2f}", *film, book]
 
 
-def fill_page(about, rungs, rows, window):
+def fill_page(about, rungs, rows, cfg):
     """Write the tables of benchmarks/README.md, as far as they are measured."""
-    where = "{device}, torch {torch}, {date}, {config}".format(**about)
-    page.fill_in("ladder", f"{where}, window {window} s\n\n{ladder_table(rungs)}")
-    if rows:
-        names = ", ".join(helpful(rungs))
-        page.fill_in("windows", f"{where}, with {names}\n\n{window_table(rows)}")
+    where, first = "{device}, torch {torch}, {date}, {config}".format(**about), rows[0]
+    page.fill_in("windows", f"{where}\n\n{window_table(rows)}")
+    if rungs:
+        window = f"bfloat16, window {first['window_seconds']} s"
+        page.fill_in("ladder", f"{where}, {window}\n\n{ladder_table(rungs, cfg)}")
 
 
 # ---- the command line ----
@@ -389,9 +384,11 @@ def fill_page(about, rungs, rows, window):
 def main():
     p = cli.parser(__doc__)
     p.add_argument("--config", default="full", choices=["full", "released"])
-    p.add_argument("--windows", type=int, nargs="+", default=[5, 15, 25], help="seconds")
-    p.add_argument("--blocks", type=int, default=120, help="length of the first window's film")
-    p.add_argument("--rounds", type=int, default=3, help="rounds of the ladder; medians are taken")
+    windows, about = cli.whole(1, 100), "length of the first window's film"
+    p.add_argument("--windows", type=windows, nargs="+", default=[5, 15], help="seconds")
+    p.add_argument("--blocks", type=cli.whole(1, 10**4), default=120, help=about)
+    about = "rounds of the ladder; medians are taken"
+    p.add_argument("--rounds", type=cli.whole(1, 100), default=2, help=about)
     p.add_argument("--floor", action="store_true", help="only compute the lower bound of a pass")
     p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="a tiny model, only to test this script")
@@ -406,8 +403,6 @@ def main():
     dtype, first = torch.float32 if args.tiny else torch.bfloat16, args.windows[0]
     if args.blocks < (least := settled_after(first) + 1):
         raise ValueError(f"--blocks {args.blocks}: expected at least {least}")
-    if args.rounds < 1:
-        raise ValueError(f"--rounds {args.rounds}: expected 1 or more")
     about = {
         **cli.machine(device),
         "config": cfg.name,
@@ -420,19 +415,32 @@ def main():
     def save():
         files.write_json(args.out, {"about": about, "ladder": rungs, "rows": rows})
         if not args.tiny:
-            fill_page(about, rungs, rows, first)
+            fill_page(about, rungs, rows, cfg)
+
+    def films(subject, rate):
+        for window in args.windows:
+            blocks = args.blocks if window == first else settled_after(window) + 16
+            rows.append(bench_window(subject, window, blocks, (rate, wide)))
+            print(window_table(rows[-1:]), flush=True)
+            save()
 
     with kernel.strict(not args.tiny):  # no attention may fall back to PyTorch
-        rate = matmul_rate(device, dtype, 256 if args.tiny else 8192)
+        wide = matmul_rate(device, dtype, 256 if args.tiny else 8192)
         subject = load(cfg, device, dtype, has_decoders=bool(av) and not args.tiny)
-        climb(rungs, subject, first, args.rounds, save)
-        print(ladder_table(rungs))
-        for window in args.windows:
-            blocks = args.blocks if window == first else settled_after(window) + 8
-            rows.append(bench_window(subject, window, blocks, rate, helpful(rungs)))
+        films(subject, wide)
+        for row in list(rows):
+            row |= beside_textbook(subject, row["window_seconds"], row["block_seconds"])
             save()
-            print(window_table(rows[-1:]))
-    print(f"wrote {args.out}")
+        rungs += climb(subject, first, args.rounds)
+        save()
+        films(subject.rounded(), wide if args.tiny else fp8_rate(device))
+        for wide_row, row in zip(rows, rows[len(args.windows) :]):
+            keys = "textbook_seconds", "textbook_over_ours"
+            row |= {key: wide_row[key] for key in keys if key in wide_row}
+            if "textbook_seconds" in row:
+                row["textbook_over_fastest"] = row["textbook_seconds"] / row["block_seconds"]
+        save()
+    print(f"{ladder_table(rungs, cfg)}\n\n{window_table(rows)}\n\nwrote {args.out}")
 
 
 def load(cfg, device, dtype, has_decoders) -> Subject:

@@ -1,4 +1,4 @@
-"""Speed-ups of a stream: joined projections, recorded passes (CUDA graphs), audio beside video.
+"""Speed-ups of a stream: joined projections, recorded passes, fused kernels, audio beside video.
 
 They change the rounding of a film, and nothing else. generate.py applies them on `--speed-up`.
 full_size/README.md tells how much each gained on a GPU.
@@ -14,44 +14,50 @@ fixes memory addresses, not contents:
   * Latents, noise levels, rotation tables, keys and values of the prompt change from pass to pass.
     They are copied into memory that stays.
   * The next replay overwrites the outputs, so they are copied out.
-  * The caches stay in place anyway. Only *where* in the ring a block is written is part of the
-    recording. So there is one recording for each of the window + 1 places. It is replayed for all
-    passes of a block, and again when the ring has come round.
-  * While the window fills, each block attends to more memory than the one before: not recorded.
+  * The caches stay in place anyway, also from one stream to the next. *Where* in the ring a block
+    is written and how much is read are part of the recording. So there is one for block 0, one
+    for each block while the ring fills, and one for each place when it is full. It is replayed
+    for all passes of a block, and again when the ring has come round.
 
-Making a recording waits for the GPU, once. Nothing may wait for the GPU during a pass
+Making a recording waits for the GPU, once, and takes longer than a pass. So `Recorded.warm_up`
+makes all of them before the first stream. Nothing may wait for the GPU during a pass
 (tests/test_faster.py): a recording could not either.
+
+**fuse.** Between two matrix products lie up to six element-wise operators, each of which reads and
+writes all tokens. `FusedHalf` has them compiled into one kernel.
 
 **beside.** A second of audio is bound by reading its weights, a second of video by multiplication.
 On two CUDA streams one hides behind the other. In a recording the second stream costs no launches.
+The streams meet once a layer, before each attends to the other.
 """
 
 import functools
+import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from tqdm import tqdm
 
-from model import Attention, ropes_of
+import rope
+from kv_cache import CachedView
+from model import Attention, HalfLayer, gated, modulated, norm, ropes_of
+from rollout import rollout
 
-SPEEDUPS = "qkv", "graph", "beside", "channels-last"
+SPEEDUPS = "qkv", "graph", "beside", "fuse"  # all but the first need a GPU
 
 
-def find_speedups(names, cfg, device) -> tuple:
+def find_speedups(names, device) -> tuple:
     """Check names of speed-ups; "all" means all that can run here."""
-    impossible = {} if device.type == "cuda" else dict.fromkeys(("graph", "beside"), "a GPU")
-    if cfg.is_toy:
-        impossible["channels-last"] = "a full-size config"  # it is about LTX-2's video decoder
+    impossible = () if device.type == "cuda" else SPEEDUPS[1:]
     if "all" in names:
         return tuple(name for name in SPEEDUPS if name not in impossible)
     for name in names:
         if name not in SPEEDUPS:
             raise ValueError(f"--speed-up {name}: unknown; expected all, {', '.join(SPEEDUPS)}")
         if name in impossible:
-            raise ValueError(
-                f"--speed-up {name} needs {impossible[name]}; leave it out, or say all"
-            )
+            raise ValueError(f"--speed-up {name} needs a GPU; leave it out, or say all")
     return tuple(names)
 
 
@@ -59,9 +65,20 @@ def sped_up(net, speedups, device):
     """Apply speed-ups to a transformer; the result takes its place."""
     if "qkv" in speedups:
         join_projections(net)
+    if "fuse" in speedups:
+        fuse(net)
     if "beside" in speedups:
         run_beside(net, SideStream(device))
     return Recorded(net, cuda_recorder) if "graph" in speedups else net
+
+
+def speed_up(source, request):
+    """Apply the speed-ups of a `generate.Request` to the transformer of a source."""
+    source.net = sped_up(source.net, request.speedups, request.device)
+    if "graph" in request.speedups:
+        features = source.read(request.cues[0].prompt)
+        decode = source.decoder(lambda _, function: function).decode
+        source.net.warm_up(features, request.num_blocks, request.window, decode)
 
 
 # ---- qkv ----
@@ -77,9 +94,8 @@ class JoinedAttention(Attention):
         self.to_q, self.to_k, self.to_v, self.to_out = site.to_q, site.to_k, site.to_v, site.to_out
         self.q_norm, self.k_norm = site.q_norm, site.k_norm
         three = (self.to_q, self.to_k, self.to_v)
-        together = three if self.to_q.in_features == self.to_k.in_features else three[1:]
-        for name in ("weight", "bias"):
-            old = [getattr(linear, name) for linear in together]
+        together = three if self.to_q.weight.shape == self.to_k.weight.shape else three[1:]
+        for old in zip(*(linear.parameters() for linear in together)):  # weights, biases, scales
             for p, rows in zip(old, torch.cat([p.data for p in old]).split([len(p) for p in old])):
                 p.data = rows  # the old memory is freed: there is never a second copy of all
 
@@ -109,10 +125,10 @@ def join_projections(net):
 def one_product(x, *linears):
     """(B, T, C) -> (B, T, H*D) for each layer, in one product if their weights are joined."""
     if not torch.is_grad_enabled():  # with gradients, each weight needs its own
-        names = "weight", "bias"
-        parts = [as_one([getattr(linear, name) for linear in linears]) for name in names]
+        parts = [as_one(tensors) for tensors in zip(*(linear.parameters() for linear in linears))]
         if all(part is not None for part in parts):
-            return F.linear(x, *parts).chunk(len(linears), -1)
+            product = getattr(linears[0], "product", F.linear)  # fp8.Fp8Linear has its own
+            return product(x, *parts).chunk(len(linears), -1)
     return [linear(x) for linear in linears]
 
 
@@ -141,50 +157,96 @@ class Recorded(nn.Module):
     """A model whose passes are recorded where possible, for one stream at a time."""
 
     def __init__(self, net, recorder):
-        """recorder: `cuda_recorder`, or a stand-in; called for every stream."""
+        """recorder: `cuda_recorder`, or a stand-in."""
         super().__init__()
         self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
         self.recorder = recorder
-        self._start(caches=None)
+        self.view = self.room = None  # of the current stream; clips and ring that its memory holds
+        self.begun = weakref.WeakSet()  # all views until now
 
-    def _start(self, caches):
-        # The recordings of the last stream would write into its caches: they are freed.
-        self.caches, self.inputs, self.recordings = caches, None, {}  # recordings by ring index
-        self.record = self.recorder()
-        self.text = self.prompt = None  # the fixed copy, and the prompt it is a copy of
+    @torch.no_grad()
+    def warm_up(self, features, blocks, window, decode=lambda block: None):
+        """Record all passes of a stream on noise, before a prompt comes.
+
+        features, blocks, window   as the stream will have them; contents do not matter
+        decode                     called with every block of noise: decoders warm up, too
+        """
+        like = next(self.parameters())
+        text = self.project_text(*(f.to(like) for f in features))
+        view = CachedView(self.cfg, blocks, window)
+        places = min(blocks, 2 * ring_of(view))  # block 0, a ring that fills, a full one
+        noise, levels = torch.Generator(), (1.0, 0.0)
+        stream = rollout(self, lambda k: text, places, levels, noise, view=view)
+        for block in tqdm(stream, "recording passes", places, leave=False):
+            decode(block)
+        self.prompt = None  # frees its keys and values; the fixed copy stays
 
     def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
-        if view.layers is not self.caches:
-            self._start(view.layers)
-        place = ring_index(view)
-        if place is None or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             return self.net(video, audio, sigma_video, sigma_audio, text, span, view)
+        if view is not self.view:
+            self._begin(view, clips=len(video))
         ropes = ropes_of(self.cfg, span, video.device, video.dtype)
-        is_first = self.inputs is None
         # everything that a pass reads and that changes, except weights, caches and prompt
         new = (video, audio), (sigma_video, sigma_audio), ropes
-        self.inputs = overwritten(self.inputs, new)
+        kind = min(view.block, 1)  # block 0 has other sizes
+        self.inputs[kind] = inputs = overwritten(self.inputs[kind], new)
         if text is not self.prompt:
             self.text, self.prompt = overwritten(self.text, text), text
-        if is_first:  # libraries set up their work space for these sizes, outside a recording
-            return self.net(video, audio, sigma_video, sigma_audio, text, span, view)
+        place = place_of(view)
         if place not in self.recordings:
-            self.recordings[place] = self.record(lambda: self._run(span, view))
+            run = functools.partial(self._run, inputs, span, view)
+            run()  # libraries set up their work space for these sizes, outside a recording
+            self.recordings[place] = self.record(run)
         replay, outputs = self.recordings[place]
         replay()
         return [x.clone() for x in outputs]
 
-    def _run(self, span, view):
+    def _run(self, inputs, span, view):
         # This is recorded: it reads everything from fixed memory.
-        latents, sigmas, ropes = self.inputs
+        latents, sigmas, ropes = inputs
         return self.net(*latents, *sigmas, self.text, span, view, ropes)
 
+    def _begin(self, view, clips):
+        """Start a stream: in the memory of the last one, to which the recordings write."""
+        if view in self.begun:
+            raise ValueError(
+                "another stream has begun to use these recordings: start this one anew"
+            )
+        is_empty, ring = view.layers[0]["video_self"].k is None, ring_of(view)
+        if self.view and is_empty and clips == self.room[0] and ring <= self.room[1]:
+            for new, old in zip(view.caches, self.view.caches):
+                new.k, new.v = old.k, old.v
+        else:  # the old recordings and the old caches are freed
+            self.room, self.recordings, self.record = (clips, ring), {}, self.recorder()
+            self.inputs = [None, None]  # fixed copies: in block 0, in all others
+            self.text = self.prompt = None  # the fixed copy, and the prompt it is a copy of
+        self.view = view
+        view.move_prefixes = functools.partial(move_prefixes, view.layers)
+        self.begun.add(view)
 
-def ring_index(view) -> int | None:
-    """Return the place of the current block in the ring; None while the ring is not full."""
-    # Passes at the same place use the same memory.
-    ring = view.layers[0]["video_self"].ring_blocks
-    return (view.block - 1) % ring if view.block > ring else None
+
+def move_prefixes(layers, site, by):
+    """Do the same as `CachedView.move_prefixes`, with one rotation for all layers."""
+    # Layer by layer these are over 1,000 launches between two blocks, and nothing else to do.
+    caches = [layer[site] for layer in layers]
+    pinned = [cache.k[:, : cache.prefix_tokens] for cache in caches]
+    if caches[0].unmoved_prefix_k is None:
+        for cache, keys in zip(caches, pinned):
+            cache.unmoved_prefix_k = keys.clone()
+    moved = rope.rotate(torch.cat([cache.unmoved_prefix_k for cache in caches]), by)
+    torch._foreach_copy_(pinned, list(moved.chunk(len(caches))))
+
+
+def ring_of(view) -> int:
+    """Return the number of blocks in the ring of a view."""
+    return view.layers[0]["video_self"].ring_blocks
+
+
+def place_of(view) -> tuple:
+    """Return what a recording fixes: the slots that a pass writes and those that it reads."""
+    cache = view.layers[0]["video_self"]  # the other caches move with it
+    return cache.slots.start, cache.first_visible, cache.num_filled
 
 
 def overwritten(old, new):
@@ -216,22 +278,78 @@ def cuda_recorder():
     return record
 
 
+# ---- fuse ----
+
+
+class FusedHalf(HalfLayer):
+    """A HalfLayer that runs element-wise work as one kernel before and one after each sublayer."""
+
+    def attend_self(self, x, modulation, positions, attend):
+        y = fused(modulated_norm)(x, self.table[:2], modulation.main[:, :, :2], self.eps)
+        y = self.self_attn(y, y, positions, positions, attend)
+        return fused(gated_sum)(x, y, self.table[2], modulation.main[:, :, 2])
+
+    def cross_inputs(self, x, modulation):
+        both = fused(modulated_norms)(x, self.cross_table[:4], modulation.cross, self.eps)
+        return both if self.listen_row == 0 else both[::-1]
+
+    def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
+        y = self.cross_attn(queries, context, q_rope, k_rope, attend)
+        return fused(gated_sum)(x, y, self.cross_table[4], modulation.gate[:, :, 0])
+
+    def mlp(self, x, modulation):
+        y = fused(modulated_norm)(x, self.table[3:5], modulation.main[:, :, 3:5], self.eps)
+        y = self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+        return fused(gated_sum)(x, y, self.table[5], modulation.main[:, :, 5])
+
+
+@functools.cache
+def fused(function):
+    """Return the function as one kernel, compiled anew for each shape."""
+    return torch.compile(function, dynamic=False)
+
+
+def modulated_norm(x, table, rows, eps):
+    """x (B, T, C), table (2, C), rows (B, L, 2, C): shift, then scale -> (B, T, C)."""
+    shift, scale = (table + rows).unbind(2)
+    return modulated(norm(x, eps), scale, shift)
+
+
+def modulated_norms(x, table, rows, eps):
+    """x (B, T, C), table (4, C), rows (B, L, 4, C): scale, then shift, twice -> 2 of (B, T, C)."""
+    scale, shift, scale_2, shift_2 = (table + rows).unbind(2)
+    y = norm(x, eps)
+    return [modulated(y, scale, shift), modulated(y, scale_2, shift_2)]
+
+
+def gated_sum(x, y, table, rows):
+    """x, y (B, T, C), table (C), rows (B, L, C) -> (B, T, C)."""
+    return x + gated(y, table + rows)
+
+
+def fuse(net):
+    """Fuse the element-wise work of every layer, in place."""
+    for layer in net.layers:
+        for half in (layer.video, layer.audio):
+            half.__class__ = FusedHalf  # the same parameters, other methods
+
+
 # ---- beside ----
 
 
 class SideStream:
-    """A second CUDA stream for audio.  Every step of video forks it, the next step of audio joins.
+    """A second CUDA stream for audio, beside the main stream for video.
 
-    video step:  fork(step, ...)     runs on the main stream; audio may start where it starts
-    audio step:  beside(step, ...)   runs at the same time; the main stream then waits for it
+    video step:  fork(step, ...)     on the main stream; audio may start where it starts
+    audio step:  beside(step, ...)   on the side stream
+    then:        join(step, ...)     on the main stream, after all of audio until now
     """
 
     # Trap: memory that Python frees is reused at once by the stream that made it, without asking
-    # the other one. So video is launched first: when audio frees what the main stream made, the
-    # main stream makes nothing more before it waits.
+    # the other one. So what audio reads is kept until the main stream has waited for audio.
 
     def __init__(self, device=None):
-        self.stream = torch.cuda.Stream(device)
+        self.stream, self.kept = torch.cuda.Stream(device), []
 
     def fork(self, step, *args):
         self.start = torch.cuda.current_stream(self.stream.device).record_event()
@@ -240,26 +358,33 @@ class SideStream:
     def beside(self, step, *args):
         main = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_event(self.start)
+        self.kept.append(args)
         torch.cuda.set_stream(self.stream)
         try:
             return step(*args)
         finally:
             torch.cuda.set_stream(main)
-            main.wait_stream(self.stream)
+
+    def join(self, step, *args):
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        self.kept.clear()
+        return step(*args)
 
 
 class ScheduledHalf(nn.Module):
-    """A HalfLayer whose steps are run by a function `run(step, *args)`."""
+    """A HalfLayer whose steps are run by functions `run(step, *args)`."""
 
-    def __init__(self, half, run):
+    def __init__(self, half, run, run_inputs):
         super().__init__()
-        self.half, self.text_attn, self.cross_inputs = half, half.text_attn, half.cross_inputs
+        self.half, self.text_attn = half, half.text_attn
         for name in ("attend_self", "attend_captions", "attend_other", "mlp"):
             setattr(self, name, functools.partial(run, getattr(half, name)))
+        self.cross_inputs = functools.partial(run_inputs, half.cross_inputs)
 
 
 def run_beside(net, side):
-    """Run every step of the audio halves beside the same step of the video halves, in place."""
+    """Run the audio halves beside the video halves, in place; they meet once a layer."""
     for layer in net.layers:
-        layer.video = ScheduledHalf(layer.video, side.fork)
-        layer.audio = ScheduledHalf(layer.audio, side.beside)
+        layer.video = ScheduledHalf(layer.video, side.fork, side.fork)
+        layer.audio = ScheduledHalf(layer.audio, side.beside, side.join)
+    net.audio.output = functools.partial(side.join, net.audio.output)

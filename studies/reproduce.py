@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 
+import torch
+
 from plumbing import cli
 from plumbing.cli import ROOT
 from studies import compare
@@ -64,6 +66,7 @@ CONTROLS = [
     ("-m studies.compare memory --clips 96", 30),
     ("-m studies.ablations sinks", 40),
     ("-m studies.ablations switches", 30),
+    ("-m studies.fp8", 8),
 ]
 QUICK = [
     ("dmd.py --steps 40 --run runs/quick/dmd --out runs/quick/quick_dmd.safetensors", 5),
@@ -75,15 +78,17 @@ QUICK = [
      "--student runs/quick/quick_ode_regression.safetensors "
      "runs/quick/quick_self_forcing.safetensors --out results/quick", 2),
 ]  # fmt: skip
-# For one GPU of 80 GB. The minutes are a guess.
-KERNEL_TESTS = "tests/test_cache_append_attention.py tests/test_faster.py"  # they run without av
+# For one GPU of 80 GB, in the order of their worth. Times are for a machine without a cache.
+KERNEL_TESTS = (  # they run without av
+    "tests/test_cache_append_attention.py tests/test_faster.py tests/test_fp8.py"
+)
 GPU = [
     (f"-m pytest -m 'gpu and not slow' {KERNEL_TESTS}", 2),
+    ("-m benchmarks.bench_generate", 7),
     ("-m benchmarks.bench_attention", 1),
-    ("-m benchmarks.bench_generate", 9),
     ("-m benchmarks.bench_decode", 2),
-    (f"-m pytest -m 'gpu and slow' {KERNEL_TESTS}", 5),  # compute-sanitizer
 ]
+TABLES = "windows", "ladder"  # of benchmarks/README.md, printed after all that
 
 
 def main():
@@ -95,6 +100,8 @@ def main():
     p.add_argument("--list", action="store_true", help="print the commands and run none")
     args = p.parse_args()
     steps = QUICK if args.quick else CONTROLS if args.controls else GPU if args.gpu else FULL
+    if args.gpu and not args.list and not torch.cuda.is_available():
+        raise ValueError("--gpu: no GPU is usable here; --list prints the commands")
     total = sum(minutes for _, minutes in steps)
     where = "a GPU" if args.gpu else "two CPU cores"
     failed = []
@@ -109,6 +116,9 @@ def main():
     if args.controls and not args.list:  # trainings in runs/ write their curves there
         for curve in (ROOT / "runs" / "controls").glob("*_curve.json"):
             shutil.copy(curve, ROOT / "results")
+    if args.gpu and not args.list:
+        text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+        print(*(text.split(f"<!-- {name} -->")[1] for name in TABLES))
     print(f"about {total // 60} h {total % 60} min on {where}")
     if failed:
         raise ValueError(f"{'; '.join(failed)}; start again: a training goes on where it stopped")

@@ -89,8 +89,8 @@ class TwoStreams(TorchDispatchMode):
     def begin_side(self):
         self.stream, self.waited["side"] = "side", self.start
 
-    def end_side(self):
-        self.stream, self.waited["main"] = "main", self.clock["side"]
+    def join(self):
+        self.waited["main"] = self.clock["side"]
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -98,7 +98,8 @@ class TwoStreams(TorchDispatchMode):
         self._check_reuse()
         given = addresses((args, kwargs))
         into = addresses(written(function, args, kwargs or {}))
-        for key in given & self.owner.keys():  # others are older than all this: weights, inputs
+        read = set() if function.is_view else given  # a view reads nothing
+        for key in read & self.owner.keys():  # others are older than all this: weights, inputs
             self._touch(function, key, key in into)
         for storage in (t.untyped_storage() for t in tensors(out)):
             if storage._cdata not in given | self.owner.keys():
@@ -134,7 +135,7 @@ class Side:
     """`faster.SideStream` for TwoStreams."""
 
     def __init__(self, streams):
-        self.streams = streams
+        self.streams, self.kept = streams, []
 
     def fork(self, step, *args):
         self.streams.start = self.streams.clock["main"]
@@ -142,10 +143,16 @@ class Side:
 
     def beside(self, step, *args):
         self.streams.begin_side()
+        self.kept.append(args)
         try:
             return step(*args)
         finally:
-            self.streams.end_side()
+            self.streams.stream = "main"
+
+    def join(self, step, *args):
+        self.streams.join()
+        self.kept.clear()
+        return step(*args)
 
 
 class Operators(TorchDispatchMode):

@@ -63,55 +63,59 @@ def test_the_page_quotes_the_floor():
 
 
 def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
-    """`--device cpu --tiny`: every number is there, none is zero, the floor is below."""
-    out = tmp_path / "bench.json"
-    args = "--device", "cpu", "--tiny", "--windows", 1, "--blocks", 9, "--out", out
+    """`--device cpu --tiny`: every number is there, not zero, above its floor; fp8 is last."""
+    out, saved = tmp_path / "bench.json", []
+    args = "--device", "cpu", "--tiny", "--windows", 1, "--blocks", 4, "--out", out
+    write = bench_generate.files.write_json
+    monkeypatch.setattr(
+        bench_generate.files, "write_json", lambda *a: saved.append(len(a[1]["rows"])) or write(*a)
+    )
     status, printed, _ = run_here(bench_generate, args, monkeypatch, capsys)
     result = json.loads(out.read_text())
-    (row,), ladder = result["rows"], result["ladder"]
-    assert [rung["speed_up"] for rung in ladder] == ["qkv"]
-    assert all(rung["before_seconds"] > 0 < rung["after_seconds"] for rung in ladder)
-    assert 0 < row["share_of_floor"] < 1 and row["textbook_over_ours"] > 0
-    fastest = config.FULL.fps * config.FULL.block_seconds / row["passes_fps"]  # seconds a block
-    assert row["textbook_over_fastest"] == pytest.approx(row["textbook_seconds"] / fastest)
-    assert row["passes_fps"] == pytest.approx(row["floor_fps"] * row["share_of_floor"])
-    assert status == 0 and "| `qkv` | passes | " in printed
-    assert bench_generate.window_table([row]).count("FPS") == 2
+    rows, ladder = result["rows"], result["ladder"]
+    assert [rung["speed_up"] for rung in ladder] == ["", "qkv"] and saved[0] == 1 < len(saved)
+    assert all(rung["block_seconds"] > 0 for rung in ladder)
+    for row, in_fp8 in zip(rows, (False, True), strict=True):
+        assert row["in_fp8"] == in_fp8 and row["slowest_over_median"] > 0
+        assert 0 < row["share_of_floor"] < 1 and row["textbook_over_ours"] > 0
+        fastest = config.FULL.fps * config.FULL.block_seconds / row["passes_fps"]  # seconds a block
+        assert row["textbook_over_fastest"] == pytest.approx(row["textbook_seconds"] / fastest)
+        assert row["passes_fps"] == pytest.approx(row["floor_fps"] * row["share_of_floor"])
+    assert status == 0 and "| + `qkv` | " in printed and "| 1 s | fp8 | " in printed
+    assert bench_generate.window_table(rows[:1]).count("FPS") == 2
 
 
-def test_a_finished_stream_leaves_no_caches_behind():
-    """A recorded net frees the caches of the last stream when the next one begins."""
+def test_all_streams_of_a_recorded_net_use_the_same_caches():
+    """Until one needs more: then the old ones are freed before the new ones are made."""
     net = random_model(tiny(PAPER), torch.float32)
     features = [torch.randn(1, 3, net.cfg.caption_width)] * 2
     recorded = faster.Recorded(net, lambda: Tape.record)
     bench_generate.time_passes(recorded, features, 5, 1, CPU)
-    keys = weakref.ref(recorded.caches[0]["video_self"].k)
-    next(generate.stream(recorded, "x", 5, read=lambda _: features, window=1))
+    keys = weakref.ref(recorded.view.caches[0].k)
+    bench_generate.time_passes(recorded, features, 4, 1, CPU)
+    assert recorded.view.caches[0].k is keys()
+    next(generate.stream(recorded, "x", 5, read=lambda _: features, window=2))
     gc.collect()
     assert keys() is None
 
 
-def test_a_film_is_measured_with_its_decoders(monkeypatch):
-    """Stages, the speed of full blocks, and both layouts of the decoder; the net is as it was."""
+def test_a_film_is_measured_with_its_decoders():
+    """Stages, intervals, the speed of full blocks, memory; the net is as it was."""
     pytest.importorskip("diffusers")
     cfg = bench_generate.tiny(replace(config.FULL, caption_width=8))
     measured = subject(random_model(cfg, torch.float32), bench_decode.tiny_decoders())
-    row = bench_generate.bench_window(measured, window=1, blocks=9, rate=1e12)
+    row = bench_generate.bench_window(measured, window=1, blocks=6, rate=(1e12, 1e12))
     film = row["film"]
     stages = {"denoise", "refresh", "video decoder", "vocoder", "write"}
     assert stages <= film["stage_seconds"].keys() and all(film["stage_seconds"].values())
-    assert film["full_blocks_fps"] > 0 and min(film["first_and_last_peak_gb"]) > 0
+    assert film["full_blocks_fps"] > 0 and film["peak_gb"] > 0 and film["plan_gb"] > 0
     assert not measured.net._forward_hooks and not measured.net._forward_pre_hooks
     assert 0 < film["ttfc_passes_seconds"] < film["ttfc_seconds"]
-    del row["textbook_seconds"]  # as if its caches did not fit
-    row["first_and_last_full_block_seconds"] = [0.2, 0.3]
-    assert "| 200, 300 ms |" in (table := bench_generate.window_table([row]))
-    assert f" GB | {film['plan_gb']:.1f} GB | – |" in table
-    rungs = []
-    monkeypatch.setattr(bench_generate, "time_passes", lambda *_: [1.0])
-    bench_generate.climb(rungs, measured, window=1, rounds=1, save=list)
-    assert [r["speed_up"] for r in rungs] == ["qkv", "channels-last"]
-    assert rungs[1]["of"] == "decoding" and rungs[1]["after_seconds"] > 0
+    film["interval_median_and_95_seconds"], film["viewer_waits"] = [0.5, 0.75], 2
+    table = bench_generate.window_table([row])
+    assert (
+        f"| 0.50, 0.75 s | 2 of 7 | {film['peak_gb']:.1f}, {film['plan_gb']:.1f} GB | – |" in table
+    )
 
 
 def test_a_block_is_timed_behind_its_past():
@@ -145,5 +149,8 @@ def test_a_rung_is_set_up_and_taken_down_again():
         pairs = zip(net.parameters(), measured.net.parameters(), strict=True)
         assert all(mine is shared for mine, shared in pairs)
         bench_generate.time_block(net, measured.features, view, 0, CPU, times=1)
-    ratio = bench_generate.rung("x", "passes", [(2, 1), (9, 3), (8, 2)])
-    assert ratio["before_over_after"] == 3 and ratio["after_seconds"] == 2
+    table = bench_generate.ladder_table(
+        [{"speed_up": "", "block_seconds": 0.8}, {"speed_up": "x", "block_seconds": 0.4}],
+        config.FULL,
+    )
+    assert table.endswith("| none | 800 ms | 30.0 | 1.00 |\n| + `x` | 400 ms | 60.0 | 2.00 |")

@@ -16,14 +16,15 @@ COMMANDS = [command for command, _ in STEPS if not command.startswith("-m pytest
 def run(monkeypatch, capsys):
     """A function that runs the command line; no command runs, those that would are in run.ran."""
 
-    def run(*arguments, failing=None):
-        run.ran = []
+    def run(*arguments, failing=None, has_gpu=True):
+        run.ran, run.has_gpu = [], has_gpu
 
         def fake(command, cwd):
             run.ran.append(" ".join(command[1:]))
             return subprocess.CompletedProcess(command, 2 if len(run.ran) == failing else 0)
 
         monkeypatch.setattr(reproduce.subprocess, "run", fake)
+        monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: run.has_gpu)
         return run_here(reproduce, arguments, monkeypatch, capsys)
 
     return run
@@ -58,10 +59,20 @@ def test_commands_run_in_order_until_one_fails(run):
 
 
 def test_on_a_gpu_a_failure_stops_nothing(run):
-    """The other commands run all the same, and the failure is reported at the end."""
-    status, _, err = run("--gpu", failing=1)
+    """The other commands run all the same, at most 12 minutes; tables and failures come last."""
+    status, out, err = run("--gpu", failing=1)
     assert status == 2 and len(run.ran) == len(reproduce.GPU)
-    assert "tests/test_faster.py: exit status 2; start" in err
+    assert f"{reproduce.KERNEL_TESTS}: exit status 2; start" in err
+    assert sum(minutes for _, minutes in reproduce.GPU) <= 12
+    assert out.index("bench_decode") < out.index("\n| 5 s | ") < out.rindex("`qkv`")
+
+
+def test_without_a_gpu_none_of_its_commands_runs(run):
+    """One line instead of five failures; their list is printed all the same."""
+    status, _, err = run("--gpu", has_gpu=False)
+    assert (status, run.ran) == (2, [])
+    assert err == "studies/reproduce.py: --gpu: no GPU is usable here; --list prints the commands\n"
+    assert run("--gpu", "--list", has_gpu=False)[0] == 0
 
 
 def test_every_test_for_a_gpu_is_run_there():
