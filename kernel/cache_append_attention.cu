@@ -34,15 +34,15 @@
 // thread block normed all new keys again. In a CUDA graph it lost everywhere (below).
 //
 // Measured on one NVIDIA H100 (torch 2.11.0+cu130, 2026-11-26, bfloat16, one clip, CUDA graphs), in
-// microseconds; floors for 758 TFLOP/s and 3.0 TB/s (benchmarks/bench_attention.py):
+// microseconds; floors for 781 TFLOP/s and 3.0 TB/s (benchmarks/bench_attention.py):
 //
 //                                    floor   rung 1   rung 2   rung 3   rung 4
-//   audio self, 25 queries,   5 s      0.6       60     12.2     13.2      9.8
-//                            15 s      1.3       63     14.7     20.5     12.7
-//   V2A, 25 queries,          5 s       23        -       77        -     40.4
-//                            15 s       54        -        -        -     73.7
-//   A2V, 1152 queries,        5 s      3.7       81     22.0      159        -
-//                            15 s      5.2       88     29.3      293        -
+//   audio self, 25 queries,   5 s      0.6       60     12.3     13.5     10.0
+//                            15 s      1.3       63     14.8     20.6     12.7
+//   V2A, 25 queries,          5 s       23      136       75      218     40.4
+//                            15 s       55      229      169      522     73.2
+//   A2V, 1152 queries,        5 s      3.7       81     22.2      159        -
+//                            15 s      5.0       88     29.4      295        -
 //
 // In V2A, SDPA takes the kernel of cuDNN (65); its flash kernels need 26 and 5, `tensor_cores` 28
 // and `combine` 3. The rest is `append`, which moves 19 MB: 8. Rung 3 loses to rung 2, because it
