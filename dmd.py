@@ -196,7 +196,7 @@ def options(doc, name):
     """The command line that stages I and III share."""
     p = cli.parser(doc)
     about = "weights of the teacher, which gives the real score"
-    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help=about)
+    cli.add_weights(p, "--teacher", "weights/toy_teacher.safetensors", about)
     cli.add_guidance(p, teacher.GUIDANCE, "guidance scale of the real score")
     stages.add_options(p, STEPS, name)
     return p
@@ -223,8 +223,9 @@ def distil(p, args, start, is_causal, make):
             memory.check_training(nets, loss, processes.share_of(args.batch))
         frozen, critic = real.load(learns=False), real.load(learns=True)
         learners = make_learners(student.load(learns=True), critic, recipes)
-        starts = {args.teacher: real.weights_id, start: student.weights_id}
-        run = trainer.Run(learners, cli.command(p, args), args.run, starts)
+        ids = {"teacher": real.weights_id, "student": student.weights_id}
+        settings = stages.settings(args, source, **ids)
+        run = trainer.Run(learners, cli.command(p, args), args.run, settings)
         update = make_update(*learners.values(), frozen, args.guidance, make, source.prompts.draw)
         run.train(update, print_every=5, save_every=20)
         run.write_student(args.out, source.write, source.dtype)

@@ -200,12 +200,12 @@ def options():
     p.add_argument("--seconds", help="length of the film; default: 5, or 10 with --html")
     cli.add_seed(p, "random seed of the noise")
     p.add_argument(
-        "--window", type=int,
+        "--window", type=cli.whole(1, MOST_SECONDS),
         help="seconds of the past in the cache; default as trained: 4, or 3 if block 0 is a whole "
         "second",
     )  # fmt: skip
     p.add_argument(
-        "--steps", type=int,
+        "--steps", type=cli.whole(1, 1000),
         help="passes per block besides the refresh; default as trained: 4, or 3 (full); fewer are "
         "faster and worse",
     )  # fmt: skip
@@ -249,8 +249,6 @@ def check_args(args) -> Request:
     cues = parse_cues(args.prompt or [default], seconds, check)
     check_prompts_used(cues, blocks, cfg)
     window = trained_window(cfg) if args.window is None else args.window
-    if window < 1:
-        raise ValueError(f"--window {args.window}: expected 1 or more")
     if not cfg.is_toy and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
     for name in ("--ltx2", "--video-context", "--video-look-ahead"):

@@ -122,7 +122,7 @@ class AdaLN(nn.Module):
 
     def forward(self, tau):
         """tau (B, T) -> rows (B, T, rows, C) and the embedded timestep (B, T, C)."""
-        e = timestep_embedding(tau).to(self.linear.weight.dtype)
+        e = timestep_embedding(tau).to(self.linear.bias.dtype)
         z = self.linear_2(F.silu(self.linear_1(e)))
         return self.linear(F.silu(z)).unflatten(-1, (self.rows, -1)), z
 

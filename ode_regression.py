@@ -104,10 +104,8 @@ def load_or_draw_trajectories(
     settings["teacher"] = weights_id or files.fingerprint(net.state_dict())
     if Path(path).exists():
         tensors, _, made_with = files.read_weights(path)
-        if made_with != settings:
-            raise ValueError(
-                f"{path}: made with {made_with}, wanted {settings}; remove it to start anew"
-            )
+        if wrong := trainer.differences(made_with, settings):
+            raise ValueError(f"{path}: made with other settings ({wrong}); remove it to start anew")
         return tensors
     parts = []
     shown = dict(desc="trajectories", mininterval=5, disable=not processes.is_first())
@@ -231,19 +229,19 @@ def trial_loss(net, captions, generator):
 def options():
     """The command line."""
     p = cli.parser(__doc__)
-    p.add_argument(
-        "--teacher", default="weights/toy_dmd.safetensors",
-        help="weights of the model that draws the trajectories; the student starts at them too",
-    )  # fmt: skip
-    p.add_argument("--clips", type=int, default=768, help="trajectories to draw")
+    about = "weights of the model that draws the trajectories; the student starts at them too"
+    cli.add_weights(p, "--teacher", "weights/toy_dmd.safetensors", about)
+    p.add_argument("--clips", type=cli.whole(1, 10**5), default=768, help="trajectories to draw")
     cli.add_guidance(p, (1.0, 1.0), "guidance scale of the trajectories")
-    cli.add_pair(p, "--loss-weights", (1.0, 1.0), "weights of the losses of video and audio")
+    about = "weights of the losses of video and audio"
+    cli.add_pair(p, "--loss-weights", (1.0, 1.0), about, cli.real(0, 1000))
     p.add_argument(
-        "--windows", nargs="+", type=int, metavar="W",
+        "--windows", nargs="+", type=cli.whole(0, 1000), metavar="W",
         help="attention windows in blocks, besides block 0 and the block itself; one is drawn per "
         "batch; default: no limit",
     )  # fmt: skip
-    p.add_argument("--between", type=int, default=1, help="Euler steps per kept noise level")
+    about = "Euler steps per kept noise level"
+    p.add_argument("--between", type=cli.whole(1, 100), default=1, help=about)
     stages.add_options(p, STEPS, "ode_regression")
     return p
 
@@ -267,8 +265,8 @@ def regress(args, command):
         )  # fmt: skip
         print(f"trajectories ready after {time.perf_counter() - start:.0f} s")
         learner = trainer.Learner(student.load(learns=True), recipe)
-        starts = {args.teacher: drawing.weights_id}
-        run = trainer.Run({"student": learner}, command, args.run, starts)
+        settings = stages.settings(args, source, teacher=drawing.weights_id)
+        run = trainer.Run({"student": learner}, command, args.run, settings)
         losses = make_losses(
             learner.model, data, recipe, source.prompts,
             weights=args.loss_weights, windows=args.windows or [None],
@@ -280,11 +278,8 @@ def regress(args, command):
 def main():
     p = options()
     args = stages.parse(p, STEPS)
-    for name, value in (("--clips", args.clips), ("--between", args.between)):
-        if value < 1:
-            raise ValueError(f"{name} {value}: expected 1 or more")
-    if args.windows and (least := min(args.windows)) < 0:
-        raise ValueError(f"--windows {least}: expected 0 or more")
+    if not any(args.loss_weights):
+        raise ValueError("--loss-weights 0 0: nothing would be learnt; expected one above 0")
     regress(args, cli.command(p, args))
 
 

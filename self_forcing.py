@@ -59,10 +59,10 @@ def rollout_clip(net, clips, captions, generator, window=None, history=None, sha
 
 def main():
     p = dmd.options(__doc__, "self_forcing")
-    p.add_argument(
-        "--student", default="weights/toy_ode_regression.safetensors", help="weights to start at"
-    )
-    p.add_argument("--window", type=int, default=4, help="blocks kept in the cache in the rollouts")
+    path = "weights/toy_ode_regression.safetensors"
+    cli.add_weights(p, "--student", path, "weights to start at")
+    about = "blocks kept in the cache in the rollouts"
+    p.add_argument("--window", type=cli.whole(1, 1000), default=4, help=about)
     p.add_argument(
         "--history", choices=("own", "true"), default="own",
         help="what the cache holds: own = generated blocks, true = real clips (teacher forcing)",

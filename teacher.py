@@ -167,24 +167,26 @@ def sample(net, captions, sigmas, seconds=config.CLIP_SECONDS, guidance=GUIDANCE
 
 
 def main():
-    from toy.source import TrainingClips  # only the toy's teacher is trained here
+    from toy import source  # only the toy's teacher is trained here
 
     p = cli.parser(__doc__)
-    p.add_argument("--steps", type=int, default=6000, help="training steps of 16 clips")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--init", help="weights to start at, instead of a new model")
+    p.add_argument("--steps", type=trainer.STEPS, default=6000, help="training steps of 16 clips")
+    cli.add_seed(p, "random seed of the training", SEEDS - 1)
+    cli.add_weights(p, "--init", None, "weights to start at, instead of a new model")
     p.add_argument("--run", default="runs/teacher", help="folder of the run, to resume it")
     p.add_argument("--out", default="runs/toy_teacher.safetensors", help=trainer.ABOUT_OUT)
     args = p.parse_args()
     trainer.check_places(args.run, args.out)
-    recipe, examples = trainer.Recipe(args.steps, seed=args.seed), TrainingClips()
-    net = model.load(args.init) if args.init else model.build(config.TOY_TEACHER, args.seed)
+    recipe, examples = trainer.Recipe(args.steps, seed=args.seed), source.TrainingClips()
+    net = model.build(config.TOY_TEACHER, args.seed)
+    if args.init:
+        net = source.load_bidirectional(args.init)
     losses = make_losses(net, examples, recipe)
     learner = trainer.Learner(net, recipe)
-    starts = {"toy_codec.safetensors": examples.codec_id}
+    settings = trainer.hashes(codec=examples.codec_id)
     if args.init:
-        starts[args.init] = files.fingerprint(net.state_dict())
-    run = trainer.Run({"teacher": learner}, cli.command(p, args), args.run, starts)
+        settings |= trainer.hashes(start=files.fingerprint(net.state_dict()))
+    run = trainer.Run({"teacher": learner}, cli.command(p, args), args.run, settings)
     print(f"{net.num_parameters():,} parameters, from step {run.step}")
     run.train(trainer.descent(learner, losses))
     run.write_student(args.out)

@@ -57,7 +57,7 @@ def run_generate(seconds) -> dict:
         command += ["--out", f"{folder}/out.mp4", "--report", str(report)]
         threads = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
         subprocess.run(command, check=True, env=threads, capture_output=True)
-        return json.loads(report.read_text())
+        return json.loads(report.read_text("utf-8"))
 
 
 def bench_stream(repeats=5) -> dict:

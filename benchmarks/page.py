@@ -32,7 +32,7 @@ def fill_in(name, text, page=PAGE):
 
     Raises ValueError for a file without these marks.
     """
-    mark, old = f"<!-- {name} -->", Path(page).read_text()
+    mark, old = f"<!-- {name} -->", Path(page).read_text("utf-8")
     if old.count(mark) != 2:
         raise ValueError(
             f"{page}: expected the mark {mark} twice, found it {old.count(mark)} times"
@@ -40,4 +40,4 @@ def fill_in(name, text, page=PAGE):
     before, _, after = old.split(mark)
     new = f"{before}{mark}\n{text}\n{mark}{after}"
     # the page is never half written, even if the program is killed now
-    files.write_beside(page, lambda p: p.write_text(new))
+    files.write_beside(page, lambda p: p.write_text(new, "utf-8"))

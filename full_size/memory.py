@@ -20,13 +20,16 @@ and sometimes an average. All of it is sharded, so more processes help:
 Gathered layers and activations are not sharded. Activations are counted with two and with three
 layers, because every further layer adds as much as the third.
 
-    python -m full_size.memory               a stream with a window of 5, 15 and 25 s
+    python -m full_size.memory               a stream with a window of 5, 15 and 25 s, on two cards
     python -m benchmarks.training_memory     the three stages on 8, 16 and 32 GPUs
 """
 
 import functools
+import math
 import os
+import sys
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,13 +42,17 @@ from torch.utils._pytree import tree_iter, tree_map
 
 import config
 import model
-from full_size import decoders, sharding, text, weights
+from full_size import decoders, fp8, parts, sharding, text
 from kv_cache import CachedView
 from masks import SITES, block_span, full_window
 from plumbing import cli, processes
 from rollout import Block
 
 GB = 1e9
+# of the printed tables
+STREAM = config.FULL, 121  # config and blocks: two minutes
+WINDOWS, CARDS = (5, 15, 25), (48 * GB, 80 * GB)
+SPARE = 0.03  # part of a card that the plan leaves free: on an H100 a peak was 1.1 % above its plan
 LAYERS_AT_WORK = 2  # FSDP gathers the next layer while one runs
 MAX_PROCESSES = 1024  # the advice for a training that does not fit goes no further
 
@@ -79,9 +86,12 @@ def free_bytes(device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():  # MemAvailable includes the file cache, which the system can give up
-        line = next(x for x in meminfo.read_text().splitlines() if x.startswith("MemAvailable"))
-        return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        lines = meminfo.read_text("utf-8").splitlines()
+        return 1024 * int(next(x for x in lines if x.startswith("MemAvailable")).split()[1])
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):  # Windows has no sysconf, macOS does not count pages
+        return sys.maxsize  # not known: refuse nothing
 
 
 # ---- activations: counted on tensors without contents ----
@@ -129,6 +139,12 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+def _round_in_one_kernel(x):
+    """The memory of fp8.rounded as one kernel: its outputs, no float32 copy of x."""
+    scale = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    return fp8.Rounded(torch.empty_like(x, dtype=fp8.FP8), scale)
+
+
 def peak_bytes(function) -> int:
     """Call a function on meta tensors; return the most bytes of its tensors alive at one time.
 
@@ -139,7 +155,11 @@ def peak_bytes(function) -> int:
     def attention(q, k, v, *_, **__):
         return _FusedAttention.apply(q, k, v)
 
-    with mock.patch.object(F, "scaled_dot_product_attention", attention), _LiveBytes() as living:
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(fp8, "rounded", _round_in_one_kernel),
+        _LiveBytes() as living,
+    ):
         function()
     return living.peak
 
@@ -147,10 +167,20 @@ def peak_bytes(function) -> int:
 # ---- a stream ----
 
 
-def weights_row(cfg, dtype) -> Row:
-    """Count the parameters of the transformer."""
-    n, size = num_parameters(cfg, cfg.num_layers), dtype.itemsize
-    return Row("transformer", n * size, f"{n:,} parameters x {size} bytes")
+def weights_row(cfg, dtype, in_fp8=False) -> Row:
+    """Count the parameters of the transformer; in_fp8: see full_size/fp8.py."""
+    net, counts = _meta_student(cfg, dtype, in_fp8), Counter()
+    for p in net.parameters():
+        counts[p.itemsize] += p.numel()
+    how = ", ".join(f"{n:,} parameters x {size} bytes" for size, n in sorted(counts.items()))
+    return Row("transformer", sum(n * size for size, n in counts.items()), how)
+
+
+def _meta_student(cfg, dtype, in_fp8):
+    net = model.build(cfg, device="meta").to(dtype)
+    if in_fp8:
+        fp8.quantise(net.layers)
+    return net
 
 
 def cache_row(cfg, blocks, window, dtype) -> Row:
@@ -176,10 +206,10 @@ def text_row(cfg, prompts, dtype) -> Row:
 
 
 @torch.inference_mode()
-def pass_row(cfg, dtype, layers=2) -> Row:
+def pass_row(cfg, dtype, in_fp8=False, layers=2) -> Row:
     """Count the activations of one pass."""
     # Without gradients a layer frees its activations: two layers need as many as all 48.
-    net = model.build(replace(cfg, num_layers=layers), device="meta").to(dtype)
+    net = _meta_student(replace(cfg, num_layers=layers), dtype, in_fp8)
     features = torch.empty(1, text.TOKENS, cfg.caption_width, device="meta", dtype=dtype)
     prompt, view = net.project_text(features), CachedView(net.cfg, 3, window=1)
 
@@ -202,28 +232,29 @@ def _meta_block(k, cfg, dtype) -> Block:
 
 
 @torch.inference_mode()
-def decoder_rows(cfg, dtype) -> list[Row]:
-    """Count the decoders of LTX-2, and their activations while they decode a block."""
+def decoder_rows(cfg, dtype, overlap=(4, 0)) -> list[Row]:
+    """Count the decoders of LTX-2, and their activations for a block; overlap: of the video."""
     nets = decoders.meta_decoders(dtype)
-    decoder = decoders.Decoder(*nets, cfg)
+    decoder = decoders.Decoder(*nets, cfg, decoders.Overlap(overlap))
+    frames = cfg.video_frames_per_block
     size = sum(t.nbytes for net in nets for t in net.state_dict().values())
-    for k in range(3):  # from then on, every block has its full context
+    full = 1 + math.ceil(sum(overlap) / frames)  # from then on, every block has its full context
+    for k in range(full):
         decoder.decode(_meta_block(k, cfg, dtype))
-    peak = peak_bytes(lambda: decoder.decode(_meta_block(3, cfg, dtype)))
-    context, _ = decoders.Overlap().video
-    how = f"{context} latents of context and {cfg.video_frames_per_block} new ones"
+    peak = peak_bytes(lambda: decoder.decode(_meta_block(full, cfg, dtype)))
+    how = f"{sum(overlap)} latents of context and {frames} new ones"
     return [
         Row("decoders", size, "of video and audio, and the vocoder in float32"),
         Row("decoding", peak, how),
     ]
 
 
-def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
+def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1, in_fp8=False) -> list[Row]:
     """Count everything that a stream needs except the decoders; speedups: see faster.SPEEDUPS."""
-    one_pass, is_recorded = pass_row(cfg, dtype), "graph" in speedups
+    one_pass, is_recorded = pass_row(cfg, dtype, in_fp8), "graph" in speedups
     copies = prompts + is_recorded  # recorded passes read a copy of the prompt of their own
     rows = [
-        weights_row(cfg, dtype),
+        weights_row(cfg, dtype, in_fp8),
         cache_row(cfg, blocks, window, dtype),
         text_row(cfg, copies, dtype),
         one_pass,
@@ -232,43 +263,51 @@ def stream_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]
     return [*rows, pool] if is_recorded else rows
 
 
-def film_rows(cfg, blocks, window, dtype, speedups=(), prompts=1) -> list[Row]:
+def film_rows(
+    cfg, blocks, window, dtype, speedups=(), prompts=1, in_fp8=False, overlap=(4, 0)
+) -> list[Row]:
     """Count everything that a film needs: its stream and the decoders of LTX-2."""
-    stream = stream_rows(cfg, blocks, window, dtype, speedups, prompts)
-    return stream + decoder_rows(cfg, dtype)
+    stream = stream_rows(cfg, blocks, window, dtype, speedups, prompts, in_fp8)
+    return stream + decoder_rows(cfg, dtype, overlap)
 
 
 def check_stream(request):
     """Print the memory that a `generate.Request` needs.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = request.cfg, request.num_blocks, request.dtype
     prompts, free = len(request.cues), free_bytes(request.device)
-    rows = film_rows(cfg, blocks, request.window, dtype, request.speedups, prompts)
+    window, speedups = request.window, request.speedups
+    overlap = request.video_overlap
+    rows = film_rows(cfg, blocks, window, dtype, speedups, prompts, request.in_fp8, overlap)
     print(shown(rows, free))
-    check_window(rows, free, cfg, blocks, dtype)
+    check_window(rows, free, cfg, blocks, dtype, request.in_fp8)
     if request.ltx2:
         check_text(request.ltx2, free)
 
 
-def check_window(rows, free, cfg, blocks, dtype):
+def check_window(rows, free, cfg, blocks, dtype, in_fp8=False):
     """Raise ValueError for a stream that does not fit, naming the longest window that does."""
     if total(rows) <= free:
         return
+    window = longest_window(rows, free, cfg, blocks, dtype)
+    advice = f"--window {window} would fit" if window else "no window is short enough"
+    smaller = "" if in_fp8 else "; --dtype fp8 halves the transformer"
+    raise ValueError(
+        f"this stream needs {total(rows) / GB:.1f} GB and {free / GB:.1f} GB are free: "
+        f"{advice}{smaller}"
+    )
+
+
+def longest_window(rows, free, cfg, blocks, dtype) -> int:
+    """Return the longest window with which the stream of these rows fits; 0 if none does."""
     others = total([row for row in rows if row.what != "rolling caches"])
     caches = {w: cache_row(cfg, blocks, w, dtype).num_bytes for w in range(1, blocks)}
-    fitting = [window for window, size in caches.items() if others + size <= free]
-    advice = f"--window {max(fitting)} would fit" if fitting else "no window is short enough"
-    raise ValueError(
-        f"this stream needs {total(rows) / GB:.1f} GB and {free / GB:.1f} GB are free: {advice}"
-    )
+    return max((window for window, size in caches.items() if others + size <= free), default=0)
 
 
 def check_text(folder, free):
     """Print the size of the text encoder.  Raises ValueError if it does not fit."""
-    # Trap: the published text_encoder/ has a second copy, diffusion_pytorch_model*, which nobody
-    # reads. Only the shards that this index names count.
-    index = Path(folder, "text_encoder", "model.safetensors.index.json")
-    encoder = weights.shards(index if index.exists() else index.parent)
-    size = sum(p.stat().st_size for p in [*encoder, *weights.shards(Path(folder, "connectors"))])
+    read = (parts.part_files(Path(folder, name)) for name in ("text_encoder", "connectors"))
+    size = sum(file.stat().st_size for part in read for file in part)
     print(f"{size / GB:8.2f} GB  before all that: the text encoder, freed when it has read")
     if size > free:
         raise ValueError(f"{folder}: a text encoder of {size / GB:.1f} GB, {free / GB:.1f} GB free")
@@ -388,11 +427,47 @@ def training_refusal(nets, activations, num_processes, free) -> str:
     )
 
 
+# ---- tables ----
+
+
+def plan() -> list:
+    """Plan two minutes at full size: for each window the rows in bfloat16, and those in fp8."""
+    decoding = decoder_rows(config.FULL, torch.bfloat16)
+
+    def rows(window, in_fp8):
+        return stream_rows(*STREAM, window, torch.bfloat16, ("graph",), 1, in_fp8) + decoding
+
+    return [(rows(window, False), rows(window, True)) for window in WINDOWS]
+
+
+def window_table(plans) -> str:
+    """Return the rows of `plan` as Markdown; where fp8 needs another size, it comes second."""
+
+    def cell(*sizes):
+        return " / ".join(dict.fromkeys(f"{size / GB:.2f}" for size in sizes)) + " GB"
+
+    lines = [["window", *(f"{window} s" for window in WINDOWS)], ["---"] * (1 + len(WINDOWS))]
+    for i, row in enumerate(plans[0][0]):
+        lines.append([row.what, *(cell(*(p[i].num_bytes for p in both)) for both in plans)])
+    lines.append(["in all", *(cell(*map(total, both)) for both in plans)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def card_table(plans) -> str:
+    """Return the longest window that fits each card, as Markdown."""
+    lines = ["| longest window | bfloat16 | fp8 |", "|---|---|---|"]
+    for card in CARDS:
+        free = (1 - SPARE) * card
+        found = [longest_window(rows, free, *STREAM, torch.bfloat16) for rows in plans[0]]
+        cells = [f"{window} s" if window else "none" for window in found]
+        lines.append(f"| {card / GB:.0f} GB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     cli.parser(__doc__).parse_args()
-    for window in (5, 15, 25):
-        print(f"window {window} s, two minutes, bfloat16:")
-        print(shown(film_rows(config.FULL, 121, window, torch.bfloat16), 80 * GB), "\n")
+    plans = plan()
+    print(f"{window_table(plans)}\n\n{card_table(plans)}")
 
 
 if __name__ == "__main__":

@@ -101,20 +101,29 @@ def shard(net, dtype):
         register_fsdp_forward_method,
     )
 
-    # Inputs are cast once, where they enter the model; inside, RoPE tables keep their precision.
-    once, never = (
-        MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=cast)
-        for cast in (True, False)
-    )
+    # Trap: FSDP2 would cast all inputs, noise levels too: in bfloat16, 978.26 becomes 976.
+    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device().type, (count(),))
     for layer in net.layers:
-        fully_shard(layer, mp_policy=never, mesh=mesh, reshard_after_forward=True)
+        fully_shard(layer, mp_policy=policy, mesh=mesh, reshard_after_forward=True)
         register_fsdp_forward_method(layer, "project_captions")
-    fully_shard(net, mp_policy=once, mesh=mesh, reshard_after_forward=True)
+    fully_shard(net, mp_policy=policy, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(net, "project_text")
+    cast_tokens(net, dtype)
     # keys and values of captions are views, but nobody writes into them
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     return net.to_empty(device=device()) if next(net.parameters()).is_meta else net
+
+
+def cast_tokens(net, dtype):
+    """Let a model cast the tokens that enter it: latents, or features of captions."""
+
+    def cast(net, inputs):
+        return *(x.to(dtype) for x in inputs[:2]), *inputs[2:]
+
+    project = net.project_text
+    net.project_text = lambda *features: project(*cast(net, features))
+    net.register_forward_pre_hook(cast)
 
 
 def fill(net, tensors):
@@ -165,7 +174,7 @@ def states(folder) -> list[Path]:
 def about(state) -> dict:
     """Read the plain values of a state."""
     try:
-        return dict(json.loads((state / "about.json").read_text()))
+        return dict(json.loads((state / "about.json").read_text("utf-8")))
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"{state}: not a whole state ({error}); remove it") from None
 

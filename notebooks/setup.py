@@ -22,7 +22,7 @@ def start():
     """
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    if missing := missing_packages(Path("requirements.txt").read_text()):
+    if missing := missing_packages(Path("requirements.txt").read_text("utf-8")):
         if not any(name in os.environ for name in HOSTED):
             raise ImportError(f"{', '.join(missing)}: run pip install -r requirements.txt")
         subprocess.run([sys.executable, "-m", "pip", "install", *missing], check=True)

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import os
+import re
 import shlex
 import sys
 import time
@@ -17,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 @contextlib.contextmanager
 def one_line_errors():
     """Turn bad input into one line on stderr and exit status 2, instead of a traceback."""
+    sys.stdout, sys.stderr = outputs = _Output(sys.stdout), _Output(sys.stderr)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -26,6 +29,36 @@ def one_line_errors():
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as a shell reports it
+    finally:
+        sys.stdout, sys.stderr = (output.stream for output in outputs)
+
+
+class _Output:
+    """A stream of text that may be closed: the reader of a pipe, or the terminal, is gone.
+
+    A program that writes a film or weights goes on without it.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):  # print what a terminal cannot show as \u1234
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self._tried(self.stream.write, text)
+
+    def flush(self):
+        self._tried(self.stream.flush)
+
+    def _tried(self, method, *args):
+        try:
+            return method(*args)
+        except OSError:
+            # What is buffered goes nowhere. Otherwise Python would complain about it at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -36,7 +69,19 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+        # argparse writes "argument --steps: 0: expected ..."; our other messages begin with --steps
+        message, is_ours = re.subn(r"^argument (\S+): (?=.*: expected)", r"\1 ", message)
+        message = " ".join(message.split())  # it may quote an argument of several lines
+        self.exit(2, f"{self.prog}: {message}{'' if is_ours else '; see --help'}\n")
+
+    def parse_args(self, *args):
+        found = super().parse_args(*args)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            # A variable of the shell that is not set gives "", which as a path is the folder here.
+            if value != action.default and "" in (value if isinstance(value, list) else [value]):
+                self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
+        return found
 
 
 def parser(doc):
@@ -54,13 +99,76 @@ def shown(path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def add_pair(parser, name, default, about):
+# ---- numbers: every option has bounds, so that no value takes for ever ----
+
+
+def whole(low, high):
+    """Return an argparse type: a whole number from `low` to `high`.
+
+    >>> whole(1, 9)("5")
+    5
+    >>> whole(1, 9)("1e99")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: 1e99: expected a whole number from 1 to 9
+    """
+    return _number(int, low, high, f"a whole number from {low} to {high}")
+
+
+def real(low, high):
+    """Return an argparse type: a number from `low` to `high`.
+
+    >>> real(0, 100)("nan")
+    Traceback (most recent call last):
+    argparse.ArgumentTypeError: nan: expected a number from 0 to 100
+    """
+    return _number(float, low, high, f"a number from {low:g} to {high:g}")
+
+
+def _number(kind, low, high, expected):
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # False for nan
+                return value
+        raise argparse.ArgumentTypeError(f"{shlex.quote(text)}: expected {expected}")
+
+    return parse
+
+
+def add_pair(parser, name, default, about, kind):
     names = "VIDEO", "AUDIO"
-    parser.add_argument(name, nargs=2, type=float, default=default, metavar=names, help=about)
+    parser.add_argument(name, nargs=2, type=kind, default=default, metavar=names, help=about)
 
 
 def add_guidance(parser, default, about):
-    add_pair(parser, "--guidance", default, f"{about}; 1: no guidance")
+    add_pair(parser, "--guidance", default, f"{about}; 1: no guidance", real(0, 100))
+
+
+def add_seed(parser, about, high=2**32 - 1):
+    # Trap: a CPU generator uses only the lowest 32 bits, so a larger seed would repeat another one.
+    about = f"{about}, 0 to {high}"
+    parser.add_argument("--seed", type=whole(0, high), default=0, help=about)
+
+
+# ---- the rest ----
+
+
+def weights_path(path) -> str:
+    """Return the path of a weight file: from this folder, or else from the project's folder."""
+    # Shipped weights, which are the defaults of many options, are found from any folder.
+    here, ours = Path(path), ROOT / path
+    return str(ours) if ours.exists() and not here.exists() else path
+
+
+def add_weights(parser, option, default, about, nargs=None):
+    if nargs:  # argparse applies a type to a default only if it is a single string
+        default = [weights_path(path) for path in default]
+    parser.add_argument(option, nargs=nargs, type=weights_path, default=default, help=about)
+
+
+def options(args, leave_out=()) -> dict:
+    """Return the values of all options that have one: {"--steps": 5, ...}."""
+    values = {n: x for n, x in vars(args).items() if n not in leave_out and x is not None}
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
 
 
 def command(parser, args, leave_out=("run", "out")) -> str:
@@ -74,10 +182,8 @@ def command(parser, args, leave_out=("run", "out")) -> str:
     room, _, name = parser.prog.rpartition("/")
     words = ["python", "-m", f"{room}.{Path(name).stem}"] if room else ["python", name]
     # Leave out options that change no number, such as the place to write to.
-    for name, value in vars(args).items():
-        if name not in leave_out and value is not None:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    for name, value in options(args, leave_out).items():
+        words += [name, *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return shlex.join(words)
 
 

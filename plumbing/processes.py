@@ -33,7 +33,7 @@ def joined(kind):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.ExitStack() as stack:
             # Silence stdout in every process except the first. Errors still appear on stderr.
             if not is_first():
                 stack.enter_context(contextlib.redirect_stdout(nowhere))

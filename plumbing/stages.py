@@ -21,17 +21,16 @@ BATCH = 8, 32  # clips: toy, full size (paper)
 def add_options(p, steps, name):
     """Add the options that all stages have; `steps` is a pair: toy, full size."""
     # No defaults for numbers that depend on the size: `parse` fills them in.
-    p.add_argument(
-        "--steps", type=int, help=f"training steps; default {steps[0]}, at full size {steps[1]}"
-    )
-    p.add_argument("--seed", type=int, default=0, help="random seed of the training")
+    about = f"training steps; default {steps[0]}, at full size {steps[1]}"
+    p.add_argument("--steps", type=trainer.STEPS, help=about)
+    cli.add_seed(p, "random seed of the training", trainer.SEEDS - 1)
     p.add_argument(
         "--config", help="config of the student: toy (default), toy_released, ltx2, full, ..."
     )
     p.add_argument("--prompts", help="at full size: a folder made by full_size/text.py")
     p.add_argument("--device", choices=("cpu", "cuda"), help="default cpu; cuda: under torchrun")
     p.add_argument(
-        "--batch", type=int,
+        "--batch", type=cli.whole(1, 1024),
         help=f"clips, of all processes together; default {BATCH[0]}, at full size {BATCH[1]}",
     )  # fmt: skip
     p.add_argument("--run", default=f"runs/{name}", help="folder to save in and to resume from")
@@ -45,6 +44,14 @@ def parse(p, steps):
     args.batch = BATCH[not cfg.is_toy] if args.batch is None else args.batch
     args.out = args.out or f"{args.run.rstrip('/')}.safetensors"
     return args
+
+
+def settings(args, source, **weights_ids) -> dict:
+    """Return all that decides what a training does besides its recipes, for `trainer.Run`."""
+    # Values as they are used: no paths, and defaults as if they had been given.
+    leave_out = "steps", "batch", "seed", "device", "run", "out", "teacher", "student"
+    used = {"--config": args.config or "toy", "--prompts": source.prompts.identity}
+    return {**cli.options(args, leave_out), **used, **trainer.hashes(**weights_ids)}
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from plumbing import files, processes
+from plumbing import cli, files, processes
 
 SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
+STEPS = cli.whole(1, 10**6)  # the type of --steps
 ABOUT_OUT = "weights to write; the loss curve is beside them, for weights/ in results/"
 
 
@@ -62,7 +63,7 @@ def rate(step, recipe) -> float:
 
 def generator(seed, step) -> torch.Generator:
     """Return the only source of random numbers of a step."""
-    # Runs have less than a million steps, so each (seed, step) has its own number.
+    # Runs have at most a million steps, so each (seed, step) has its own number.
     # Trap: a CPU generator uses only the lowest 32 bits of its number. From SEEDS on, a seed would
     # repeat the numbers of a smaller one; `Recipe` rejects it.
     return torch.Generator().manual_seed(seed * 10**6 + step)
@@ -226,16 +227,36 @@ def check_places(folder, out):
         files.check_writable(path, makes_folders=True)
 
 
+def hashes(**weights_ids) -> dict:
+    """Name hashes of weights for `Run`: files may move, but must hold the same weights.
+
+    >>> hashes(teacher="1b2c")
+    {"hash of the teacher's weights": '1b2c'}
+    """
+    return {f"hash of the {name}'s weights": x for name, x in weights_ids.items()}
+
+
+def differences(was, now) -> str:
+    """Name the settings that differ.
+
+    >>> differences({"--seed": 1, "--batch": 8}, {"--seed": 1, "--batch": 4})
+    '--batch was 8, now 4'
+    """
+    names = [n for n in {**was, **now} if was.get(n) != now.get(n)]
+    return ", ".join(f"{n} was {was.get(n)}, now {now.get(n)}" for n in names)
+
+
 class Run:
     """A training: learners, log and next step.  It saves its state and resumes from it."""
 
-    def __init__(self, learners, command, folder=None, starts=None):
+    def __init__(self, learners, command, folder=None, settings=None):
         """learners   by name; the first is the student, and its recipe says how many steps to run
-        command    command line of this run; a state of another command is not resumed
+        command    command line of this run, to be written with the weights
         folder     folder of the state; None: nothing is saved
-        starts     hash of the weights that the run starts from, by file
+        settings   all that decides, besides the recipes, what the run does: a state with other
+                   settings is not resumed
         """
-        self.learners, self.command, self.starts = learners, command, starts or {}
+        self.learners, self.command, self.settings = learners, command, settings or {}
         self.student = next(iter(learners.values()))
         self.steps = self.student.recipe.steps
         self.step, self.seconds, self.log, self._recent = 0, 0.0, [], []
@@ -247,17 +268,20 @@ class Run:
         elif self.file and self.file.exists():
             self._load()
 
-    def _identity(self):
-        """Return the settings that a saved state must match."""
-        recipes = {name: asdict(learner.recipe) for name, learner in self.learners.items()}
-        # JSON turns tuples into lists, as in a state that was read.
-        return json.loads(json.dumps({"command": self.command, "recipes": recipes}))
+    def _all_settings(self):
+        """Return settings and recipes, flat; those of a saved state must be the same."""
+        found = dict(self.settings)
+        for name, learner in self.learners.items():
+            for field, value in asdict(learner.recipe).items():
+                is_option = field in ("steps", "batch", "seed")
+                found[f"--{field}" if is_option else f"{name}'s {field}"] = value
+        return json.loads(json.dumps(found))  # tuples become lists, as in a state that was read
 
     def save(self):
         if not self.file:
             return
         about = {"step": self.step, "seconds": self.seconds, "log": self.log}
-        about |= {"of": self._identity(), "marks": self.starts}
+        about["settings"] = self._all_settings()
         if processes.is_sharded():
             from full_size import sharding
 
@@ -297,17 +321,21 @@ class Run:
         self._go_on(about, tensors, state)
 
     def _check(self, about, path):
-        if about.get("of") != self._identity():
-            raise ValueError(f"{path}: belongs to another recipe; remove it to start anew")
-        # Without this check, the rest of the run could silently use other weights.
-        began = about.get("marks", self.starts)  # older states have none
-        for name, weights_id in self.starts.items():
-            if began.get(name) != weights_id:
-                why = f"began when {name} held other weights"
-                raise ValueError(f"{path}: {why}; remove it to start anew")
+        """Raise ValueError if a state cannot be continued, naming the settings that differ."""
+        if "settings" not in about:
+            raise ValueError(f"{path}: of an earlier version; remove it to start anew")
+        was, now = about["settings"], self._all_settings()
+        if about["step"] <= self.steps:  # more steps only make a run longer
+            was = {**was, "--steps": self.steps}
+        if wrong := differences(was, now):
+            advice = "choose another --run, or remove it to start anew"
+            raise ValueError(f"{path}: belongs to another training ({wrong}); {advice}")
 
     def _go_on(self, about, tensors, path):
         self._check(about, path)
+        if (planned := about["settings"]["--steps"]) != self.steps:
+            # The rates of the steps behind us followed the shorter schedule.
+            print(f"step {about['step']} of {planned} so far; goes on to step {self.steps}")
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
         for name, learner in self.learners.items():
             learner.load(_part(tensors, f"{name}."), path)

@@ -43,7 +43,7 @@ from masks import clip_of_seconds, num_blocks, trained_window
 from plumbing import cli, files, trainer
 from studies import compare, evaluate, plots
 from toy import codec as toy_codec
-from toy.source import TOY_PROMPTS, student_from, toy_captions
+from toy.source import TOY_PROMPTS, load_bidirectional, student_from, toy_captions
 
 
 def start_and_trajectories(from_teacher, args):
@@ -52,7 +52,7 @@ def start_and_trajectories(from_teacher, args):
     from_teacher   use the teacher, with guidance and smaller steps, not the student of stage I
     """
     path = args.real if from_teacher else args.few_step
-    net = model.load(path)
+    net = load_bidirectional(path)
     trajectories = ode_regression.load_or_draw_trajectories(
         f"{args.run}/{evaluate.short_name(path)}_trajectories.safetensors",
         net,
@@ -337,23 +337,24 @@ def switches(args) -> Callable:
 
 def check(args):
     """Raise ValueError, before any work is done, for options that cannot work."""
-    least = BURN_IN + 1 if args.ablation == "sinks" else 1  # norms count after BURN_IN only
-    if args.steps < least:
-        raise ValueError(f"--steps {args.steps}: expected at least {least}")
-    if args.walks <= HELD_BACK:
-        raise ValueError(f"--walks {args.walks}: expected at least {HELD_BACK + 1}")
-    evaluate.check(args.clips, STREAMED, args.out)
+    if args.ablation == "sinks" and args.steps <= BURN_IN:  # norms count after BURN_IN only
+        raise ValueError(f"--steps {args.steps}: expected at least {BURN_IN + 1}")
+    evaluate.check(STREAMED, args.out)
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("ablation", choices=("sinks", "switches"))
-    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="student of stage I")
-    p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
-    p.add_argument("--walks", type=int, default=384, help="trajectories to train on")
-    p.add_argument("--steps", type=int, help="steps per training; default: sinks 150, switches 250")
-    p.add_argument("--lr", type=float, default=1e-3, help="sinks: learning rate of AdamW")
-    p.add_argument("--clips", type=int, default=48, help="switches: held-out clips per row")
+    cli.add_weights(p, "--few-step", "weights/toy_dmd.safetensors", "student of stage I")
+    cli.add_weights(p, "--real", "weights/toy_teacher.safetensors", "the teacher")
+    about = "trajectories to train on"
+    p.add_argument("--walks", type=cli.whole(HELD_BACK + 1, 10**5), default=384, help=about)
+    about = "steps per training; default: sinks 150, switches 250"
+    p.add_argument("--steps", type=trainer.STEPS, help=about)
+    about = "sinks: learning rate of AdamW"
+    p.add_argument("--lr", type=cli.real(1e-9, 1), default=1e-3, help=about)
+    about = "switches: held-out clips per row"
+    p.add_argument("--clips", type=evaluate.CLIPS, default=48, help=about)
     p.add_argument("--only", nargs="*", metavar="NAME", help="only these variants")
     p.add_argument("--run", default="runs/ablations", help="trajectories and finished rows")
     p.add_argument("--out", help="default: results/ABLATION")
@@ -371,7 +372,7 @@ def main():
 def measure_variants(names, measure, args) -> dict:
     """Return the rows of all variants; after an interruption, measure only the missing ones."""
     file, done = Path(args.run) / f"{args.ablation}.json", {}
-    if file.exists() and (state := json.loads(file.read_text()))["command"] == args.command:
+    if file.exists() and (state := json.loads(file.read_text("utf-8")))["command"] == args.command:
         done = state["rows"]
     for name in names:
         if name not in done:

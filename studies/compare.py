@@ -38,6 +38,7 @@ from plumbing import cli
 from studies import evaluate, plots
 from toy import codec as toy_codec
 from toy import world as toy_world
+from toy.source import load_bidirectional
 
 # ---- drift ----
 
@@ -182,7 +183,7 @@ def compare(args):
     """Measure the first and the last five seconds: {"student, 0-5 s": metrics with intervals}."""
     everyone = COMPARED[args.experiment]
     chosen = {name: everyone[name] for name in cli.chosen(args.only, everyone)}
-    missing = [s.command for s in chosen.values() if not Path(s.path).exists()]
+    missing = [s.command for s in chosen.values() if not Path(cli.weights_path(s.path)).exists()]
     if missing := list(dict.fromkeys(missing)):  # rows may share a student
         raise ValueError(f"train first: {'; '.join(f'python {command}' for command in missing)}")
     codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
@@ -198,7 +199,7 @@ def compare(args):
 
 def stream_of(student, codec, seconds):
     """Load a Student; return its streams as a function of clips and seed."""
-    net = model.load(student.path)
+    net = model.load(cli.weights_path(student.path))
     return partial(evaluate.from_stream, net, codec, seconds, window=student.window)
 
 
@@ -257,14 +258,15 @@ def put_together(make, clips, seed):
 
 def joint(args):
     """Measure teacher and stage III, with and without cross-modal attention: {who: metrics}."""
+    real, student = load_bidirectional(args.real), model.load(args.student[-1])
     codec, seeds, once = toy_codec.load(), evaluate.held_out(args.clips), [(0, 5)]
     truth = evaluate.measure_truth(5, seeds, once)[0]
     makers = {}
-    for who, path, maker in (
-        ("teacher", args.real, lambda n: partial(evaluate.from_teacher, n, codec, TEACHER_SIGMAS)),
-        ("stage III", args.student[-1], lambda n: partial(evaluate.from_stream, n, codec, 5)),
+    for who, net, maker in (
+        ("teacher", real, lambda n: partial(evaluate.from_teacher, n, codec, TEACHER_SIGMAS)),
+        ("stage III", student, lambda n: partial(evaluate.from_stream, n, codec, 5)),
     ):
-        net = model.load(path).requires_grad_(False)
+        net.requires_grad_(False)
         makers |= {
             who: maker(net),
             f"{who}, video deaf (no A2V)": maker(deaf(net, "video")),
@@ -287,7 +289,8 @@ def gallery(args):
     """Draw five seconds of one held-out caption by ground truth, teacher and students."""
     students, codec = evaluate.load(args.student), toy_codec.load()
     clips, end = toy_world.draw_clips([toy_world.HELD_OUT + args.clip]), args.seconds - 5
-    sampled = evaluate.from_teacher(model.load(args.real), codec, TEACHER_SIGMAS, clips, 0)
+    real = load_bidirectional(args.real)
+    sampled = evaluate.from_teacher(real, codec, TEACHER_SIGMAS, clips, 0)
     # (video, sound), and the second from which to draw
     made = {"truth": (evaluate.true_clips(5, clips, 0), 0), "teacher": (sampled, 0)}
     for name, net in students.items():
@@ -322,21 +325,19 @@ def check(args):
     """Raise ValueError for options that make no sense, or results that cannot be written."""
     if args.only is not None and args.experiment not in COMPARED:
         raise ValueError(f"--only: for {' and '.join(COMPARED)}; {args.experiment} has no choice")
-    if args.clip < 0:
-        raise ValueError(f"--clip {args.clip}: expected 0 or more")
     kinds = ("png",) if args.experiment in PICTURES else ("json", "md", "png")
-    evaluate.check(args.clips, args.seconds, args.out, kinds)
+    evaluate.check(args.seconds, args.out, kinds)
 
 
 def main():
     p = cli.parser(__doc__)
     p.add_argument("experiment", choices=(*TABLES, *PICTURES))
-    p.add_argument("--clips", type=int, default=32, help="held-out clips per row")
-    p.add_argument("--seconds", type=int, default=60, help="length of the streams, a multiple of 5")
-    p.add_argument("--student", nargs="+", default=evaluate.STUDENTS, help="weights, by stage")
-    p.add_argument("--real", default="weights/toy_teacher.safetensors", help="the teacher")
+    evaluate.add_sizes(p, clips=32, seconds=60)
+    cli.add_weights(p, "--student", evaluate.STUDENTS, "weights, by stage", nargs="+")
+    cli.add_weights(p, "--real", "weights/toy_teacher.safetensors", "the teacher")
     p.add_argument("--only", nargs="*", metavar="WHO", help="controls, memory: only these students")
-    p.add_argument("--clip", type=int, default=0, help="gallery, identity: number of the caption")
+    about = "gallery, identity: number of the caption"
+    p.add_argument("--clip", type=cli.whole(0, 10**6), default=0, help=about)
     p.add_argument("--out", help="default: results/EXPERIMENT, for pictures assets/EXPERIMENT")
     args = p.parse_args()
     args.command = cli.command(p, args, ("experiment", "out")) + f" -- {args.experiment}"

@@ -49,10 +49,11 @@ from studies import plots
 from toy import codec as toy_codec
 from toy import detectors
 from toy import world as toy_world
-from toy.source import student_from, toy_captions
+from toy.source import load_bidirectional, student_from, toy_captions
 
 STUDENTS = ["weights/toy_ode_regression.safetensors", "weights/toy_self_forcing.safetensors"]
 BATCH = 16  # clips at a time
+CLIPS = cli.whole(2, 10**4)  # the type of --clips; diversity needs two
 REFERENCE_SECONDS = 2  # at the start of a clip, for `kept`
 REFERENCE_CLIPS, REFERENCE_SEED = 384, toy_world.HELD_OUT + 10**6  # for the Frechet distance
 RESAMPLES = 400  # for the confidence intervals
@@ -303,9 +304,11 @@ def short_name(path) -> str:
 def measure_all(make, seeds, times, title) -> list[Interval]:
     """Make clips batch by batch and measure them.  make(clips, seed) -> video, sound."""
     batches = []
-    for first in tqdm(range(0, len(seeds), BATCH), desc=title, mininterval=5, leave=False):
-        clips = toy_world.draw_clips(seeds[first : first + BATCH])
-        batches.append(measure(*make(clips, seeds[first]), clips.words, times))
+    # `with` ends the bar before a message of an error is printed
+    with tqdm(range(0, len(seeds), BATCH), desc=title, mininterval=5, leave=False) as bar:
+        for first in bar:
+            clips = toy_world.draw_clips(seeds[first : first + BATCH])
+            batches.append(measure(*make(clips, seeds[first]), clips.words, times))
     return [
         Interval(*(x[0] if np.isscalar(x[0]) else np.concatenate(x) for x in zip(*same)))
         for same in zip(*batches)
@@ -373,10 +376,11 @@ def load(paths) -> dict:
 
 def five_second_rows(codec, args) -> dict:
     """Return the functions that make five-second clips: {row: function of clips and seed}."""
-    few_step = model.load(args.few_step)
+    few_step = load_bidirectional(args.few_step)
     untrained = student_from(few_step.state_dict(), config.TOY)
     stream = partial(from_stream, window=args.window, steps=args.steps)
-    sample = partial(from_teacher, model.load(args.teacher), codec, guidance=args.guidance)
+    net = load_bidirectional(args.teacher)
+    sample = partial(from_teacher, net, codec, guidance=args.guidance)
     return {
         "truth, sounds shuffled": partial(shuffled_clips, 5),
         "truth through the codec": partial(through_codec, codec, 5),
@@ -409,12 +413,17 @@ def evaluate(args):
 # ---- command line; compare.py and ablations.py check and write with the same functions ----
 
 
-def check(clips, seconds, out, kinds=("json", "md", "png")):
+def add_sizes(p, clips, seconds):
+    """Add the options --clips and --seconds, with these defaults."""
+    p.add_argument("--clips", type=CLIPS, default=clips, help="held-out clips per row")
+    about = "length of the streams, a multiple of 5"
+    p.add_argument("--seconds", type=cli.whole(5, 600), default=seconds, help=about)
+
+
+def check(seconds, out, kinds=("json", "md", "png")):
     """Raise ValueError, before any work is done, if nothing can be measured or written."""
-    if seconds < 5 or seconds % 5:
+    if seconds % 5:
         raise ValueError(f"--seconds {seconds}: expected a multiple of 5")
-    if clips < 2:  # diversity needs two
-        raise ValueError(f"--clips {clips}: expected at least 2")
     for kind in kinds:
         files.check_writable(f"{out}.{kind}", makes_folders=True)
 
@@ -424,7 +433,7 @@ def write(args, results, table, figure):
     about = {"command": args.command, **cli.machine(torch.device("cpu"))}
     about["threads"] = torch.get_num_threads()
     files.write_json(f"{args.out}.json", {"about": about, **results})
-    files.write_beside(f"{args.out}.md", lambda p: p.write_text(table + "\n"))
+    files.write_beside(f"{args.out}.md", lambda p: p.write_text(table + "\n", "utf-8"))
     if figure:
         plots.save(figure, f"{args.out}.png")
     print(f"{table}\nwrote {args.out}{'.json, .md and .png' if figure else '.json and .md'}")
@@ -432,19 +441,18 @@ def write(args, results, table, figure):
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("--clips", type=int, default=96, help="held-out clips per row")
-    p.add_argument("--seconds", type=int, default=20, help="length of the streams, a multiple of 5")
-    p.add_argument("--teacher", default="weights/toy_teacher.safetensors", help="the teacher")
+    add_sizes(p, clips=96, seconds=20)
+    cli.add_weights(p, "--teacher", "weights/toy_teacher.safetensors", "the teacher")
     cli.add_guidance(p, teacher.GUIDANCE, "guidance scale of the teacher")
-    p.add_argument("--few-step", default="weights/toy_dmd.safetensors", help="student of stage I")
-    p.add_argument("--student", nargs="*", default=STUDENTS, help="students of stages II and III")
-    p.add_argument("--window", type=int, help="blocks in the cache; default: as in training")
-    p.add_argument("--steps", type=int, help="passes per block; default: as in training")
+    cli.add_weights(p, "--few-step", "weights/toy_dmd.safetensors", "student of stage I")
+    cli.add_weights(p, "--student", STUDENTS, "students of stages II and III", nargs="*")
+    about = "blocks in the cache; default: as in training"
+    p.add_argument("--window", type=cli.whole(1, 1000), help=about)
+    about = "passes per block; default: as in training"
+    p.add_argument("--steps", type=cli.whole(1, len(config.TOY.sigmas) - 1), help=about)
     p.add_argument("--out", default="results/evaluation", help="writes .json, .md and .png")
     args = p.parse_args()
-    check(args.clips, args.seconds, args.out)
-    few_step_sigmas(config.TOY, args.steps)  # raises for --steps
-    CachedView(config.TOY, 2, args.window)  # raises for --window
+    check(args.seconds, args.out)
     args.command = cli.command(p, args)
     args.window = TRAINED if args.window is None else args.window
     start = time.perf_counter()

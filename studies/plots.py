@@ -291,7 +291,7 @@ def draw_losses(folder="results"):
     """Draw every training log of the folder into a PNG."""
     for path in sorted(Path(folder).glob("*_curve.json")):
         name = path.stem.removesuffix("_curve")
-        save(draw_loss(json.loads(path.read_text()), name), path.with_suffix(".png"))
+        save(draw_loss(json.loads(path.read_text("utf-8")), name), path.with_suffix(".png"))
         print(f"wrote {path.with_suffix('.png')}")
 
 
@@ -381,10 +381,6 @@ def _bars(ax, values, names, title, xerr=None):
 def check(args):
     """Return the config.  Raises ValueError for masks that cannot be drawn."""
     cfg = cli.find_config(args.config)
-    if args.blocks < 1:
-        raise ValueError(f"--blocks {args.blocks}: expected 1 or more")
-    if args.window is not None and args.window < 0:
-        raise ValueError(f"--window {args.window}: expected 0 or more")
     if cfg.tokens_per_frame > 24:
         raise ValueError(f"{cfg.name} has {cfg.tokens_per_frame} tokens a frame: too many to draw")
     return cfg
@@ -394,8 +390,10 @@ def main():
     p = cli.parser(__doc__)
     p.add_argument("picture", choices=("masks", "losses"), help="which pictures to draw")
     p.add_argument("--config", default="toy", help=f"masks: one of {', '.join(config.CONFIGS)}")
-    p.add_argument("--blocks", type=int, default=4, help="masks: blocks of the clip")
-    p.add_argument("--window", type=int, help="masks: past blocks that are visible; default all")
+    blocks = cli.whole(1, 30)  # more cannot be read, and memory grows with the square
+    p.add_argument("--blocks", type=blocks, default=4, help="masks: blocks of the clip")
+    about = "masks: past blocks that are visible; default all"
+    p.add_argument("--window", type=cli.whole(0, 30), help=about)
     p.add_argument("--out", default="assets/masks.png", help="masks: file to write")
     args = p.parse_args()
     if args.picture == "losses":

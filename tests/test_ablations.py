@@ -151,12 +151,13 @@ def test_an_interrupted_run_goes_on_at_the_variant_where_it_was(run, tmp_path, m
     assert about["command"].endswith("--only 'S = 0' -- sinks")
 
 
+STAGE_II = "weights/toy_ode_regression.safetensors"
 BAD = {
     "unknown": (("sinks", "--only", "S = 7"), "'S = 7': expected some of 'S = 0' 'S = 2'"),
     "steps": (("sinks", "--steps", 10), "--steps 10: expected at least 11"),
-    "no steps": (("switches", "--steps", 0), "--steps 0: expected at least 1"),
-    "walks": (("sinks", "--walks", 32), "--walks 32: expected at least 33"),
-    "clips": (("switches", "--clips", 0), "--clips 0: expected at least 2"),
+    "walks": (("sinks", "--walks", 32), "--walks 32: expected a whole number from 33 "),
+    "clips": (("switches", "--clips", 1), "--clips 1: expected a whole number from 2 "),
+    "a student": (("sinks", "--few-step", STAGE_II), "a causal student, made for config 'toy'"),
     "out": (("sinks", "--out", "README.md/e"), "README.md/e.json: not writable"),
 }
 
@@ -164,7 +165,7 @@ BAD = {
 @pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
 def test_bad_input_ends_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     """Exit status 2, before any trajectory is drawn."""
-    monkeypatch.setattr(ablations, "start_and_trajectories", None)
+    monkeypatch.setattr(ablations.ode_regression, "load_or_draw_trajectories", None)
     monkeypatch.setattr(ablations.evaluate, "measure_all", None)
     status, out, err = run_here(ablations, (*arguments, "--run", tmp_path), monkeypatch, capsys)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err

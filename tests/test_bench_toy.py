@@ -11,7 +11,7 @@ def test_operations_are_counted_by_the_layer():
     """As those of all layers at once; a shorter caption is less work."""
     cfg, window = config.TOY, bench_toy.WINDOW
     net = bench_generate.meta_net(cfg, cfg.num_layers)
-    counted = bench_generate.flops_of_pass(net, window) * len(cfg.sigmas)
+    counted = sum(bench_generate.flops_of_pass(net, window)) * len(cfg.sigmas)
     assert counted == bench_generate.flops_of_block(cfg, window)
     assert 0 < bench_generate.flops_of_block(cfg, window, tokens=3) < counted
 

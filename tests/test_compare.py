@@ -103,7 +103,7 @@ BAD = {
     "clips": (("drift", "--clips", 0), "--clips 0: expected"),
     "no seconds": (("drift", "--seconds", 0), "--seconds 0: expected"),
     "seconds": (("drift", "--seconds", 7), "--seconds 7: expected"),
-    "clip": (("gallery", "--clip", -1), "--clip -1: expected 0 or more"),
+    "a student as teacher": (("joint", "--real", STAGE_III), "a causal student, made for"),
     "no student": (("joint", "--student"), "--student: expected at least one argument"),
     "same names": (("drift", "--student", STAGE_III, STAGE_III), "called self_forcing; rename"),
     "a teacher": (("gallery", "--student", TEACHER), "called teacher; rename"),

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from helpers import ROOT
 
 import config
 from model import build
+from plumbing import files
 
 
 def test_full_blocks_hold_1152_video_and_25_audio_tokens():
@@ -84,3 +86,39 @@ def test_full_size_models_have_the_published_number_of_parameters(name, sinks):
     """LTX-2's transformer has 18,876,174,592 parameters; 16 sinks of width 2048 add 32,768."""
     model = build(config.CONFIGS[name], device="meta")
     assert model.num_parameters() == 18_876_174_592 + sinks
+
+
+# LTX-2: transformer/config.json, vae/config.json, audio_vae/config.json of Lightricks/LTX-2
+PUBLISHED = dict(
+    name="ltx2", num_layers=48, num_heads=32, video_width=4096, audio_width=2048,
+    video_channels=128, audio_channels=128, caption_width=3840, norm_eps=1e-6,
+    rope_theta=10000.0, rope_max_seconds=20.0, rope_max_pixels=2048.0, rope_heads="contiguous",
+    rope_layout="split", rope_float64=True, gate_timestep_scale=1000.0,
+    fps=24, video_stride=8, pixel_stride=32, height=512, width=768, mel_rate=100, audio_stride=4,
+    block_seconds=1, prefix_video_frames=1, prefix_audio_frames=1, num_sinks=0,
+    sink_positions="identity", sigmas=(1.0, 0.7506967, 0.5447712, 0.0),
+)  # fmt: skip
+STUDENT = dict(rope_layout="interleaved", rope_float64=False, gate_timestep_scale=1.0)
+BLOCK_0 = dict(prefix_video_frames=4, prefix_audio_frames=26)
+RELEASED = dict(STUDENT, **BLOCK_0, sigmas=(1.0, 0.9062290, 0.7265238, 0.4207186, 0.0))
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [("ltx2", {}), ("full", dict(STUDENT, num_sinks=16)), ("released", RELEASED)],
+)
+def test_full_size_configs_are_the_published_ones(name, changes):
+    """Every field, since most flags change neither the names nor the shapes of weights."""
+    assert config.CONFIGS[name].to_dict() == {**PUBLISHED, **changes, "name": name}
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [("toy", "toy_self_forcing"), ("toy_teacher", "toy_teacher"),
+     ("toy_released", "toy_released_self_forcing")],
+)  # fmt: skip
+def test_toys_are_those_of_the_shipped_weights(name, file):
+    """A file holds the config that it was trained with."""
+    _, cfg, _ = files.read_weights(ROOT / "weights" / f"{file}.safetensors")
+    assert cfg == config.CONFIGS[name]
+    assert config.CLIP_SECONDS == 5

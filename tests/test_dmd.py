@@ -274,11 +274,6 @@ def test_ten_golden_losses_of_stage_iii():
     assert losses_recorded(make, TINY_CAUSAL) == pytest.approx(STAGE_III_LOSSES, **GOLDEN)
 
 
-def test_full_size_has_the_papers_2000_steps():
-    """A step of the official loop updates the critic, every fifth step the generator."""
-    assert dmd.STEPS[1] * dmd.CRITIC_UPDATES == 2000
-
-
 @pytest.mark.parametrize("name", ["toy_released", "toy_teacher"])
 def test_stage_i_refuses_another_config(name, tmp_path, monkeypatch, capsys):
     """Its student has the config of its teacher, so the option would have no effect."""

@@ -3,7 +3,9 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
+import torch
 from helpers import run_here
 
 import config
@@ -62,6 +64,80 @@ def test_confidence_intervals_contain_the_value(truth):
     wide, narrow = (evaluate.with_intervals(w, w, truth)["kept"] for w in (few, truth))
     assert narrow[1] <= narrow[0] <= narrow[2]
     assert narrow[2] - narrow[1] < wide[2] - wide[1]
+
+
+# ---- metrics of known numbers ----
+
+
+def interval(**changes):
+    """Four clips of ten impacts each, in 2 s; see `numbers`."""
+    match = [8, 10, 9, 16, 6, 9, 0.27, 2]  # the fields of detectors.Match
+    words = [[1, 1, 0], [1, 0, 0], [1, 0, 0], [0, 0, 0]]
+    known = dict(
+        match=np.array([match] * 4, dtype=float), seconds=2.0, words=np.array(words, dtype=bool),
+        whole=np.array([1, 1, 1, 0.6]), reference=np.eye(4)[:, :3], identity=np.eye(4)[:, :3],
+        features=np.random.default_rng(0).normal(size=(4, 14)),
+    )  # fmt: skip
+    return evaluate.Interval(**{**known, **changes})
+
+
+def test_every_metric_is_what_it_says():
+    """Shares, milliseconds, and events a second compared with the truth's."""
+    # ground truth of 5 s with 20 impacts and 18 onsets: 4 a second, here 5 and 4.5 a second
+    truth = interval(match=np.array([[8, 20, 18, 16, 6, 9, 0.27, 2]] * 4), seconds=5.0)
+    m = evaluate.metrics(interval(), truth, truth)
+    assert m["f1"] == pytest.approx(16 / 19, abs=1e-4)
+    assert m["desync_ms"] == pytest.approx(270 / 9)
+    assert m["capped_ms"] == pytest.approx((270 + 2 * 300) / (9 + 2), abs=1e-4)
+    assert m["wall"] == pytest.approx(6 / 8)
+    assert m["impacts_rate"] == pytest.approx((10 / 2) / (20 / 5))
+    assert m["onsets_rate"] == pytest.approx((9 / 2) / (18 / 5))
+    assert [m[name] for name in ("colour", "speed", "material")] == [0.75, 0.25, 0]
+    assert m["caption"] == pytest.approx(1 / 3, abs=1e-4) and m["whole"] == 0.9
+    assert (m["kept"], m["spread"], m["frechet"]) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("change", [0, 0.25, 0.5])
+def test_identity_that_drifts_is_kept_less(change):
+    """Two clips that differ by 1 in every attribute: 1 - change / 1; the spread stays 1."""
+    before = np.array([[0.0] * 3, [1.0] * 3])
+    assert evaluate.identity_kept(before, before + change) == pytest.approx(1 - change)
+    assert evaluate.identity_spread(before + change, before) == pytest.approx(1)
+    assert evaluate.identity_spread(before * (1 + change), before) == pytest.approx(1 + change)
+
+
+def test_intervals_are_the_middle_95_percent(monkeypatch):
+    """Of the metrics of the draws, from the 2.5th to the 97.5th percentile."""
+    values = iter(range(evaluate.RESAMPLES + 1))
+    monkeypatch.setattr(evaluate, "metrics", lambda *args: {"f1": next(values)})
+    found = evaluate.with_intervals(interval(), interval(), interval())["f1"]
+    assert found == pytest.approx([400, 0.025 * 399, 0.975 * 399])
+
+
+@pytest.mark.parametrize(
+    "column, shown", [("f1", "0.500 ± 0.050"), ("frechet", "0.50 ± 0.05"), ("desync_ms", "0 ± 0")]
+)
+def test_a_cell_shows_half_of_its_interval(column, shown):
+    """With the digits of its column; without an interval it is a dash."""
+    assert evaluate._cell(column, 0.5, 0.46, 0.56) == shown
+    assert evaluate._cell(column, 0.5, None, None) == "–"
+
+
+def test_identity_is_that_of_the_second_half(truth):
+    """Frames and sound of one clip until 2.6 s, most of five, then of another: the reference is the
+    first one's, identity the second one's. So it is in a later interval of a stream."""
+    clips, others = toy_world.draw_clips(SEEDS), toy_world.draw_clips(range(16))
+    (video, sound), (video_2, sound_2) = (evaluate.true_clips(5, c, 0) for c in (clips, others))
+    joined = torch.cat([video[:, :63], video_2[:, 63:]], 1)
+    sounds = torch.cat([sound[:, :262], sound_2[:, 262:]], 1)
+    found = evaluate.measure(joined, sounds, clips.words, [(0, 5), (2, 4)])
+    pure = evaluate.measure(video_2, sound_2, others.words, [(0, 5)])[0]
+    for interval in found:
+        np.testing.assert_allclose(interval.reference, truth.reference)
+        for part in (0, 1):  # hue and radius; of the pitch there may be too few onsets
+            expected = pure.identity[:, part]
+            np.testing.assert_allclose(interval.identity[:, part], expected, atol=0.3)
+    assert np.abs(pure.identity - truth.identity)[:, 1].max() > 0.3
 
 
 def untrained(folder, cfg):
@@ -126,13 +202,15 @@ def test_a_window_of_none_is_all(cfg, least, monkeypatch):
 TEACHER, STAGE_III = "weights/toy_teacher.safetensors", evaluate.STUDENTS[1]
 BAD = {
     "seconds": (["--seconds", 7], "--seconds 7: expected a multiple of 5"),
-    "clips": (["--clips", 1], "--clips 1: expected at least 2"),
+    "clips": (["--clips", 1], "--clips 1: expected a whole number from 2 "),
     "no file": (["--teacher", "no"], "no: no such file"),
-    "passes": (["--steps", 5], "5 steps: the student was trained on 4"),
-    "window": (["--window", 0], "window=0: a block must remember"),
+    "passes": (["--steps", 5], "--steps 5: expected a whole number from 1 to 4"),
+    "window": (["--window", 0], "--window 0: expected a whole number from 1"),
     "out": (["--out", "README.md/e"], "README.md/e.json: not writable"),
     "same names": (["--student", STAGE_III, STAGE_III], "another row is called self_forcing"),
     "a teacher": (["--student", TEACHER], "another row is called teacher"),
+    "a student as teacher": (["--teacher", STAGE_III], "a causal student, made for config 'toy'"),
+    "a student of stage III": (["--few-step", STAGE_III], "a causal student, made for config"),
 }
 
 
@@ -142,3 +220,15 @@ def test_bad_input(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "measure_all", None)
     status, out, err = run_here(evaluate, ["--clips", 2, *arguments], monkeypatch, capsys)
     assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_bar_is_wiped_before_an_interruption_is_told(capsys):
+    """Otherwise the message would stand on the line of the bar."""
+
+    def make(clips, seed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.measure_all(make, SEEDS, [(0, 5)], "student")
+    drawn = capsys.readouterr().err
+    assert "student" in drawn and drawn.endswith("\r")

@@ -395,8 +395,8 @@ BAD = {
     "unknown device": (["--device", "tpu9"], "--device tpu9: not usable here"),
     "meta device": (["--device", "meta"], "--device meta: not usable here"),
     "steps 9": (["--steps", "9"], "9 steps: the student was trained on 4; expected 1 to 4"),
-    "steps 0": (["--steps", "0"], "0 steps: the student was trained on"),
-    "window 0": (["--window", "0"], "--window 0: expected 1 or more"),
+    "steps 0": (["--steps", "0"], "--steps 0: expected a whole number from 1 to 1000"),
+    "window 0": (["--window", "0"], "--window 0: expected a whole number from 1 to 86400"),
     "unknown flag": (["--fast"], "unrecognized arguments: --fast; see --help"),
     "seconds without a block": (
         ["--prompt", "red", "--prompt", "4.5: blue"],

@@ -1,13 +1,14 @@
 """The counted memory is the real one: rows against the bytes that running models hold."""
 
-import json
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import LAYOUTS, PAPER, ROOT, layout_name, random_model, random_text, tiny
+from torch.profiler import ProfilerActivity, profile
 
 import config
 import dmd
@@ -15,12 +16,13 @@ import model
 import ode_regression
 import rollout
 import self_forcing
-from full_size import memory, sharding, text
+from benchmarks import bench_decode, bench_generate
+from full_size import decoders, fp8, memory, sharding, text
 from full_size.memory import Row
 from kv_cache import CachedView, MaskedView
-from masks import clip_span
+from masks import block_span, clip_span
 
-F32 = torch.float32
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 # ---- counting ----
@@ -48,9 +50,18 @@ def test_attention_writes_no_scores():
     assert memory.peak_bytes(attend) == 1000 * 2 * 8 * 4
 
 
-def test_free_memory_is_a_sensible_number():
-    """Some megabytes at least, and less than a petabyte."""
-    assert 1e7 < memory.free_bytes(torch.device("cpu")) < 1e15
+def test_free_memory_is_what_the_system_says(monkeypatch, tmp_path):
+    """Kilobytes of Linux's MemAvailable; elsewhere pages times their size; bytes of a GPU."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:  1234 kB\n")
+    monkeypatch.setattr(memory, "Path", lambda path: {"/proc/meminfo": meminfo}[path])
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert memory.free_bytes(cpu) == 1234 * 1024
+    meminfo.unlink()
+    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 7}.get)
+    assert memory.free_bytes(cpu) == 7 * 4096
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40, 80))
+    assert memory.free_bytes(gpu) == 40
 
 
 # ---- a stream ----
@@ -68,11 +79,22 @@ def test_the_cache_row_is_what_a_stream_holds(cfg, blocks, window):
     assert memory.cache_row(net.cfg, blocks, window, F32).num_bytes == view.num_bytes()
 
 
-def test_weights_and_text_are_counted_to_the_byte():
-    """Parameters of the model, keys and values of two prompts of 1024 tokens."""
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_weights_are_counted_to_the_byte(dtype, in_fp8):
+    """All storages of the model, with the scales of fp8."""
+    net = random_model(tiny(LAYOUTS[1]), dtype)
+    if in_fp8:
+        fp8.quantise(net.layers)
+    held = {p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in net.parameters()}
+    row = memory.weights_row(net.cfg, dtype, in_fp8)
+    assert row.num_bytes == sum(held.values())
+    assert ("x 1 byte" in row.how) == in_fp8
+
+
+def test_the_text_is_counted_to_the_byte():
+    """Keys and values of two prompts of 1024 tokens."""
     net = random_model(tiny(LAYOUTS[0]), F32)
-    size = sum(p.nbytes for p in net.parameters())
-    assert memory.weights_row(net.cfg, F32).num_bytes == size
     prompts = random_text(net, net.cfg, text.TOKENS, clips=2)
     tensors = [t for stream in (prompts.video, prompts.audio) for pair in stream for t in pair]
     assert memory.text_row(net.cfg, 2, F32).num_bytes == sum(t.nbytes for t in tensors)
@@ -82,6 +104,57 @@ def test_a_pass_is_as_large_as_its_widest_layer():
     """Ten layers need no more activations than two."""
     two, ten = (memory.pass_row(config.TOY, F32, layers) for layers in (2, 10))
     assert two == ten and two.num_bytes > 0
+
+
+def allocated_peak(function) -> int:
+    """The most bytes that PyTorch's allocator held for a function, by its own records."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        function()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(sizes))
+
+
+@torch.inference_mode()
+def test_a_pass_needs_the_bytes_that_are_allocated():
+    """Of a real pass on a CPU, 1 % off at most."""
+    cfg = tiny(LAYOUTS[1], video_width=96, audio_width=64, height=64, width=64)
+    net = random_model(cfg, F32)
+    prompt, view = random_text(net, cfg, text.TOKENS), CachedView(cfg, 3, window=1)
+
+    def one_pass(k):
+        noise = model.draw_noise(1, block_span(k, cfg), cfg, torch.Generator())
+        sigma = torch.ones(1)
+        model.predict_x0(net, *noise, sigma, sigma, prompt, block_span(k, cfg), view)
+
+    one_pass(0)
+    view.next_block()
+    one_pass(1)
+    allocated = allocated_peak(lambda: one_pass(1))
+    assert memory.pass_row(cfg, F32).num_bytes == pytest.approx(allocated, rel=0.01)
+
+
+def test_rounding_to_fp8_needs_its_outputs_only():
+    """One byte a number and four a row: on a GPU one kernel makes them."""
+    x = torch.empty(10, 64, device="meta", dtype=BF16)
+    assert memory.peak_bytes(lambda: fp8.rounded(x)) == 10 * 64 + 10 * 4
+
+
+@torch.inference_mode()
+def test_decoders_need_the_bytes_that_are_held(monkeypatch):
+    """Small decoders of LTX-2's classes; a convolution on a CPU also takes some work space."""
+    pytest.importorskip("diffusers")
+    kinds = bench_decode.tiny_decoder_classes()
+    monkeypatch.setattr(decoders, "decoder_classes", lambda: kinds)
+    cfg = bench_generate.tiny(config.FULL)
+    held, decoding = memory.decoder_rows(cfg, F32)
+    nets = decoders.random_weights("cpu", F32)
+    assert held.num_bytes == sum(t.nbytes for net in nets for t in net.state_dict().values())
+    decoder, g = decoders.Decoder(*nets, cfg), torch.Generator()
+    blocks = [rollout.Block(k, *model.draw_noise(1, block_span(k, cfg), cfg, g)) for k in range(4)]
+    for block in blocks[:3]:
+        decoder.decode(block)
+    assert 0.6 < decoding.num_bytes / allocated_peak(lambda: decoder.decode(blocks[3])) <= 1
 
 
 def test_recorded_passes_need_a_pool_and_a_copy_of_the_prompt():
@@ -95,16 +168,26 @@ def test_recorded_passes_need_a_pool_and_a_copy_of_the_prompt():
 
 @pytest.fixture(scope="module")
 def full_plans():
-    """Rows of two minutes at full size, by window."""
-    plan = memory.stream_rows
-    return {window: plan(config.FULL, 121, window, torch.bfloat16) for window in (5, 15, 25)}
+    """Rows of two minutes at full size, by window: in bfloat16, in fp8."""
+    pytest.importorskip("diffusers")
+    return dict(zip(memory.WINDOWS, memory.plan()))
 
 
 def test_the_full_size_fits_one_gpu_of_80_gb(full_plans):
     """Windows of 5 and 15 seconds do; weights are the 18.9 billion parameters in bfloat16."""
     for window in (5, 15):
-        assert full_plans[window][0].num_bytes == 2 * 18_876_207_360
-        assert memory.total(full_plans[window]) < 70e9
+        rows, _ = full_plans[window]
+        assert rows[0].num_bytes == 2 * 18_876_207_360
+        assert 51e9 < memory.total(rows) < 70e9
+
+
+def test_in_fp8_it_fits_one_gpu_of_48_gb(full_plans):
+    """With a window of 5 s, and 8 GB are left; the layers take half, all other rows the same."""
+    wide, narrow = full_plans[5]
+    assert memory.total(narrow) < 40e9 < 48e9 < memory.total(wide)
+    inside = memory.num_parameters(config.FULL, 48) - memory.num_parameters(config.FULL, 0)
+    assert 0.99 * inside < wide[0].num_bytes - narrow[0].num_bytes < inside
+    assert wide[1:] == narrow[1:]
 
 
 def test_a_stream_that_does_not_fit_is_refused_with_the_window_that_does():
@@ -112,37 +195,41 @@ def test_a_stream_that_does_not_fit_is_refused_with_the_window_that_does():
     cfg = tiny(LAYOUTS[1])
     rows = [Row("weights", 1000, ""), memory.cache_row(cfg, 20, 3, F32)]
     memory.check_window(rows, memory.total(rows), cfg, 20, F32)
-    with pytest.raises(ValueError, match="--window 2 would fit"):
+    with pytest.raises(ValueError, match="--window 2 would fit; --dtype fp8 halves"):
         memory.check_window(rows, memory.total(rows) - 1, cfg, 20, F32)
+    with pytest.raises(ValueError, match="--window 2 would fit$"):
+        memory.check_window(rows, memory.total(rows) - 1, cfg, 20, F32, in_fp8=True)
+    two = [rows[0], memory.cache_row(cfg, 20, 2, F32)]
+    memory.check_window(two, memory.total(two), cfg, 20, F32)
     with pytest.raises(ValueError, match="no window is short enough"):
         memory.check_window(rows, 1000, cfg, 20, F32)
 
 
 def test_a_request_is_checked_with_its_text_encoder(monkeypatch, tmp_path, capsys):
     """Rows are printed; a text encoder that is larger than the free memory is refused."""
-    monkeypatch.setattr(memory, "decoder_rows", lambda cfg, dtype: [Row("decoders", 10, "")])
+    monkeypatch.setattr(memory, "decoder_rows", lambda *_: [Row("decoders", 10, "")])
     request = SimpleNamespace(
         cfg=tiny(LAYOUTS[0]), num_blocks=6, window=2, dtype=F32, device=torch.device("cpu"),
-        speedups=("graph",), cues=["a", "b"], ltx2=tmp_path,
+        speedups=("graph",), cues=["a", "b"], ltx2=tmp_path, in_fp8=True,
+        video_overlap=(4, 0),
     )  # fmt: skip
-    # As published, the folder of the text encoder has a second copy and its index.
     for name, size in (
         ("text_encoder/model", 10**7),
-        ("text_encoder/old", 10**9),
-        ("connectors/x", 9),
+        ("text_encoder/diffusion_pytorch_model", 10**9),  # a second copy, which nobody reads
+        ("connectors/diffusion_pytorch_model", 9),
     ):
         file = tmp_path / f"{name}.safetensors"
         file.parent.mkdir(exist_ok=True)
         with open(file, "wb") as f:
             f.truncate(size)  # takes no space on the disk
-        index = {"weight_map": {"a": file.name}}
-        file.with_suffix(".safetensors.index.json").write_text(json.dumps(index))
-    rows = memory.film_rows(request.cfg, 6, 2, F32, request.speedups, prompts=2)
+    rows = memory.film_rows(request.cfg, 6, 2, F32, request.speedups, prompts=2, in_fp8=True)
     assert memory.total(rows) < 10**7
     memory.check_stream(request)
     printed = capsys.readouterr().out
     assert "3 x 1024 tokens" in printed and " 0.01 GB  before all that" in printed
-    monkeypatch.setattr(memory, "free_bytes", lambda device: memory.total(rows))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**7 + 9)
+    memory.check_stream(request)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10**7 + 8)
     with pytest.raises(ValueError, match="a text encoder of 0.0 GB"):
         memory.check_stream(request)
     monkeypatch.setattr(memory, "free_bytes", lambda device: memory.total(rows) - 1)
@@ -151,15 +238,10 @@ def test_a_request_is_checked_with_its_text_encoder(monkeypatch, tmp_path, capsy
 
 
 def test_the_page_quotes_the_plan(full_plans):
-    """The table of memory in full_size/README.md is what `python -m full_size.memory` prints."""
-    pytest.importorskip("diffusers")
-    page = (ROOT / "full_size" / "README.md").read_text()
-    decoders = memory.total(memory.decoder_rows(config.FULL, torch.bfloat16)) / 1e9
-    for rows in full_plans.values():
-        weights, cache, prompt, one_pass = (row.num_bytes / 1e9 for row in rows)
-        rest = one_pass + decoders
-        for size in (weights, cache, prompt, rest):
-            assert f"| {size:.2f} GB " in page
+    """The tables of memory in full_size/README.md are what `python -m full_size.memory` prints."""
+    page, plans = (ROOT / "full_size" / "README.md").read_text(), list(full_plans.values())
+    assert memory.window_table(plans) in page
+    assert memory.card_table(plans) in page
 
 
 # ---- a training ----

@@ -5,6 +5,7 @@ they leave. Sizes are tiny and weights random, so that no agreement is trivial.
 """
 
 import contextlib
+import copy
 import json
 import os
 import socket
@@ -26,7 +27,8 @@ import self_forcing
 from full_size import memory, sharding
 from full_size import text as captions
 from full_size import weights as ltx2
-from masks import num_blocks
+from kv_cache import MaskedView
+from masks import clip_span, num_blocks
 from plumbing import processes, trainer
 from toy.source import TOY_PROMPTS, TrainingSource, toy_captions
 
@@ -199,8 +201,10 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_uninterrupted(two):
 
 
 def test_consolidated_weights_are_read_as_ltx2_files(two, capsys):
-    """All three stages by their command lines; flags are stated, sinks are there, weights moved."""
+    """All three stages by their command lines; flags are stated, sinks are there. Each stage has
+    moved the weights of the stage before, a little: by a few steps of 2e-5."""
     before = random_model(LTX2, torch.float32, 1).state_dict()
+    last = {n: w.bfloat16() for n, w in before.items()}
     capsys.readouterr()
     for name, cfg in (("dmd", LTX2), ("ode_regression", FULL), ("self_forcing", FULL)):
         net = ltx2.Source(two / f"{name}.safetensors", cfg).load()
@@ -208,6 +212,8 @@ def test_consolidated_weights_are_read_as_ltx2_files(two, capsys):
         assert said.count("\n") == 1 and "stated by the file" in said  # and no word of fresh sinks
         weights = net.state_dict()
         assert ("sinks.tokens" in weights) == (cfg is FULL)
+        assert any((weights[n] != w).any() for n, w in last.items())
+        last = {n: weights[n] for n in before}
         for n, w in before.items():
             torch.testing.assert_close(weights[n].float(), w, atol=0.02, rtol=0.01)
         assert json.loads((two / f"{name}_curve.json").read_text())[-1]["step"] == 1
@@ -258,6 +264,53 @@ def test_passes_that_go_backward_alone_have_the_same_gradient():
     for a, b in zip(rolled_gradients(at_once), rolled_gradients(apart), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     assert [len(counts) for counts in added.values()] == [1, BLOCKS]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The process group of torchrun with a single process."""
+    port = str(free_ports(1)[0])
+    places = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+    for name, value in dict(places, MASTER_PORT=port).items():
+        monkeypatch.setenv(name, value)
+    with processes.joined("cpu"):
+        yield
+
+
+def test_noise_levels_reach_a_sharded_net_in_float32(alone, monkeypatch):
+    """In bfloat16, 978.26 would be 976. Latents and captions are cast as in a net on one GPU."""
+    net = random_model(TEACHER, torch.float32)
+    told, embedding = [], model.timestep_embedding
+    monkeypatch.setattr(model, "timestep_embedding", lambda t: embedding(told.append(t) or t))
+    latents = random_clip(TEACHER, BLOCKS, dtype=torch.float32)
+    sigma, span = torch.full((1,), 0.97826087), clip_span(BLOCKS, TEACHER)
+    words = torch.eye(9)[None, [1, 5, 7]]
+
+    def velocities(net, dtype):
+        text = net.project_text(words.to(dtype))
+        return net(*(x.to(dtype) for x in latents), sigma, sigma, text, span, MaskedView())
+
+    whole = velocities(copy.deepcopy(net).bfloat16(), torch.bfloat16)
+    told.clear()
+    parts = velocities(sharding.shard(net, torch.bfloat16), torch.float32)
+    assert {t.dtype for t in told} == {torch.float32}
+    assert {round(t.item(), 3) for t in told} == {978.261}
+    assert all(map(torch.equal, whole, parts))
+
+
+def test_gradients_are_averaged_in_float32(alone, monkeypatch):
+    """Every layer, and the model around them, although they compute in bfloat16."""
+    policies, fully_shard = [], torch.distributed.fsdp.fully_shard
+
+    def recorded(net, mp_policy, **options):
+        policies.append(mp_policy)
+        return fully_shard(net, mp_policy=mp_policy, **options)
+
+    monkeypatch.setattr(torch.distributed.fsdp, "fully_shard", recorded)
+    sharding.shard(random_model(TEACHER, torch.float32), torch.bfloat16)
+    found = {(p.param_dtype, p.reduce_dtype, p.cast_forward_inputs) for p in policies}
+    assert found == {(torch.bfloat16, torch.float32, False)}
+    assert len(policies) == TEACHER.num_layers + 1
 
 
 def test_a_window_that_forgets_is_refused_where_layers_run_twice():

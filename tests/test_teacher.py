@@ -101,9 +101,8 @@ def test_a_seed_has_clips_of_its_own():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--seed", 10], "--seed 10: expected 0 to 9"),
-        (["--seed", 100], "--seed 100: expected 0 to 9"),
-        (["--seed", -1], "seed=-1: expected 0 to 4293"),
+        (["--seed", 10], "--seed 10: expected a whole number from 0 to 9"),
+        (["--seed", 100], "--seed 100: expected a whole number from 0 to 9"),
         (["--steps", 625001], "--steps 625001: 10000016 clips; a seed has 10000000"),
     ],
 )

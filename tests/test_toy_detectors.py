@@ -249,3 +249,124 @@ def test_hues_are_averaged_round_the_circle():
     """The median of 350, 10 and 0 degrees is 0, not 10."""
     median = detectors.circular_median(torch.tensor([[350.0, 10.0, 0.0]]))
     assert float((median + 180) % 360 - 180) == pytest.approx(0, abs=1e-3)
+
+
+# ---- thresholds, just inside and just outside ----
+
+
+@pytest.mark.parametrize(
+    "ms, pairs, near", [(59, 1, 1), (61, 0, 1), (249, 0, 1), (251, 0, 0)]
+)  # fmt: skip
+def test_partners_are_60_ms_apart_and_near_ones_250(ms, pairs, near):
+    """On either side of both limits."""
+    for later in (ms, -ms):
+        m = detectors.match(events(1.0), events(1 + later / 1000), 0, 2)
+        assert (m.pairs, m.hits, m.near, m.missed) == (pairs, 2 * pairs, near, 2 - 2 * near)
+        assert m.offsets == pytest.approx(near * ms / 1000, abs=1e-6)
+
+
+def test_a_pair_across_the_edge_is_near_on_either_side():
+    """An impact at 0.99 and an onset at 1.01: each is in one of two intervals, with its partner."""
+    for start, impacts in ((0, 1), (1, 0)):
+        m = detectors.match(events(0.99), events(1.01), start, start + 1)
+        assert (m.impacts, m.onsets, m.pairs) == (impacts, 1 - impacts, impacts)
+        assert (m.hits, m.near, m.missed) == (1, 1, 0)
+        assert m.offsets == pytest.approx(0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("ms, right_wall", [(19, 1), (21, 0)])
+def test_another_wall_costs_20_ms(ms, right_wall):
+    """An impact prefers the onset on its own wall, up to 20 ms further away."""
+    heard = detectors.Events(torch.tensor([1.0, 1 + ms / 1000]), torch.tensor([1, 0]))
+    m = detectors.match(events(1.0), heard, 0, 2)
+    assert (m.pairs, m.right_wall) == (1, right_wall)
+
+
+@pytest.mark.parametrize(
+    "mass, spread, is_whole",
+    [
+        (0.5, 1, False), (0.59, 1, False), (0.61, 1, True),
+        (1.49, 1, True), (1.51, 1, False), (1.6, 1, False),
+        (1, 0.69, False), (1, 0.71, True), (1, 1.34, True), (1, 1.36, False),
+    ],
+)  # fmt: skip
+def test_a_whole_ball_has_about_the_normal_mass_and_spread(mass, spread, is_whole):
+    """Mass .6 to 1.5, spread .7 to 1.35."""
+    one = torch.ones(1, 1)
+    ball = detectors.Ball(torch.zeros(1, 1, 2), mass * one, spread * one, one)
+    assert bool(detectors.persistence(ball)) == is_whole
+
+
+@pytest.mark.parametrize("brighter, mass", [(0.11, 0), (0.13, 1)])
+def test_what_is_12_percent_brighter_than_the_background_is_a_ball(brighter, mass):
+    """Less is noise of the decoder."""
+    frame = torch.full((1, 1, 3, 32, 32), world.BACKGROUND)
+    frame[..., 8:16, 8:16] += brighter
+    assert bool(detectors.see_ball(frame).mass > 0.01) == mass
+
+
+def flying(track):
+    """A ball of normal size whose x is `track`, and whose y is in mid-air."""
+    x = torch.as_tensor(track, dtype=torch.float)[None]
+    one = torch.ones_like(x)
+    return detectors.Ball(torch.stack([x, 16 * one], -1), one, one, 0 * one)
+
+
+def bounce(slope, turn):
+    """Towards the left wall, `slope` pixels a frame, back at x = `turn` after 20.3 frames."""
+    return [turn + slope * abs(frame - 20.3) for frame in range(41)]
+
+
+@pytest.mark.parametrize("slope, count", [(0.11, 0), (0.13, 1)])
+def test_a_slow_reflection_is_ignored(slope, count):
+    """Slower than .12 pixels a frame."""
+    (seen,) = detectors.find_impacts(flying(bounce(slope, world.RADIUS)))
+    assert len(seen.times) == count
+
+
+@pytest.mark.parametrize("apart, count", [(-3.9, 1), (3.9, 1), (4.1, 0)])
+def test_a_reflection_is_within_4_pixels_of_a_wall(apart, count):
+    """Of the edge of the ball; its time is that of the turn, on the left wall."""
+    (seen,) = detectors.find_impacts(flying(bounce(1.0, world.RADIUS + apart)))
+    assert len(seen.times) == count
+    if count:
+        assert seen.times.tolist() == pytest.approx([20.3 / 24], abs=1e-3) and seen.walls[0] == 0
+
+
+@pytest.mark.parametrize("speed, word", [(19.5, 0), (20.5, 1)])
+def test_fast_is_above_20_pixels_a_second(speed, word):
+    """The unit is a second, not a frame."""
+    ball = flying([speed / 24 * frame for frame in range(24)])
+    assert detectors.speeds(ball).tolist() == pytest.approx([speed], rel=1e-4)
+    silence = [detectors.Events(torch.zeros(0), torch.zeros(0, dtype=torch.long))]
+    assert detectors.read_words(ball, torch.zeros(1, 100, 16), silence)[0, 1] == word
+
+
+def knocks(*levels):
+    """Sound (1, M, 16) in the first band, at pairs of frame and level."""
+    sound = torch.zeros(1, 80, 16)
+    for frame, level in levels:
+        sound[0, frame, 0] = level
+    return sound
+
+
+@pytest.mark.parametrize("later, word", [(0.23, 0), (0.25, 1)])
+def test_metal_still_rings_after_130_ms(later, word):
+    """With more than .24 of its peak, 13 mel frames after the attack."""
+    onset = [detectors.Events(torch.tensor([0.2 - world.ATTACK]), torch.tensor([0]))]
+    sound = knocks((20, 1.0), (33, later))
+    assert detectors.read_words(flying([0.0] * 24), sound, onset)[0, 2] == word
+
+
+@pytest.mark.parametrize("rise, count", [(0.24, 0), (0.26, 1)])
+def test_an_onset_is_a_rise_of_a_quarter(rise, count):
+    """Of a wall's level, within two mel frames."""
+    (heard,) = detectors.find_onsets(knocks((20, rise)))
+    assert len(heard.times) == count
+
+
+@pytest.mark.parametrize("frames, count", [(6, 1), (8, 2)])
+def test_two_onsets_on_one_wall_are_7_frames_apart(frames, count):
+    """Within 6 mel frames, only the louder one counts."""
+    (heard,) = detectors.find_onsets(knocks((20, 1.0), (20 + frames, 0.8)))
+    assert len(heard.times) == count

@@ -58,11 +58,11 @@ def quadratic(net):
 class OneRun(trainer.Run):
     """A run of one learner by its losses; default: the quadratic task."""
 
-    def __init__(self, folder=None, recipe=RECIPE, command="python x.py", starts=None):
+    def __init__(self, folder=None, recipe=RECIPE, command="python x.py", settings=None):
         self.learner = trainer.Learner(model.build(TINY_STUDENT), recipe)
         self.model = self.learner.model
         self.losses = quadratic(self.model)
-        super().__init__({"net": self.learner}, command, folder, starts)
+        super().__init__({"net": self.learner}, command, folder, settings)
 
     def descend(self, losses=None, **options):
         self.train(trainer.descent(self.learner, losses or self.losses), **options)
@@ -144,45 +144,94 @@ def test_a_recipe_without_steps_or_clips_is_refused(change):
         replace(RECIPE, **change)
 
 
+SETTINGS = {"--guidance": (3.0, 5.0), "hash of the teacher's weights": "1b2c"}
+
+
 @pytest.mark.parametrize(
-    "change",
+    "change, told",
     [
-        dict(recipe=replace(RECIPE, steps=11)),
-        dict(recipe=replace(RECIPE, seed=6)),
-        dict(recipe=replace(RECIPE, betas=(0.9, 0.95))),
-        dict(command="python x.py --guidance 3"),  # the recipe does not hold the guidance
+        (dict(recipe=replace(RECIPE, seed=6)), "--seed was 5, now 6"),
+        (dict(recipe=replace(RECIPE, batch=4)), "--batch was 2, now 4"),
+        (dict(recipe=replace(RECIPE, adam_lr=2e-3)), "net's adam_lr was 0.0015, now 0.002"),
+        (dict(settings={**SETTINGS, "--guidance": (3.0, 4.0)}),
+         "--guidance was [3.0, 5.0], now [3.0, 4.0]"),
+        (dict(settings={**SETTINGS, "hash of the teacher's weights": "9e"}),
+         "hash of the teacher's weights was 1b2c, now 9e"),
+        (dict(settings={**SETTINGS, "--windows": [1]}), "--windows was None, now [1]"),
+        (dict(recipe=replace(RECIPE, steps=9)), "--steps was 10, now 9"),
+        (dict(recipe=replace(RECIPE, batch=4, seed=6)),
+         "--batch was 2, now 4, --seed was 5, now 6"),
     ],
-)
-def test_the_state_of_another_recipe_or_command_is_refused(tmp_path, change, capsys):
-    """The message names the file and what to do."""
-    finished_run(tmp_path)
-    with pytest.raises(ValueError, match="state.safetensors: belongs to another recipe; remove"):
-        OneRun(tmp_path, **change)
-
-
-def test_the_state_of_a_run_from_other_weights_is_refused(tmp_path, capsys):
-    """After the teacher was trained anew, its old student is not continued."""
-    run = finished_run(tmp_path, starts={"teacher.safetensors": "a", "student.safetensors": "b"})
-    assert OneRun(tmp_path, starts=run.starts).step == 10
+)  # fmt: skip
+def test_the_state_of_another_training_is_refused(tmp_path, change, told, capsys):
+    """The message names the file, what differs, and what to do."""
+    run = finished_run(tmp_path, settings=SETTINGS)
     with pytest.raises(ValueError) as error:
-        OneRun(tmp_path, starts={**run.starts, "student.safetensors": "c"})
-    told = "began when student.safetensors held other weights; remove it to start anew"
-    assert str(error.value) == f"{run.file}: {told}"
+        OneRun(tmp_path, **{"settings": SETTINGS, **change})
+    advice = "choose another --run, or remove it to start anew"
+    assert str(error.value) == f"{run.file}: belongs to another training ({told}); {advice}"
 
 
-def test_a_state_that_tells_no_weights_is_resumed(tmp_path, monkeypatch, capsys):
-    """States that were saved before they did are still good."""
+def test_a_run_called_in_another_way_is_continued(tmp_path, capsys):
+    """What counts is what it does; lists and tuples are the same, as in JSON."""
+    finished_run(tmp_path, settings=SETTINGS)
+    other = {name: list(x) if name == "--guidance" else x for name, x in SETTINGS.items()}
+    assert OneRun(tmp_path, command="python x.py --config toy", settings=other).step == 10
+
+
+def test_more_steps_make_a_run_longer(tmp_path, capsys):
+    """Extended before its rates fall, it equals a run that was longer from the start; a finished
+    run takes the additional steps."""
+    longer = replace(RECIPE, steps=12)
+    whole, first = OneRun(recipe=longer), OneRun(tmp_path)
+    whole.descend(print_every=1)
+    with pytest.raises(Kill):
+        first.descend(killed_at(4, first.losses), print_every=1, save_every=2)
+    second = OneRun(tmp_path, recipe=longer)
+    assert (second.step, capsys.readouterr().out.splitlines()[-1]) == (
+        4, "step 4 of 10 so far; goes on to step 12"
+    )  # fmt: skip
+    second.descend(print_every=1)
+    assert_equal_runs(whole, second)
+    third = OneRun(tmp_path, recipe=replace(RECIPE, steps=13))
+    third.descend()
+    assert (third.step, third.log[-1]["step"]) == (13, 13)
+
+
+def test_fewer_steps_end_a_run_that_has_as_many(tmp_path, capsys):
+    """Stopped at step 4 of 10, it may end there; what it has done is not undone."""
+    first = OneRun(tmp_path)
+    with pytest.raises(Kill):
+        first.descend(killed_at(4, first.losses), save_every=2)
+    assert OneRun(tmp_path, recipe=replace(RECIPE, steps=4)).step == 4
+    with pytest.raises(ValueError, match="--steps was 10, now 3"):
+        OneRun(tmp_path, recipe=replace(RECIPE, steps=3))
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Every step takes 60 s."""
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: next(clock))
+
+
+def test_a_resumed_run_keeps_its_time(tmp_path, slow, capsys):
+    """The minutes in the weight file are those of all its parts."""
     run = OneRun(tmp_path)
-    dumps = json.dumps
+    with pytest.raises(Kill):
+        run.descend(killed_at(4, run.losses), save_every=2)
+    again = OneRun(tmp_path)
+    assert again.seconds == 240
+    again.descend()
+    assert (again.seconds, again.made_by()["minutes"]) == (600, 10)
 
-    def without_marks(value):
-        return dumps({n: x for n, x in value.items() if n != "marks"})
 
-    monkeypatch.setattr(trainer.json, "dumps", without_marks)
-    run.descend()
-    monkeypatch.undo()
-    assert b"marks" not in run.file.read_bytes()
-    assert OneRun(tmp_path, starts={"teacher.safetensors": "a"}).step == 10
+def test_a_state_of_an_earlier_version_is_refused(tmp_path):
+    """It does not tell what its run does."""
+    file = trainer.state_of(tmp_path)
+    save_file({"x": torch.zeros(1)}, file, {"run": json.dumps({"step": 3, "of": {}})})
+    with pytest.raises(ValueError, match=f"^{file}: of an earlier version; remove it to start"):
+        OneRun(tmp_path)
 
 
 WEIGHTS = {
@@ -192,20 +241,24 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize(
-    "script, given",
+    "script, given, hashed",
     [
-        (dmd, {"--teacher": "teacher"}),
-        (ode_regression, {"--teacher": "dmd"}),
-        (self_forcing, {"--teacher": "teacher", "--student": "ode_regression"}),
-        (teacher, {"--init": "teacher"}),
+        (dmd, {"--teacher": "teacher"}, {"teacher": "teacher", "student": "teacher"}),
+        (ode_regression, {"--teacher": "dmd"}, {"teacher": "dmd"}),
+        (self_forcing, {"--teacher": "teacher", "--student": "ode_regression"},
+         {"teacher": "teacher", "student": "ode_regression"}),
+        (teacher, {"--init": "teacher"}, {"start": "teacher"}),
     ],
-)
-def test_a_run_knows_all_weights_that_it_begins_with(script, given, tmp_path, monkeypatch, capsys):
-    """Every file on the command line is told to the run, with a hash of what it holds."""
+)  # fmt: skip
+def test_a_run_knows_all_weights_that_it_begins_with(
+    script, given, hashed, tmp_path, monkeypatch, capsys
+):
+    """Every file on the command line is told to the run, by a hash of what it holds, not by its
+    path; teacher.py tells its codec as well."""
     told = []
 
-    def run(learners, command, folder, starts):
-        told.append(starts)
+    def run(learners, command, folder, settings):
+        told.append(settings)
         raise ValueError("begun")
 
     monkeypatch.setattr(trainer, "Run", run)
@@ -213,9 +266,11 @@ def test_a_run_knows_all_weights_that_it_begins_with(script, given, tmp_path, mo
     options = [word for option, name in given.items() for word in (option, WEIGHTS[name])]
     options += ["--run", tmp_path, "--out", tmp_path / "x.safetensors"]
     assert run_here(script, options, monkeypatch, capsys)[0] == 2
-    for path in (WEIGHTS[name] for name in given.values()):
-        assert told[0][path] == files.fingerprint(model.load(path).state_dict())
-    assert script is not teacher or "toy_codec.safetensors" in told[0]
+    for role, name in hashed.items():
+        expected = files.fingerprint(model.load(WEIGHTS[name]).state_dict())
+        assert told[0][f"hash of the {role}'s weights"] == expected
+    assert script is not teacher or "hash of the codec's weights" in told[0]
+    assert not any(str(ROOT) in str(value) for value in told[0].values())
 
 
 @pytest.mark.parametrize("about", [None, {}, {"run": "{"}, {"run": "3"}, {"run": "[1]"}])
@@ -335,6 +390,15 @@ def test_progress_is_one_short_line_an_interval(capsys):
     assert [line.split()[0] for line in lines] == ["4/10", "8/10", "10/10"]
     assert all("loss" in line and "min left" in line and len(line) < 80 for line in lines)
     assert [row["step"] for row in run.log] == [4, 8, 10]
+
+
+def test_the_time_left_is_in_minutes(slow, capsys):
+    """After 4 of 10 steps of a minute, 6 are left."""
+    OneRun().descend(print_every=4)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == [
+        "6 min left", "2 min left", "0 min left"
+    ]  # fmt: skip
 
 
 # ---- golden losses ----

@@ -107,6 +107,14 @@ def load_student(path, cfg, device="cpu", dtype=torch.float32):
     return net.to(device, dtype)
 
 
+def load_bidirectional(path):
+    """Load a model that makes whole clips: a teacher, or the student of stage I."""
+    net = model.load(path)
+    if (name := net.cfg.name) != config.TOY_TEACHER.name:
+        raise ValueError(f"{path}: a causal student, made for config {name!r}; expected a teacher")
+    return net
+
+
 def student_from(tensors, cfg, seed=0, path="teacher"):
     """Create a student that starts at these weights; path: the file to name in errors."""
     # A teacher has no sinks, so the sinks of the new model stay.
@@ -131,6 +139,10 @@ class StreamSource:
             self.net = random_weights(cfg, device, dtype)
         else:
             self.net = load_student(request.weights or WEIGHTS[cfg.name], cfg, device, dtype)
+        if request.in_fp8:
+            from full_size import fp8
+
+            fp8.quantise(self.net.layers)
         self.codec = toy_codec.load(cfg)
 
     def decoder(self, watch):
@@ -168,8 +180,8 @@ class TrainingSource:
         self.cfg = cfg  # of the student; None: the config in its weight file
 
     def open(self, path, cfg=None, seed=0) -> ToyWeights:
-        """Read a weight file; with `cfg`, make it the start of a student with this config."""
-        net = model.load(path)
+        """Read a bidirectional model, or with `cfg` the start of a student with this config."""
+        net = model.load(path) if cfg else load_bidirectional(path)
         if cfg:
             # A student must have the blocks of `cfg`. A teacher has no blocks and fits any config.
             if net.cfg.name != config.TOY_TEACHER.name:
