@@ -58,6 +58,7 @@ STREAMED = ("toy", "toy_released", "full", "released")  # configs of students
 TOY_PROMPT = "red fast metal"  # default prompts
 FULL_PROMPT = "Waves break on a rocky shore at dusk while gulls cry."
 MOST_SECONDS = 86400  # of a film: a day
+CUE = re.compile(r"(?:\s*([0-9]+(?:\.[0-9]+)?):(?!\S))?(.*)", re.S)  # second, text
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPES["fp8"] = torch.bfloat16  # and the products inside the layers in fp8: full_size/fp8.py
 
@@ -84,7 +85,7 @@ def parse_cues(prompts, seconds, check=toy_source.toy_features) -> list[Cue]:
     """
     cues = []
     for text in prompts:
-        start, words = re.fullmatch(r"(?:\s*(\d+(?:\.\d+)?):(?!\S))?(.*)", text, re.S).groups()
+        start, words = CUE.fullmatch(text).groups()
         check(words)
         cues.append(Cue(float(start or 0), words.strip()))
     cues.sort()
@@ -195,7 +196,7 @@ def parse_seconds(text) -> float:
 def options():
     """The command line."""
     p = cli.parser(__doc__)
-    words = 'any text, or "SECOND: text" from that second on; may be repeated'
+    words = 'text, or "SECOND: text" from that second on; may be repeated'
     p.add_argument("--prompt", action="append", metavar="WORDS", help=words)
     p.add_argument("--seconds", help="length of the film; default: 5, or 10 with --html")
     cli.add_seed(p, "random seed of the noise")
@@ -341,14 +342,14 @@ def sheet_of(film) -> Path:
     return Path(film).with_suffix(".png")
 
 
-def check_targets(film, *others):
-    """Raises ValueError for a file that cannot be written, or two files that are the same."""
+def check_targets(film, page, report):
+    """Raises ValueError for a file that cannot be written, or has a wrong ending."""
     check_film(film)
-    paths = [film, sheet_of(film), *others]
-    for path in paths[1:]:
-        files.check_writable(path)
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise ValueError("--out, its .png, --html and --report: expected different files")
+    files.check_writable(sheet_of(film))
+    if page:
+        files.check_writable(page, suffix=".html")
+    if report:
+        files.check_writable(report, suffix=".json")
 
 
 def save_pictures(args, request, pictures, movie):
@@ -365,8 +366,8 @@ def save_pictures(args, request, pictures, movie):
         page.write(args.html, movie.path, title, contents)
 
 
-def finish(args, request, pictures, errors, watch, movie, text_seconds):
-    """Write pictures and report; print a summary.  Raises the first error."""
+def finish(args, request, stop, pictures, errors, watch, movie, text_seconds):
+    """Write pictures and report; print what was made.  Raises the first error."""
     if movie.frames:
         report = {**request.about(), **watch.report(movie.frames, request.cfg)}
         report |= {"text_seconds": text_seconds, "ended_by": [*map(in_one_line, errors)]}
@@ -383,9 +384,11 @@ def finish(args, request, pictures, errors, watch, movie, text_seconds):
         kept = f"{movie.frames} frames are kept in {movie.path}"
         kept = kept if movie.frames else "nothing was written"
         raise ValueError(f"{in_one_line(errors[0])}; {kept}") from errors[0]
+    if stop.is_asked:
+        print(f"interrupted: {movie.frames} frames are kept in {movie.path}", file=sys.stderr)
     print(summary(report, request.cfg.fps))
-    written = f"{movie.path} and {sheet_of(movie.path)}"
-    print(f"wrote {written}" + (f" and {args.html}" if args.html else ""))
+    written = [movie.path, sheet_of(movie.path), *filter(None, (args.html, args.report))]
+    print(f"wrote {' and '.join(map(str, written))}")
 
 
 def in_one_line(error) -> str:
@@ -408,7 +411,7 @@ def summary(report, fps) -> str:
 def main():
     args = options().parse_args()
     request = check_args(args)
-    check_targets(args.out, *filter(None, (args.html, args.report)))
+    check_targets(args.out, args.html, args.report)
     for film in partial_films(args.out):
         print(f"{film} is there: another run still writes it, or was killed", file=sys.stderr)
     source = open_source(request)
@@ -424,9 +427,7 @@ def main():
             read=source.read,
         )  # fmt: skip
         made = run(blocks, decoder, movie, watch, request.seconds, stop)
-        if stop.is_asked:
-            print(f"interrupted: {movie.frames} frames are kept in {movie.path}", file=sys.stderr)
-        finish(args, request, *made, watch, movie, source.text_seconds)
+        finish(args, request, stop, *made, watch, movie, source.text_seconds)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ makes a clip once. It decodes the clip at once, then block by block with differe
     ms a block          time of decoding, median from the third block on
 
 With random weights only times are written: they do not depend on the weights, but the errors do.
+A second table has the time of the video decoder alone, by context, and the time of diffusers.
 
 --contexts shows how far the video decoder really looks back. It has all its layers, a sixteenth of
 its channels and random weights. It decodes three latents of a small picture with some context, and
@@ -32,6 +33,7 @@ import torch
 
 import generate
 from benchmarks import bench_generate, page
+from benchmarks.bench_attention import seconds
 from full_size import decoders, text, weights
 from full_size.decoders import Overlap
 from masks import block_interval
@@ -148,6 +150,34 @@ def table(rows) -> str:
     return page.table([*head, "later by", "ms a block"], lines)
 
 
+# ---- the time of a context ----
+
+
+@torch.inference_mode()
+def picture_seconds(decoder, device, contexts=(4, 3, 2, 1), calls=12) -> dict:
+    """Return {way: seconds of the video decoder alone for a block}, with random latents."""
+    vae, new, longest = decoder.vae, decoder.cfg.video_frames_per_block, max(contexts)
+    size = 1, 128, longest + new, *decoder.cfg.grid
+    latents = torch.randn(size).to(next(vae.parameters()))
+
+    def median(decode, x):
+        return settled_median([seconds(lambda: decode(x), device, 1) for _ in range(calls)])
+
+    def ours(x):
+        return decoders.decode_video(vae.decoder, x, new)
+
+    times = {f"context {n}": median(ours, latents[:, :, longest - n :]) for n in contexts}
+    for p in vae.parameters():  # diffusers is slower with kernels laid out as ours
+        p.data = p.data.contiguous()
+    return {f"diffusers, context {longest}": median(vae.decode, latents), **times}
+
+
+def picture_table(times) -> str:
+    """Return the times as Markdown."""
+    numbers = [f"{1000 * seconds:.1f}" for seconds in times.values()]
+    return page.table(["video decoder alone", *times], [["ms a block", *numbers]])
+
+
 # ---- the error of a context ----
 
 
@@ -157,7 +187,7 @@ def context_errors(decoder, contexts, new=3, clips=4) -> dict:
 
     The reference has all the past. "no look-ahead": what that lacks of all the future.
     """
-    reach = 22  # latents on either side; measured by a gradient in tests/test_decoders.py
+    reach = 22  # latents on either side, see tests/test_decoders.py
     end, stop = reach + new, reach + new + reach
     noise = torch.randn(clips, 128, stop + 4, 2, 2)
     latents = noise.unfold(2, 5, 1).mean(-1) * 5**0.5  # neighbours in time are alike
@@ -266,7 +296,9 @@ def main():
     rows = bench(make_decoder, blocks, cfg, args.block_seconds, device)
     if args.weights == "random" and not args.tiny:
         rows = without_errors(rows)
-    print(table(rows))
+    times = picture_seconds(make_decoder(lambda _, f: f, Overlap()), device)
+    tables = f"{table(rows)}\n\n{picture_table(times)}"
+    print(tables)
     about = {
         **cli.machine(device),
         "config": cfg.name,
@@ -274,11 +306,11 @@ def main():
         "tiny": args.tiny,
         "block_seconds": args.block_seconds,
     }
-    files.write_json(args.out, {"about": about, "rows": rows})
+    files.write_json(args.out, {"about": about, "rows": rows, "video_decoder": times})
     print(f"wrote {args.out}")
     if not args.tiny:
         where = "{device}, torch {torch}, {date}, {weights} weights".format(**about)
-        page.fill_in("decode", f"{where}\n\n{table(rows)}")
+        page.fill_in("decode", f"{where}\n\n{tables}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """How fast is the full size on one GPU: against its lower bound, the textbook, each speed-up?
 
     python -m benchmarks.bench_generate                windows of 5 and 15 s, bfloat16 and fp8
-    python -m benchmarks.bench_generate --rounds 1     the ladder once instead of twice
+    python -m benchmarks.bench_generate --blocks 40    a shorter first film
     python -m benchmarks.bench_generate --floor        the lower bound, computed without a GPU
     python -m benchmarks.bench_generate --device cpu --tiny     only to test the script
 
-Random weights, batch 1, 512 x 768, four passes and a refresh per block, all in one process. First
-one film for each window, with all speed-ups, in bfloat16:
+Random weights, batch 1, 512 x 768, four passes and a refresh per block, all in one process, in the
+order of their worth. First one film for each window, with all speed-ups, in bfloat16:
 
     floor        lower bound of the passes: their operations, counted on tensors without contents,
                  at the rate that this GPU reaches on a large matrix product
@@ -21,11 +21,11 @@ one film for each window, with all speed-ups, in bfloat16:
 
 Then, for each window, the textbook: the same block with caches that grow by `cat`, see
 `TextbookView`. Its time is divided by the time of our caches without any speed-up, and with all; a
-dash: its caches do not fit. Then the ladder, with the first window: one more speed-up in each row.
-At last the same films in fp8 (full_size/fp8.py).
+dash: its caches do not fit. Then the films in fp8 (full_size/fp8.py). At last the ladder, with the
+first window, in bfloat16: one more speed-up in each row.
 
 After every row the script writes results/bench_generate.json and, unless --tiny, the tables of
-benchmarks/README.md. The last lines are a summary.
+benchmarks/README.md, so it may be stopped at any time. The last lines are a summary.
 """
 
 import copy
@@ -216,6 +216,9 @@ def time_block(net, features, view, k, device, times=5) -> float:
     return settled_median(seconds)
 
 
+FULL_BLOCKS = 16  # with a full window, of every film but the first
+
+
 def full_blocks(per_block, window):
     """Drop the values of the blocks before the window is full."""
     return per_block[settled_after(window) :] or per_block[-1:]
@@ -369,6 +372,13 @@ def window_cells(row) -> list[str]:
     return [*bound, passes, f"{row['slowest_over_median']:.2f}", *film, book]
 
 
+def stages_line(row) -> str:
+    """Return the warm-up and the median milliseconds of each stage of a film."""
+    stages = row.get("film", {}).get("stage_seconds", {}).items()
+    listed = ", ".join(f"{stage} {1000 * seconds:.0f}" for stage, seconds in stages)
+    return f"warm-up {row['warm_up_seconds']:.1f} s; ms a block: {listed or 'passes only'}"
+
+
 def fill_page(about, rungs, rows, cfg):
     """Write the tables of benchmarks/README.md, as far as they are measured."""
     where, first = "{device}, torch {torch}, {date}, {config}".format(**about), rows[0]
@@ -388,7 +398,7 @@ def main():
     p.add_argument("--windows", type=windows, nargs="+", default=[5, 15], help="seconds")
     p.add_argument("--blocks", type=cli.whole(1, 10**4), default=120, help=about)
     about = "rounds of the ladder; medians are taken"
-    p.add_argument("--rounds", type=cli.whole(1, 100), default=2, help=about)
+    p.add_argument("--rounds", type=cli.whole(1, 100), default=1, help=about)
     p.add_argument("--floor", action="store_true", help="only compute the lower bound of a pass")
     p.add_argument("--device", default="cuda", help="cuda; cpu only with --tiny")
     p.add_argument("--tiny", action="store_true", help="a tiny model, only to test this script")
@@ -419,26 +429,33 @@ def main():
 
     def films(subject, rate):
         for window in args.windows:
-            blocks = args.blocks if window == first else settled_after(window) + 16
-            rows.append(bench_window(subject, window, blocks, (rate, wide)))
-            print(window_table(rows[-1:]), flush=True)
-            save()
+            full = args.blocks - settled_after(first) if not rows else FULL_BLOCKS
+            rows.append(bench_window(subject, window, settled_after(window) + full, (rate, wide)))
+            report(rows[-1])
+
+    def report(row):
+        print(f"{stages_line(row)}\n{window_table([row])}", flush=True)
+        save()
 
     with kernel.strict(not args.tiny):  # no attention may fall back to PyTorch
         wide = matmul_rate(device, dtype, 256 if args.tiny else 8192)
         subject = load(cfg, device, dtype, has_decoders=bool(av) and not args.tiny)
         films(subject, wide)
-        for row in list(rows):
+        for row in rows:
             row |= beside_textbook(subject, row["window_seconds"], row["block_seconds"])
-            save()
-        rungs += climb(subject, first, args.rounds)
-        save()
-        films(subject.rounded(), wide if args.tiny else fp8_rate(device))
+            report(row)
+        subject = subject.rounded()
+        free_memory()
+        films(subject, wide if args.tiny else fp8_rate(device))
         for wide_row, row in zip(rows, rows[len(args.windows) :]):
             keys = "textbook_seconds", "textbook_over_ours"
             row |= {key: wide_row[key] for key in keys if key in wide_row}
             if "textbook_seconds" in row:
                 row["textbook_over_fastest"] = row["textbook_seconds"] / row["block_seconds"]
+        save()
+        del subject
+        free_memory()
+        rungs += climb(load(cfg, device, dtype, has_decoders=False), first, args.rounds)
         save()
     print(f"{ladder_table(rungs, cfg)}\n\n{window_table(rows)}\n\nwrote {args.out}")
 

@@ -2,9 +2,8 @@
 
 The growing file is fragmented: its index is written in parts, so that an incomplete file can be
 played. It is called NAME.TOKEN.partial.mp4, with a token of its own for every run. `close` copies
-its packets, without encoding again, into a file whose head states the duration and has the whole
-index: players can seek in it. Only a kill leaves the partial file, which lacks at most its last
-quarter second.
+its packets, as they are, into a file whose head has the duration and the whole index: players can
+seek. Only a kill leaves the partial file, which lacks at most its last quarter second.
 """
 
 import os
@@ -86,6 +85,7 @@ class Movie:
             self.file.close()
             files.write_beside(self.path, lambda path: copy_with_index(self.partial, path))
         except Exception:
+            self.frames = 0  # until it is clear what is left
             self.frames = keep_whole_fragments(self.partial)
             if self.frames:
                 os.replace(self.partial, self.path)
@@ -145,6 +145,4 @@ def check_film(path):
     """Raise ValueError if no mp4 can be written to this path, or av is not installed."""
     if av is None:
         raise ValueError("a film needs the package av: pip install -r requirements.txt")
-    files.check_writable(path)
-    if Path(path).suffix != ".mp4":
-        raise ValueError(f"{path}: expected a name that ends in .mp4")
+    files.check_writable(path, suffix=".mp4")

@@ -3,9 +3,8 @@
     main thread      passes 0 | decode 0 | passes 1 | decode 1 | passes 2 | decode 2 | ...
     writer thread                        | write 0             | write 1             | ...
 
-On a GPU, frames become bytes there, and the copy to the CPU is only queued: the writer waits for
-it, the main thread goes on. The writer also notices NaN and infinity, by flags that come with the
-copy. An error of the writer is raised in the main thread, by the next `add` or by `close`.
+On a GPU, frames become bytes there. The copy to the CPU is only queued: the writer waits for it.
+Flags that come with it tell of NaN and infinity. Errors are raised by the next `add` or `close`.
 """
 
 from collections import deque

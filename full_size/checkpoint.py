@@ -103,12 +103,12 @@ def _members_of_index(path) -> dict:
     found = {}
     try:
         for key, name in json.loads(texts.read_text(path))["weight_map"].items():
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                raise ValueError
+            if ".." in Path(name).parts or Path(name).is_absolute() or not Path(name).name:
+                raise ValueError  # outside of this folder, or the folder itself
             found.setdefault(path.parent / name, []).append(key)
         if not found:
             raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"{path}: not an index of shards; expected JSON with a weight_map from tensors to "
             f"files; download it again"

@@ -163,7 +163,7 @@ def decode_video(decoder, latents, new=None):
     steps = [*decoder.mid_block.resnets, *sum(stages, ())]
     num_frames, p = 8 * (latents.shape[2] - 1) + 1, decoder.patch_size
     needed = num_frames if new is None else min(num_frames, 8 * new)
-    x = convolve(decoder.conv_in, latents.permute(0, 2, 3, 4, 1))
+    x = convolve(decoder.conv_in, padded(latents.permute(0, 2, 3, 4, 1)))
     for step, frames in zip(steps, needed_frames(steps, needed)):
         x = (upsample if hasattr(step, "upscale_factor") else add_residual)(step, x[:, -frames:])
     x = convolve(decoder.conv_out, activate(x))
@@ -185,25 +185,29 @@ def needed_frames(steps, frames) -> list[int]:
 
 def add_residual(block, x):
     """Add what a residual block computes."""
-    hidden = convolve(block.conv1, activate(x))
-    return x + convolve(block.conv2, activate(hidden))
+    first, second = block.conv1, block.conv2
+    # nested, so that no name keeps the features between the two convolutions longer than needed
+    return convolve(second, activate(convolve(first, activate(x)))).add_(x)
 
 
 def activate(x):
-    """Divide by the root mean square over the channels, then apply SiLU."""
-    return F.silu(F.rms_norm(x, x.shape[-1:], eps=1e-8))
+    """Divide by the root mean square over the channels, apply SiLU, and pad."""
+    x = F.rms_norm(x, x.shape[-1:], eps=1e-8)
+    # one kernel: F.silu can only write to new memory, which would then be copied
+    return padded(x, lambda middle, x: torch.ops.aten.silu.out(x, out=middle))
 
 
 def convolve(layer, x):
-    """Apply a 3 x 3 x 3 convolution to (B, T, H, W, C), with its padding."""
+    """Apply a 3 x 3 x 3 convolution to (B, T + 2, H + 2, W + 2, C) -> (B, T, H, W, C')."""
     conv = layer.conv
     # a view with the order of axes that PyTorch wants; in memory, channels stay innermost
-    x = F.conv3d(padded(x).permute(0, 4, 1, 2, 3), conv.weight, conv.bias)
-    return x.permute(0, 2, 3, 4, 1)
+    return F.conv3d(x.permute(0, 4, 1, 2, 3), conv.weight, conv.bias).permute(0, 2, 3, 4, 1)
 
 
-def padded(x):
+def padded(x, write=torch.Tensor.copy_):
     """Add a frame at either end, the same again, and a pixel at every edge, by reflection.
+
+    write(middle, x)   fills the rest; by default with x
 
     >>> padded(torch.tensor([[1, 2, 3], [4, 5, 6]]).view(1, 1, 2, 3, 1))[0, 0, :, :, 0]
     tensor([[5, 4, 5, 6, 5],
@@ -211,15 +215,18 @@ def padded(x):
             [5, 4, 5, 6, 5],
             [2, 1, 2, 3, 2]])
     """
-    t, h, w = (torch.arange(-1, n + 1, device=x.device) for n in x.shape[1:4])
-    t = t.clamp(0, len(t) - 3)
-    h, w = ((n - 3) - ((n - 3) - i.abs()).abs() for n, i in ((len(h), h), (len(w), w)))
-    return x[:, t[:, None, None], h[:, None], w]
+    b, t, h, w, c = x.shape
+    out = x.new_empty(b, t + 2, h + 2, w + 2, c)
+    write(out[:, 1:-1, 1:-1, 1:-1], x)
+    for axis, inwards in (3, 2), (2, 2), (1, 1):  # an axis includes the edges of those before it
+        for edge, inside in (0, inwards), (-1, -1 - inwards):
+            out.select(axis, edge).copy_(out.select(axis, inside))
+    return out
 
 
 def upsample(layer, x):
     """Double frames, rows and columns; the first frame of the result is dropped."""
-    x, same = to_space(convolve(layer.conv, x)), to_space(x)
+    x, same = to_space(convolve(layer.conv, padded(x))), to_space(x)
     copies = x.shape[-1] // same.shape[-1]
     x.unflatten(-1, (copies, -1)).add_(same.unsqueeze(-2))  # one residual for several channels
     return x[:, 1:]

@@ -290,7 +290,7 @@ def check_window(rows, free, cfg, blocks, dtype, in_fp8=False):
         return
     window = longest_window(rows, free, cfg, blocks, dtype)
     advice = f"--window {window} would fit" if window else "no window is short enough"
-    smaller = "" if in_fp8 else "; --dtype fp8 halves the transformer"
+    smaller = "" if in_fp8 else "; --dtype fp8 makes the transformer smaller"
     raise ValueError(
         f"this stream needs {total(rows) / GB:.1f} GB and {free / GB:.1f} GB are free: "
         f"{advice}{smaller}"

@@ -24,6 +24,7 @@ def one_line_errors():
         yield
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split())  # messages of libraries may have several lines
+        message = f"{message[:500]} ..." if len(message) > 600 else message  # it may quote a prompt
         print(f"{shown(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -40,7 +41,7 @@ class _Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
         if hasattr(stream, "reconfigure"):  # print what a terminal cannot show as \u1234
             stream.reconfigure(errors="backslashreplace")
 

@@ -54,20 +54,23 @@ def reason_of(error) -> str:
     return re.sub(r"^Error while \w+: |I/O error: | \(os error \d+\)", "", message)
 
 
-def check_writable(path, makes_folders=False):
-    """Raise ValueError if no file can be written at this path."""
+def check_writable(path, makes_folders=False, suffix=""):
+    """Raise ValueError if no file can be written at this path, or its name does not end so."""
+    if not str(path).endswith(suffix):  # a report must not overwrite weights by mistake
+        raise ValueError(f"{path}: expected a name that ends in {suffix}")
     folder = Path(path).resolve().parent
     while makes_folders and not folder.exists():  # `write_beside` will make the missing ones
         folder = folder.parent
     if not folder.exists():
         raise ValueError(f"{path}: folder {folder} does not exist; create it first")
     try:
-        if Path(path).is_dir():
-            raise IsADirectoryError
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "not a file")  # renaming would replace a folder, a pipe, /dev/null
         # Try it. Permission bits would allow root to write everywhere, even in /proc.
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        raise ValueError(f"{path}: not writable; choose another place") from None
+    except OSError as error:
+        reason = reason_of(error)
+        raise ValueError(f"{path}: not writable ({reason}); choose another place") from None
 
 
 def write_json(path, value):
@@ -109,7 +112,7 @@ def read_weights(path) -> tuple[dict, Config, dict]:
             raise ValueError(f"{path}: tensor {name} holds NaN or infinity")
     try:
         cfg, made_by = read_config(metadata["config"]), json.loads(metadata.get("made_by", "{}"))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ZeroDivisionError, RecursionError) as error:
         reason = f"its metadata is not this project's ({error})"
         raise _foreign(path, tensors, reason) from None
     if not isinstance(made_by, dict):

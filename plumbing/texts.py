@@ -21,7 +21,7 @@ def read_text(path) -> str:
 def read_json(path) -> dict:
     """Read a JSON object from a text file."""
     text = read_text(path)
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         if isinstance(found := json.loads(text), dict):
             return found
     raise ValueError(f"{path}: not whole; expected a JSON object")

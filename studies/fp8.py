@@ -3,8 +3,9 @@
     python -m studies.fp8        5 variants of the student of stage III, 8 minutes
     python -m studies.fp8 --only float32 fp8 --clips 16
 
-full_size/fp8.py multiplies in fp8 on a GPU. On a CPU it computes the same rounding step by step, in
-a product with wide sums. Each variant rounds other products of the same student. Two measurements:
+full_size/fp8.py multiplies video's products in fp8 on a GPU. On a CPU it computes the same rounding
+step by step, in a product with wide sums. Each variant rounds other products of the same student,
+also audio's. Two measurements:
 
     error    of the velocities, against float32: clean held-out clips are the past, their next block
              is noisy, at all noise levels of the stream. Square root of the mean square, relative
@@ -81,7 +82,7 @@ def inside(*parts):
 VARIANTS = {
     "float32": Variant(),
     "bfloat16": Variant(precision=torch.bfloat16),
-    "fp8": Variant(inside(""), precision=torch.bfloat16),  # as --dtype fp8
+    "fp8": Variant(inside(""), precision=torch.bfloat16),  # both streams
     "outside the layers too": Variant(inside(""), everywhere=True, precision=torch.bfloat16),
     "one scale per tensor": Variant(inside(""), precision=torch.bfloat16, rounded=tensor_rounded),
 }

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers import run_here
+from helpers import random_decoders, run_here
 
-from benchmarks import bench_decode, page
+import config
+from benchmarks import bench_decode, bench_generate, page
+from full_size import decoders
 
 
 def test_errors_are_told_apart_by_place():
@@ -42,13 +44,33 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     args = "--device", "cpu", "--tiny", "--seconds", 3, "--out", tmp_path / "x.json"
     status, out, err = run_here(bench_decode, args, monkeypatch, capsys)
     assert status == 0, err
-    plain, ahead, sound = json.loads((tmp_path / "x.json").read_text())["rows"]
+    written = json.loads((tmp_path / "x.json").read_text())
+    plain, ahead, sound = written["rows"]
     assert (plain["blocks_before_first_second"], ahead["blocks_before_first_second"]) == (2, 3)
     assert plain["border"] > 1.1 * ahead["border"] and plain["seconds_later"] == 0
     assert sound["seam"] < 0.1 and plain["seam"] is None
     assert out.count("| video |") == 2 and "%" in out
+    assert bench_decode.picture_table(written["video_decoder"]) in out
     times = bench_decode.table(bench_decode.without_errors([plain, sound]))
     assert "%" not in times and times.count("| – | – | – |") == 2 and "2 blocks" in times
+
+
+def test_each_video_decoder_is_timed_with_kernels_in_its_layout(monkeypatch):
+    """Ours with channels innermost, diffusers with channels outermost; context and new latents."""
+    pytest.importorskip("diffusers")
+    cfg = bench_generate.tiny(config.FULL)
+    vae, *others = random_decoders()
+    decoder = decoders.Decoder(decoders.channels_innermost(vae), *others, cfg)
+    kernel, seen = vae.decoder.conv_in.conv.weight, []
+
+    def record(x):
+        seen.append((x.shape[2], kernel.is_contiguous()))
+
+    monkeypatch.setattr(decoders, "decode_video", lambda _, x, new: record(x))
+    monkeypatch.setattr(vae, "decode", record)
+    times = bench_decode.picture_seconds(decoder, torch.device("cpu"), (2, 1), calls=1)
+    assert list(times) == ["diffusers, context 2", "context 2", "context 1"]
+    assert seen == [(5, False), (4, False), (5, True)]
 
 
 def test_the_error_of_a_context(monkeypatch):

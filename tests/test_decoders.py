@@ -9,7 +9,7 @@ from helpers import random_decoders
 
 import config
 from film.decoders import ChunkedDecoder
-from full_size import decoders
+from full_size import decoders, memory
 from full_size.decoders import Decoder, Overlap
 from masks import block_span
 from rollout import Block
@@ -44,6 +44,14 @@ def test_a_short_first_input_needs_context():
     """Without context, every chunk would begin with the short first input."""
     with pytest.raises(ValueError, match="context=0"):
         ChunkedDecoder(upsampler(1, 8, 1), 8, 1, context=0)
+
+
+def test_a_decoder_without_neighbours_needs_no_context():
+    """If the first input is as long as the others, chunks may begin anywhere."""
+    chunked = ChunkedDecoder(upsampler(0, 4, 4), 4, 4, context=0)
+    x = torch.randn(1, 1, 5)
+    parts = [chunked.add(new) for new in x.split(2, dim=2)]
+    assert torch.equal(torch.cat(parts, 2), upsampler(0, 4, 4)(x))
 
 
 # ---- the published networks, tiny and random ----
@@ -195,6 +203,26 @@ def test_the_video_decoder_is_that_of_diffusers(deep, frames, rows, columns):
         assert last.shape == whole.shape
         last, needed = last[:, :, -8 * new :], whole[:, :, -8 * new :]
         torch.testing.assert_close(last, needed, **close)
+
+
+def test_bfloat16_rounds_no_more_than_in_diffusers(deep):
+    """The error from float64, of both."""
+    vae, x = deep[0], torch.randn(2, 128, 4, 2, 3).double()
+    exact, low = vae.decode(x, return_dict=False)[0], copy.deepcopy(vae).bfloat16()
+    theirs = low.decode(x.bfloat16(), return_dict=False)[0]
+    ours = decoders.decode_video(low.decoder, x.bfloat16())
+    error, bound = ((y.double() - exact).square().mean() for y in (ours, theirs))
+    assert 0 < error < 1.1 * bound < 0.01 * exact.square().mean()
+
+
+@torch.inference_mode()
+def test_a_residual_block_holds_one_padded_input_and_one_output():
+    """Counted on the meta device: features between its convolutions are freed in time."""
+    pytest.importorskip("diffusers")
+    vae = decoders.meta_decoders()[0].requires_grad_(False)
+    x = torch.empty(1, 9, 32, 48, 1024, dtype=torch.bfloat16, device="meta")
+    size = memory.peak_bytes(lambda: decoders.add_residual(vae.decoder.mid_block.resnets[0], x))
+    assert size == 2 * 1024 * (11 * 34 * 50 + 9 * 32 * 48)
 
 
 def test_a_chunk_of_pictures_is_that_of_diffusers(networks, monkeypatch):

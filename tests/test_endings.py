@@ -377,6 +377,13 @@ def test_the_model_waits_only_if_it_is_far_ahead():
     assert len(added) == writer.AHEAD + 3
 
 
+@pytest.mark.parametrize("size, small", [((512, 768), (64, 96)), ((320, 768), (64, 153))])
+def test_the_height_decides_how_far_a_sheet_reduces_frames(size, small):
+    """To about 64 pixels, in a wide picture and in one without frames."""
+    assert writer.thumbnails(torch.zeros(2, 3, *size)).shape == (2, 3, *small)
+    assert writer.thumbnails(torch.zeros(0, 3, *size)).shape == (0, 3, *size)
+
+
 # ---- two runs, closed pipes, kills ----
 
 
@@ -436,6 +443,35 @@ def test_closed_output_is_no_reason_to_stop_a_film(tmp_path):
     process.stdout.close()
     assert process.wait(timeout=60) == 0
     assert assert_kept(tmp_path) == 73
+
+
+def test_only_parts_of_the_same_film_are_those_of_another_run(tmp_path):
+    """Other films in the folder may have names that begin with the same letters."""
+    for name in ("out.1a.partial.mp4", "outer.2b.partial.mp4", "out.3c.mp4"):
+        (tmp_path / name).touch()
+    assert [path.name for path in mp4.partial_films(tmp_path / "out.mp4")] == ["out.1a.partial.mp4"]
+
+
+def test_output_that_was_never_open_is_no_reason_either(tmp_path):
+    """As after `generate.py >&- 2>&-`."""
+    command = [sys.executable, ROOT / "generate.py", "--seconds", "1"]
+    shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell, cwd=tmp_path, timeout=60).returncode == 0
+    assert assert_kept(tmp_path) == 25
+
+
+def test_a_partial_file_that_somebody_removes_is_not_said_to_be_kept(run, monkeypatch, tmp_path):
+    """Nothing is left of the film, so nothing else is said."""
+    decode = toy_source.ToyDecoder.decode
+
+    def removed(self, block):
+        for partial in tmp_path.glob("*.partial.mp4"):
+            partial.unlink()
+        return decode(self, block)
+
+    monkeypatch.setattr(toy_source.ToyDecoder, "decode", removed)
+    status, _, err = run("--seconds", 2)
+    assert status == 2 and err.endswith("; nothing was written\n") and "are kept" not in err
 
 
 def test_sigkill_leaves_a_playable_part_and_the_next_run_says_so(tmp_path):

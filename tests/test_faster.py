@@ -14,6 +14,7 @@ import torch
 from helpers import LAYOUTS, PAPER, layout_name, random_model, random_text, tiny
 from tape import Operators, Side, Tape, TwoStreams
 
+import generate
 import model
 import rollout
 from full_size import faster
@@ -160,6 +161,19 @@ def test_recording_leaves_no_trace():
     x.fill_(5)
     replay()
     assert y.tolist() == [[0] * 3, [5] * 3] and out.tolist() == [10] * 3
+
+
+def test_a_warm_up_projects_its_prompt_as_a_stream_does():
+    """In inference mode: in another mode, kernels of fp8 would be compiled again at the start."""
+    net, modes = random_model(CFG, torch.float32), []
+    recorded = Counting(net)
+    recorded.project_text = lambda *features: (
+        modes.append(torch.is_inference_mode_enabled()) or net.project_text(*features)
+    )
+    features = [torch.randn(1, 3, CFG.caption_width)]
+    recorded.warm_up(features, 1, WINDOW)
+    next(generate.stream(recorded, "x", 1, read=lambda _: features))
+    assert modes == [True, True]
 
 
 # ---- fused kernels ----

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, read strictly, refused in one line."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def test_a_full_disk_is_told_in_one_line(path, error):
     with pytest.raises(OSError, match="x.safetensors: could not be written .No space left on devi"):
         files.write_beside(path, write)
     assert path.read_text() == "old" and list(path.parent.iterdir()) == [path]
+
+
+def test_others_may_read_what_is_written(path):
+    """Weights too, although safetensors lets only the owner of a file read it."""
+    saved(path, {"x": torch.zeros(1)})
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
@@ -146,3 +153,19 @@ def test_the_fingerprint_depends_on_names_and_numbers():
     pairs = {"x": x, "y": y}, {"y": y, "x": x}, {"x": y, "y": x}, {"x": x, "z": y}
     first, same, swapped, renamed = map(files.fingerprint, pairs)
     assert first == same and len({first, swapped, renamed}) == 3
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """A pipe (or a device, such as /dev/null) would be renamed away."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: not writable \(not a file\)"):
+        files.check_writable(pipe)
+    with pytest.raises(ValueError, match=r"null: not writable"):
+        files.check_writable("/dev/null")
+
+
+def test_a_name_may_have_to_end_in_some_way(tmp_path):
+    """So that a report does not overwrite weights by mistake."""
+    files.check_writable(tmp_path / "x.json", suffix=".json")
+    with pytest.raises(ValueError, match="x.safetensors: expected a name that ends in .json"):
+        files.check_writable(tmp_path / "x.safetensors", suffix=".json")

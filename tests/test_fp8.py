@@ -2,6 +2,7 @@
 
 import functools
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
@@ -78,14 +79,23 @@ def test_a_product_is_that_of_the_rounded_numbers():
     assert 0 < (found - linear(x)).norm() / linear(x).norm() < 0.06
 
 
-def test_the_layers_are_rounded_and_nothing_else():
-    """As in the fp8 files of LTX-2: all linear layers of both streams inside the layers."""
-    net, wide = in_fp8(), random_model(CFG, BF16)
+def test_products_of_many_rows_are_rounded_and_nothing_else():
+    """Rows are counted in a stream: of the layers, all products but those of audio's rows."""
+    net, wide, rows = in_fp8(), random_model(CFG, BF16), {}
+
+    def count(name, layer, inputs, _):
+        rows[name] = inputs[0].shape[-2]
+
+    for name, linear in wide.named_modules():
+        if isinstance(linear, nn.Linear) and name.startswith("layers."):
+            linear.register_forward_hook(functools.partial(count, name))
+    with torch.no_grad():
+        stream(wide, [random_text(wide, CFG, length=99)] * 2, blocks=1)
+    assert set(rows.values()) == {of_audio := 1 + CFG.num_sinks, CFG.tokens_per_frame, 99}
+    captions = [f"layers.{i}.audio.text_attn.{name}" for i in range(2) for name in ("to_k", "to_v")]
+    assert [rows.pop(name) for name in captions] == [99] * 4  # once for each prompt: not worth it
     rounded = {n for n, m in net.named_modules() if isinstance(m, fp8.Fp8Linear)}
-    assert rounded == {
-        n for n, m in wide.named_modules() if isinstance(m, nn.Linear) and n.startswith("layers.")
-    }
-    assert len(rounded) == CFG.num_layers * 2 * (3 * 4 + 2)
+    assert rounded == {name for name, n in rows.items() if n != of_audio}
     for name, p in wide.named_parameters():
         if name.removesuffix(".weight") not in rounded:
             assert torch.equal(p, net.get_parameter(name)), name
@@ -99,25 +109,35 @@ def test_only_the_chosen_products_are_rounded():
     assert rounded == [f"layers.{i}.video.mlp_in" for i in range(CFG.num_layers)]
 
 
+def test_a_kernel_is_compiled_for_each_of_many_sizes(monkeypatch):
+    """PyTorch by itself would run the ninth size operator by operator, and tell nobody."""
+    compiler = mock.Mock(side_effect=lambda graph, inputs: graph.forward)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    rounded = fp8.in_one_kernel(lambda x: fp8.rounded(x))
+    for rows in range(2, 14):
+        assert_bitwise(rounded(x := torch.randn(rows, 8)), fp8.rounded(x))
+    assert compiler.call_count == 12
+
+
 # ---- loading ----
 
 
 def test_weights_are_rounded_one_by_one_while_they_are_read():
     """The same bits as rounding afterwards; of the wide weights, one is alive at a time."""
     wide, net = random_model(CFG, BF16).state_dict(), ltx2.build(CFG, device="meta")
-    alive = weakref.WeakSet()
+    alive, right = weakref.WeakSet(), in_fp8().state_dict()
+    in_eight_bits = {name for name, tensor in right.items() if tensor.dtype == fp8.FP8}
 
     def read():
         for name, tensor in wide.items():
             copy = tensor.clone()
-            if ".layers." in f".{name}" and name.endswith(".weight"):
+            if name in in_eight_bits:
                 assert not alive
                 alive.add(copy)
             yield name, copy
             del copy
 
     files.load_into(net, dict(fp8.while_read(net, read())), "x", assign=True)
-    right = in_fp8().state_dict()
     assert list(right) == list(net.state_dict())
     assert_bitwise(right.values(), net.state_dict().values())
 
@@ -150,8 +170,8 @@ def test_joined_projections_round_their_input_once():
             found.append(stream(net, [text, text], blocks=1))
         counts.append(rounding.call_count)
     assert_bitwise(*found)
-    # a layer in each of two passes: in both streams q, k, v 3 -> 1, of the other stream k, v 2 -> 1
-    assert counts[0] - counts[1] == 2 * CFG.num_layers * 2 * (2 + 1)
+    # a layer in each of two passes: video's q, k, v 3 -> 1, k, v of video for audio 2 -> 1
+    assert counts[0] - counts[1] == 2 * CFG.num_layers * (2 + 1)
     sizes = [{p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in net.parameters()}
              for net in nets]  # fmt: skip
     assert sum(sizes[0].values()) == sum(sizes[1].values()) and len(sizes[0]) > len(sizes[1])
@@ -174,6 +194,33 @@ def test_a_recorded_stream_beside_its_audio_is_the_same_bit_by_bit():
         faster.run_beside(net, Side(streams))
         assert_bitwise(plain, stream(net, texts))
     assert not streams.faults
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_fused_kernels_round_what_the_products_read(join, monkeypatch):
+    """Without the compiler: bit by bit the same stream, with the rounding inside the functions."""
+    monkeypatch.setattr(faster, "fused", lambda function: function)
+    net, product, given = in_fp8(), fp8.product, Counter()
+
+    def counted(x, *parts):
+        given[type(x)] += 1
+        return product(x, *parts)
+
+    monkeypatch.setattr(fp8, "product", counted)
+    monkeypatch.setattr(fp8.Fp8Linear, "product", staticmethod(counted))
+    if join:
+        faster.join_projections(net)
+    with torch.no_grad():
+        texts = [random_text(net, CFG)] * 2
+    plain = stream(net, texts, blocks=1)
+    faster.fuse(net)
+    given.clear()
+    assert_bitwise(plain, stream(net, texts, blocks=1))
+    # a layer rounds apart what attention gives to three `to_out`, and the GELU
+    passes = 2 * CFG.num_layers
+    assert given[torch.Tensor] == passes * 4
+    # q, k, v; q of captions and of A2V; k, v of V2A; the MLP
+    assert given[fp8.Rounded] == passes * (5 if join else 3 + 2 + 2 + 1)
 
 
 # ---- the command line ----

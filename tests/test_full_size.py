@@ -83,14 +83,14 @@ def properties(path):
 
 def test_random_weights_make_a_film_and_its_timings(run):
     """No file is needed; a plan is printed; every stage is timed."""
-    args = "--config", "full", "--weights", "random", "--seconds", 3, "--report", "r"
+    args = "--config", "full", "--weights", "random", "--seconds", 3, "--report", "r.json"
     status, out, _ = run(*args, *FLOAT32)
     assert status == 0
     *found, seconds = properties("out.mp4")
     assert found == [73, (64, 64), (2, 24000)]
     assert seconds == pytest.approx(3, abs=0.15)
     assert "GB  transformer: " in out and "in all, of" in out
-    report = json.loads(Path("r").read_text())
+    report = json.loads(Path("r.json").read_text())
     stages = {"denoise", "refresh", "video decoder", "audio decoder", "vocoder"}
     assert stages <= report["stage_seconds"].keys()
     assert report["stage_seconds"]["denoise"] < sum(report["passes_seconds"])
@@ -99,11 +99,11 @@ def test_random_weights_make_a_film_and_its_timings(run):
 
 def test_a_film_at_full_speed(run):
     """All speed-ups that need no GPU: as many frames and samples."""
-    args = "--config", "full", "--weights", "random", "--seconds", 1, "--report", "r"
+    args = "--config", "full", "--weights", "random", "--seconds", 1, "--report", "r.json"
     status, out, err = run(*args, "--speed-up", "all")
     assert status == 0, err
     assert properties("out.mp4")[0] == 25
-    report = json.loads(Path("r").read_text())
+    report = json.loads(Path("r.json").read_text())
     assert report["speed_up"] == ["qkv"]
     assert {"denoise", "refresh"} <= report["stage_seconds"].keys()
 
@@ -140,9 +140,9 @@ def test_a_film_from_names_on_the_hub(run, folder, tmp_path, monkeypatch):
 
 def test_the_released_layout_is_a_second_long_at_once(run):
     """Block 0 holds 4 + 26 latents: 25 frames, so the time to the first second is its time."""
-    args = "--config", "released", "--weights", "random", "--seconds", 2, "--report", "r"
+    args = "--config", "released", "--weights", "random", "--seconds", 2, "--report", "r.json"
     run(*args, *FLOAT32)
-    report = json.loads(Path("r").read_text())
+    report = json.loads(Path("r.json").read_text())
     assert report["ttfc_seconds"] == report["written_seconds"][0]
 
 
@@ -182,7 +182,7 @@ BAD = {
     "other weights": (["--weights", "{}/vae", "--ltx2", "{}"], "a VAE ('decoder."),
     "empty prompt": (["--weights", "random", "--prompt", " "], "the prompt says nothing"),
     "bytes": (["--weights", "random", "--prompt", "caf\udce9"], "'caf\\udce9': not in UTF-8"),
-    "window": (["--weights", "random", "--window", "0"], "--window 0: expected 1 or more"),
+    "window": (["--weights", "random", "--window", "0"], "--window 0: expected a whole number"),
 }
 
 

@@ -154,6 +154,15 @@ def test_the_report_holds_the_timings(run):
     assert report["ended_by"] == []
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_block_is_timed_as_its_passes_and_a_refresh(run, monkeypatch, steps):
+    """The stopwatch is told how many passes of a block are no refresh."""
+    told = []
+    monkeypatch.setattr(generate.Stopwatch, "watch_passes", lambda *given: told.append(given[-1]))
+    run("--seconds", 1, "--steps", steps)
+    assert told == [steps]
+
+
 def test_the_page_holds_the_film(run):
     """--html writes one file that contains the bytes of the film."""
     _, out, _ = run("--seconds", 2, "--html", "page.html")
@@ -387,8 +396,8 @@ BAD = {
     "another tensor": (["--weights", "{}/another_tensor"], "tensor more is unexpected"),
     "NaN": (["--weights", "{}/nan"], "nan: tensor video.table holds NaN or infinity"),
     "no folder": (["--out", "no/such/out.mp4"], "does not exist; create it first"),
-    "folder as film": (["--out", "."], "not writable; choose another place"),
-    "folder as report": (["--report", "."], "not writable; choose another place"),
+    "folder as film": (["--out", "."], "expected a name that ends in .mp4"),
+    "folder as report": (["--report", "."], "expected a name that ends in .json"),
     "page nowhere": (["--html", "no/page.html"], "no/page.html: folder "),
     "sheet as film": (["--out", "out.png"], "out.png: expected a name that ends in .mp4"),
     "cuda": (["--device", "cuda"], "--device cuda: not usable here"),
@@ -406,8 +415,8 @@ BAD = {
         ["--prompt", "red", "--prompt", "1.2: blue", "--prompt", "1.8: green"],
         "no block uses the prompt at second 1.2",
     ),
-    "page as film": (["--html", "out.mp4"], "expected different files"),
-    "report as sheet": (["--report", "out.png"], "expected different files"),
+    "page as film": (["--html", "out.mp4"], "expected a name that ends in .html"),
+    "report as sheet": (["--report", "out.png"], "expected a name that ends in .json"),
     "decoders": (["--ltx2", "LTX-2"], "--ltx2 LTX-2: not used by --config toy; leave --ltx2 out"),
     "video context": (["--video-context", "4"], "--video-context 4: not used by --config toy"),
     "look-ahead": (["--video-look-ahead", "0"], "--video-look-ahead 0: not used by --config toy"),
