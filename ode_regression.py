@@ -99,7 +99,7 @@ def load_or_draw_trajectories(
     Raises ValueError for a file that is incomplete, or was made with other settings.
     """
     sigmas = sigmas or net.cfg.sigmas
-    settings = {"count": count, "guidance": list(guidance), "between": between}
+    settings = {"--clips": count, "--guidance": list(guidance), "--between": between}
     settings |= {"sigmas": list(sigmas), "prompts": prompts.identity}
     settings["teacher"] = weights_id or files.fingerprint(net.state_dict())
     if Path(path).exists():

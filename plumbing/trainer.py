@@ -301,7 +301,7 @@ class Run:
                 about = dict(json.loads((f.metadata() or {})["run"]))
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.file}: not a whole state file ({error})") from None
+            raise ValueError(f"{self.file}: not a whole state file ({error}); remove it") from None
         self._go_on(about, tensors, self.file)
 
     def _load_shards(self):

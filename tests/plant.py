@@ -18,16 +18,15 @@ from order import ROOT, imports_of
 
 
 def tests_of(file) -> list[str]:
-    """The tests that are named after a file of the project; without any, those that import it.
+    """The tests that are named after a file of the project, then those that import it.
 
-    >>> tests_of("masks.py")
-    ['tests/test_masks.py']
+    >>> tests_of("film/mp4.py")
+    ['tests/test_endings.py', 'tests/test_generate.py']
     """
-    stem = Path(file).stem
-    named = sorted((ROOT / "tests").glob(f"test_{stem}*.py"))
     all_tests = sorted((ROOT / "tests").glob("test_*.py"))
-    found = named or [test for test in all_tests if file in imports_of(test)]
-    return [str(test.relative_to(ROOT)) for test in found]
+    named = [test for test in all_tests if test.name.startswith(f"test_{Path(file).stem}")]
+    others = [test for test in all_tests if test not in named and file in imports_of(test)]
+    return [str(test.relative_to(ROOT)) for test in named + others]
 
 
 def planted(file, old, new) -> str:

@@ -100,7 +100,15 @@ def test_sinks_from_the_command_line(run, tmp_path, monkeypatch):
     """Two variants, a few steps: table, JSON and picture; sinks get a share of attention."""
     monkeypatch.setattr(ablations, "BURN_IN", 1)
     monkeypatch.setattr(ablations, "PROBE_EVERY", 1)
+    update, norms = ablations.trainer.Learner.update, []
+
+    def falling(learner, loss, step):
+        norms.append(update(learner, loss, step) / 1000**step)
+        return norms[-1]
+
+    monkeypatch.setattr(ablations.trainer.Learner, "update", falling)
     result = run("sinks", "--steps", 2, "--only", "S = 0", "S = 16")
+    assert [row["max_norm"] for row in result.values()] == norms[1::2]  # after the burn-in
     assert result["S = 0"]["share"] == 0 < result["S = 16"]["share"] < 1
     assert all(row["max_norm"] > 0 and row["a0_norm"] > 0 for row in result.values())
     assert "| S = 16 |" in (tmp_path / "x.md").read_text()

@@ -28,6 +28,15 @@ def test_the_script_runs_on_a_cpu_at_tiny_shapes(monkeypatch, tmp_path, capsys):
     assert status == 0 and bench.table(result["shapes"]) in printed
 
 
+def test_a_ratio_says_how_much_longer_the_other_way_takes(monkeypatch):
+    """Times over the time of the way itself, in the same round."""
+    times = {bench.chain: 1.0, bench.cat: 4.0}
+    monkeypatch.setattr(bench, "seconds", lambda call, *_: times[call.args[0]])
+    rate = {"operations": 1.0, "bytes": 1.0}
+    found = bench.bench(bench.TINY[0], torch.device("cpu"), rate, 1, 1, ("chain", "cat"))
+    assert found["cat_eager"]["chain_takes"] == 0.25 and found["chain_eager"]["cat_takes"] == 4
+
+
 def full_shape(site, window):
     return next(s for s in bench.full_shapes() if (s.site, s.window) == (site, window))
 

@@ -1,9 +1,11 @@
 """The benchmark of the toy counts right; run here on a random model."""
 
 import torch
-from helpers import PAPER, random_model, tiny
+from helpers import PAPER, random_clip, random_model, tiny
+from pytest import approx
 
 import config
+import rollout
 from benchmarks import bench_generate, bench_toy
 
 
@@ -14,6 +16,21 @@ def test_operations_are_counted_by_the_layer():
     counted = sum(bench_generate.flops_of_pass(net, window)) * len(cfg.sigmas)
     assert counted == bench_generate.flops_of_block(cfg, window)
     assert 0 < bench_generate.flops_of_block(cfg, window, tokens=3) < counted
+
+
+def test_without_a_cache_all_blocks_are_in_every_pass(monkeypatch):
+    """The last one is noisy, the others are clean; there is no refresh."""
+    net = random_model(tiny(PAPER, sigmas=config.FOUR_STEPS), torch.float32)
+    clip, passes = random_clip(net.cfg, 3, dtype=torch.float32), []
+    blocks = [rollout.block_of(clip, k, net.cfg) for k in range(3)]
+    monkeypatch.setattr(bench_toy, "seconds", lambda call, *_: call())
+    monkeypatch.setattr(bench_toy.model, "predict_x0", lambda *given: passes.append(given))
+    bench_toy.time_rerun(net, None, blocks, net.cfg.sigmas)
+    assert [float(given[3].max()) for given in passes] == approx(config.FOUR_STEPS[:-1])
+    for _, *streams, sigma_video, sigma_audio, _, _, _ in passes:
+        for x, levels, whole, new in zip(streams, (sigma_video, sigma_audio), clip, blocks[-1]):
+            assert torch.equal(x, whole)
+            assert levels.count_nonzero() == levels[:, -new.shape[1] :].count_nonzero() > 1
 
 
 def test_the_floor_is_below_the_measurement(monkeypatch):

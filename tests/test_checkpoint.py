@@ -234,6 +234,14 @@ def test_shards_without_an_index_are_read_if_all_are_there(tmp_path):
     refused(tmp_path, r"g-00002-of-00002.safetensors is missing \(1 of 2 shards\)")
 
 
+def test_a_single_shard_is_a_whole_model(tmp_path):
+    """It may be named itself, or by its folder."""
+    weights = theirs()
+    file = saved(tmp_path / "g-00001-of-00001.safetensors", weights)
+    for path in (file, tmp_path):
+        assert_holds(load(path), weights)
+
+
 def test_a_tensor_that_the_index_names_must_be_in_its_shard(tmp_path):
     """Otherwise the shard is of another version."""
     index = sharded(tmp_path, theirs())

@@ -217,6 +217,14 @@ def test_a_fresh_model_predicts_nothing_and_follows_its_seed(clip):
     assert not torch.equal(states[0][key], states[2][key])
 
 
+def test_the_matrices_of_a_fresh_model_keep_the_size_of_their_input():
+    """Numbers of size 1 / sqrt(inputs), whether a matrix widens or narrows; or zeros."""
+    matrices = [p for name, p in build(CFG).state_dict().items() if name.endswith(".weight")]
+    sizes = [float(p.std() * p.shape[1] ** 0.5) for p in matrices if p.any()]
+    assert sizes == pytest.approx([1] * len(sizes), abs=0.1)
+    assert len(sizes) > len(matrices) / 2
+
+
 # ---- the equations, one by one ----
 
 

@@ -248,9 +248,9 @@ def test_trajectories_are_drawn_once_and_then_read(tmp_path, fake_teacher):
 @pytest.mark.parametrize(
     "kind, told",
     [
-        ((21, (1.5, 1.5), 4), "count was 20, now 21"),
-        ((20, (2.0, 2.0), 4), "guidance was [1.5, 1.5], now [2.0, 2.0]"),
-        ((20, (1.5, 1.5), 1), "between was 4, now 1"),
+        ((21, (1.5, 1.5), 4), "--clips was 20, now 21"),
+        ((20, (2.0, 2.0), 4), "--guidance was [1.5, 1.5], now [2.0, 2.0]"),
+        ((20, (1.5, 1.5), 1), "--between was 4, now 1"),
     ],
 )
 def test_trajectories_of_another_kind_are_refused(tmp_path, fake_teacher, kind, told):

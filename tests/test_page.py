@@ -84,6 +84,20 @@ def test_any_prompt_is_the_title_of_a_sheet(tmp_path, words, seconds):
         assert shown == whole.replace(" ", "")
 
 
+def test_impacts_are_marked_above_the_pictures_and_onsets_below_the_sound():
+    """At their times, in the colours of their walls."""
+    figure, clip = sheet.draw_clip(*toy_clip()), toy_clip()
+    for ax, events, marker, edge in zip(
+        figure.axes, sheet.clip_events(*clip, config.TOY), "v^", (1, 0)
+    ):
+        marks = [line for line in ax.lines if line.get_marker() == marker]
+        assert len(marks) == len(events.times) > 0
+        for mark, time, wall in zip(marks, *events):
+            assert mark.get_xydata().tolist() == [[time, ax.get_ylim()[edge]]]
+            assert mark.get_color() == sheet.WALL_COLOURS[wall]
+    sheet.plt.close(figure)
+
+
 def test_a_text_becomes_one_line_without_controls():
     """Letters of all scripts stay; an undecodable byte becomes a question mark."""
     assert sheet.plain(NASTY["controls"]) == "tab and bell and NUL and escape [31m"
@@ -273,6 +287,16 @@ def test_the_masks_are_drawn_from_the_command_line(tmp_path, monkeypatch, capsys
     status, printed, _ = run_here(plots, ["masks", "--out", out], monkeypatch, capsys)
     assert status == 0 and printed == f"wrote {out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_drift_is_drawn_at_the_middle_of_each_interval():
+    """A panel for each metric, under its title."""
+    rows = [{metric: i + k for i, metric in enumerate(plots.DRIFT)} for k in range(3)]
+    figure = plots.draw_drift({"student": rows}, step=5)
+    for i, (ax, (title, _)) in enumerate(zip(figure.axes, plots.DRIFT.values(), strict=True)):
+        assert ax.get_title() == title
+        assert ax.lines[0].get_xydata().tolist() == [[2.5, i], [7.5, i + 1], [12.5, i + 2]]
+    plots.plt.close(figure)
 
 
 def test_every_training_log_becomes_a_picture(tmp_path):

@@ -118,6 +118,16 @@ def test_tensors_that_nobody_reads_may_be_missing(folder):
     assert len(decoders.load(folder)) == 3
 
 
+@pytest.mark.parametrize("kind", ["missing_keys", "unexpected_keys", "mismatched_keys"])
+def test_what_the_library_could_not_use_is_refused(folder, monkeypatch, kind):
+    """Our check of names and shapes may pass where a version of the library renames tensors."""
+    part = decoders.networks()["vocoder"]
+    report = dict(missing_keys=[], unexpected_keys=[], mismatched_keys=[]) | {kind: ["x.bias"]}
+    monkeypatch.setattr(part.network, "from_pretrained", lambda *_, **__: (None, report))
+    with pytest.raises(ValueError, match="vocoder: x.bias has no place in LTX2Vocoder"):
+        parts.load_part(folder / "vocoder", part, torch.float32)
+
+
 VERSIONS = {  # of transformers, and how each calls the same tensors
     "4.50": {},
     "4.50, with vision_model": {"vision_tower": "vision_tower.vision_model"},

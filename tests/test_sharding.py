@@ -313,6 +313,14 @@ def test_gradients_are_averaged_in_float32(alone, monkeypatch):
     assert len(policies) == TEACHER.num_layers + 1
 
 
+def test_means_over_processes_are_not_rounded(monkeypatch):
+    """Of losses in bfloat16, where 1 + 1/512 would be 1, and of counts."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda x: x.add_(1 / 512))
+    for x in (torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(3)):
+        assert float(processes.averaged(x)) == (int(x) + 1 / 512) / 2
+
+
 def test_a_window_that_forgets_is_refused_where_layers_run_twice():
     """One line that names the window and the shortest that will do."""
     net = sharding.checkpoint_layers(random_model(STUDENT, torch.float32).requires_grad_(True))

@@ -241,7 +241,7 @@ def test_a_training_goes_on_however_it_is_called(script, train, tmp_path):
         (dmd, ("--seed", 3), "--seed was 0, now 3"),
         (ode_regression, ("--windows", 0, 2), "--windows was None, now [0, 2]"),
         (ode_regression, ("--loss-weights", 1, 2), "--loss-weights was [1.0, 1.0], now [1.0, 2.0]"),
-        (ode_regression, ("--clips", 4), "count was 2, now 4"),
+        (ode_regression, ("--clips", 4), "--clips was 2, now 4"),
         (self_forcing, ("--window", 3), "--window was 4, now 3"),
         (self_forcing, ("--history", "true"), "--history was own, now true"),
         (self_forcing, ("--exit", "own"), "--exit was shared, now own"),

@@ -184,7 +184,9 @@ def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, shown, _ = run_here(toy_codec, [], monkeypatch, capsys)
     assert status == 0
-    assert [line.split(" PSNR ")[0] for line in shown.splitlines()] == ["video:", "audio:"]
+    names, values = zip(*(line.split(" PSNR ") for line in shown.splitlines()))
+    assert names == ("video:", "audio:")
+    assert [float(x.removesuffix(" dB")) for x in values] == pytest.approx([34, 44], abs=3)
     for argument, expected in (("--help", 0), ("--fast", 2)):
         assert run_here(toy_codec, [argument], monkeypatch, capsys)[0] == expected
     assert not any(tmp_path.iterdir())
