@@ -14,7 +14,7 @@ from exercises import coursework, grader
 
 def pytest_addoption(parser):
     group = parser.getgroup("exercises")
-    group.addoption("--exercise", metavar="NAME", help="grade answers/NAME.py and nothing else")
+    group.addoption("--exercise", metavar="NAME", help="grade answers/NAME.py, or NAME.function")
     about = "folder of NAME.py, instead of answers/"
     group.addoption("--answers", metavar="FOLDER", default=coursework.ANSWERS, help=about)
 
@@ -23,8 +23,7 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell
         signal.signal(signal.SIGINT, signal.default_int_handler)  # tested programs inherit it
     config.addinivalue_line("markers", "points(n, function): worth n points for that function")
-    if name := config.getoption("exercise"):
-        grader.start_grading(config, name, config.getoption("answers"))
+    grader.configure(config)
 
 
 def pytest_runtest_setup(item):

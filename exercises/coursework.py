@@ -1,4 +1,4 @@
-"""Skeletons of modules, hints, points, progress, and handouts for a course.
+"""Skeletons of modules, hints, points and progress.
 
 The solution of an exercise is the module itself, so no second copy is stored. In a skeleton, the
 body of each function that `exercises/table.toml` lists becomes a hint and an error; everything else
@@ -8,25 +8,30 @@ the module. A test in `tests/test_graded_NAME.py` names the function that it gra
 """
 
 import ast
+import codecs
+import contextlib
 import json
 import re
-import shutil
 import textwrap
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
+from exercises.behind import functions_in
 from plumbing import files
 
 ROOT = Path(__file__).parent.parent
 ANSWERS = ROOT / "answers"
-# Ordinary tests, notebooks and the page for instructors show solutions, so they are not here.
-HANDED_OUT = (
-    "*.py", "*.toml", "requirements*.txt", "README.md", "DIFFERENCES.md", "LICENSE", "NOTICE",
-    ".gitignore", "kernel/*", "toy/*", "full_size/*", "plumbing/*", "film/*", "studies/*",
-    "exercises/*.py", "exercises/*.toml", "assets/*", "results/*", "weights/*",
-    "tests/test_graded_*.py",
-)  # fmt: skip
+# An answer starts with these lines, so that it can be run from any folder.
+RUNNABLE = """
+if __name__ == "__main__":  # python answers/NAME.py
+    import sys
+
+    sys.path.insert(0, sys.path[0] + "/..")
+    from exercises import behind
+
+    behind.stand_behind()
+"""
 
 
 # ---- the table ----
@@ -38,6 +43,7 @@ class Task(NamedTuple):
     function: str  # a function of the module, or Class.method
     points: int
     hints: list[str]  # three: where to look, how to do it, almost the code
+    more: str = ""  # what the docstring leaves open, and examples
 
 
 class Exercise(NamedTuple):
@@ -60,13 +66,16 @@ class Exercise(NamedTuple):
 def read_exercise(name, row) -> Exercise:
     """Read one exercise of table.toml."""
     tasks = [
-        Task(function, task["points"], [" ".join(hint.split()) for hint in task["hints"]])
+        Task(
+            function, task["points"], [" ".join(hint.split()) for hint in task["hints"]],
+            task.get("task", "").strip("\n"),
+        )
         for function, task in row["tasks"].items()
-    ]
+    ]  # fmt: skip
     return Exercise(row.get("module", name), row["idea"], row["minutes"], tasks)
 
 
-TABLE = tomllib.loads((ROOT / "exercises" / "table.toml").read_text())
+TABLE = tomllib.loads((ROOT / "exercises" / "table.toml").read_text("utf-8"))
 EXERCISES = {name: read_exercise(name, row) for name, row in TABLE.items()}
 
 
@@ -76,22 +85,13 @@ def find(name) -> Exercise:
     return EXERCISES[name]
 
 
+def version() -> str:
+    """Return the version of the exercises: the newest one of CHANGELOG.md."""
+    text = (ROOT / "exercises" / "CHANGELOG.md").read_text("utf-8")
+    return re.search(r"^## (\S+)", text, re.MULTILINE)[1]
+
+
 # ---- skeletons ----
-
-
-def functions_in(source) -> dict[str, ast.FunctionDef]:
-    """Return the functions of a module by name, methods as Class.method.
-
-    >>> list(functions_in("def f(): pass\\nclass C:\\n    def g(self): pass"))
-    ['f', 'C.g']
-    """
-    found = {}
-    for node in ast.parse(source).body:
-        is_class = isinstance(node, ast.ClassDef)
-        for f in node.body if is_class else [node]:
-            if isinstance(f, ast.FunctionDef):
-                found[f"{node.name}.{f.name}" if is_class else f.name] = f
-    return found
 
 
 def stub(name, task, indent) -> list[str]:
@@ -102,6 +102,15 @@ def stub(name, task, indent) -> list[str]:
     return [" " * indent + line for line in (*(f"# {line}" for line in lines), error)]
 
 
+def with_more(docstring, more, indent) -> list[str]:
+    """Return the lines of a docstring with more text at its end, once."""
+    added = [(" " * indent + line).rstrip() for line in more.splitlines()]
+    if not docstring or not added or added[-1] in docstring:
+        return docstring
+    last = docstring[-1].removesuffix('"""').rstrip()
+    return [*docstring[:-1], *filter(None, [last]), "", *added, " " * indent + '"""']
+
+
 def skeleton(name, source, solved=0) -> str:
     """Remove the bodies of an exercise from the source of its module, except the first `solved`."""
     lines, nodes = source.splitlines(), functions_in(source)
@@ -110,31 +119,49 @@ def skeleton(name, source, solved=0) -> str:
     for node, task in sorted(holes, key=lambda hole: -hole[0].lineno):
         first = node.body[0]  # its docstring, or its first statement
         line = first.end_lineno if ast.get_docstring(node) is not None else first.lineno - 1
-        lines[line : node.end_lineno] = stub(name, task, first.col_offset)
+        text = with_more(lines[first.lineno - 1 : line], task.more, first.col_offset)
+        lines[first.lineno - 1 : node.end_lineno] = text + stub(name, task, first.col_offset)
     return "\n".join(lines) + "\n"
 
 
 def start(name, force=False) -> Path:
     """Write the skeleton of an exercise, and return its path."""
-    text = skeleton(name, find(name).file.read_text())
+    source = find(name).file.read_text("utf-8")
+    end = ast.parse(source).body[0].end_lineno  # of the docstring
+    lines = skeleton(name, source).splitlines(keepends=True)
+    text = "".join([*lines[:end], RUNNABLE.replace("NAME", name), *lines[end:]])
     answer = ANSWERS / f"{name}.py"
     if answer.exists() and not force:
         raise ValueError(f"{shown(answer)} exists already; --force overwrites your work")
-    files.write_beside(answer, lambda path: path.write_text(text))
+    files.write_beside(answer, lambda path: path.write_text(text, "utf-8"))
     return answer
 
 
 def check_answer(name, answer):
     """Raise ValueError if an answer is missing, is not Python, or lacks one of its functions."""
-    tasks = find(name).tasks
-    if not answer.exists():
+    if not answer.is_file():
         raise ValueError(f"{shown(answer)}: no such file; start with python -m exercises {name}")
     try:
-        found = functions_in(answer.read_text())
+        found = functions_in(text_of(answer))
     except SyntaxError as error:
         raise ValueError(f"{shown(answer)}, line {error.lineno}: {error.msg}") from None
-    if missing := [task.function for task in tasks if task.function not in found]:
+    except (RecursionError, MemoryError):
+        raise ValueError(f"{shown(answer)}: too deeply nested for Python") from None
+    if missing := [task.function for task in find(name).tasks if task.function not in found]:
         raise ValueError(f"{shown(answer)}: no function {missing[0]}; keep the skeleton's names")
+
+
+def text_of(answer) -> str:
+    """Read an answer.  Raises ValueError, saying what else it is."""
+    data, kind = answer.read_bytes(), "is not text"
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        kind = "is text in UTF-16"  # e.g. by `>` in an old PowerShell
+    elif data.startswith(b"\x80") and data.endswith(b"."):
+        kind = "is a pickle, which nothing here opens"
+    elif b"\0" not in data:
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode("utf-8-sig")  # some editors write a byte order mark
+    raise ValueError(f"{shown(answer)} {kind}; expected Python in UTF-8")
 
 
 def shown(path) -> str:
@@ -144,15 +171,21 @@ def shown(path) -> str:
 # ---- hints and progress ----
 
 
+def find_task(place, option) -> Task:
+    """Return the task of "NAME.function".  Raises ValueError, naming the option, if it is none."""
+    name, _, function = place.partition(".")
+    tasks = {task.function: task for task in find(name).tasks}
+    if function not in tasks:
+        raise ValueError(f"{option} {place}: expected {name}. and one of {', '.join(tasks)}")
+    return tasks[function]
+
+
 def hint(place, depth=1) -> str:
     """Return a hint for "NAME.function"."""
-    name, _, function = place.partition(".")
-    hints = {task.function: task.hints for task in find(name).tasks}
-    if function not in hints:
-        raise ValueError(f"--hint {place}: expected {name}. and one of {', '.join(hints)}")
+    task = find_task(place, "--hint")
     if str(depth) not in ("1", "2", "3"):
         raise ValueError(f"--hint {place} {depth}: expected a depth of 1, 2, 3")
-    return hints[function][int(depth) - 1]
+    return task.hints[int(depth) - 1]
 
 
 def progress(name) -> str:
@@ -160,7 +193,7 @@ def progress(name) -> str:
     answer, score = ANSWERS / f"{name}.py", ANSWERS / f"{name}.score.json"
     if not (answer.exists() and score.exists()):
         return "not graded" if answer.exists() else "not started"
-    found = json.loads(score.read_text())
+    found = json.loads(score.read_text("utf-8"))
     edited = answer.stat().st_mtime > score.stat().st_mtime
     return f"{found['points']}/{found['max']}" + (", edited since" if edited else "")
 
@@ -186,7 +219,7 @@ def graded_tests(name) -> dict[str, tuple[int, str]]:
     """Return the points and the graded function of each test; (0, "") for a test without them."""
     # Read from the text: importing the tests would import the modules that they grade.
     mark = r'(?m)^(?:@pytest\.mark\.points\((\d+), "([\w.]+)"\)\n)?def (test_\w+)'
-    rows = re.findall(mark, graded_file(name).read_text())
+    rows = re.findall(mark, graded_file(name).read_text("utf-8"))
     return {test: (int(points or 0), function) for points, function, test in rows}
 
 
@@ -195,7 +228,7 @@ def problems(name) -> list[str]:
     places = find(name).file, graded_file(name)
     if missing := [shown(path) for path in places if not path.exists()]:
         return [f"{name}: there is no {' and no '.join(missing)}"]
-    nodes, tests = functions_in(places[0].read_text()), graded_tests(name)
+    nodes, tests = functions_in(places[0].read_text("utf-8")), graded_tests(name)
     worth = {task.function: task.points for task in find(name).tasks}
     found = [
         f"{test} grades {function or 'nothing'}, which is not in the table"
@@ -212,21 +245,3 @@ def problems(name) -> list[str]:
             # `skeleton` removes whole lines.
             found.append(f"{function} has its body on the line of its def")
     return [f"{name}: {line}" for line in found]
-
-
-def hand_out(folder, first):
-    """Copy the project for students, without the bodies of exercise `first` and all later ones."""
-    find(first)
-    names, folder = list(EXERCISES), Path(folder)
-    # Later exercises import the modules of earlier ones, so a course goes in this order.
-    blank = {find(name).file: name for name in names[names.index(first) :]}
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--handout {folder}: not empty")
-    paths = [path for pattern in HANDED_OUT for path in ROOT.glob(pattern)]
-    for source in filter(Path.is_file, paths):
-        target = folder / source.relative_to(ROOT)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if source in blank:
-            target.write_text(skeleton(blank[source], source.read_text()))
-        else:
-            shutil.copyfile(source, target)

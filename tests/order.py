@@ -26,7 +26,9 @@ studies/fp8.py studies/reproduce.py
 benchmarks/page.py benchmarks/bench_attention.py benchmarks/bench_generate.py
 benchmarks/bench_decode.py benchmarks/bench_toy.py benchmarks/training_memory.py
 benchmarks/newcomer.py
-plumbing/rename.py exercises/coursework.py exercises/grader.py exercises/__main__.py conftest.py
+plumbing/rename.py
+exercises/behind.py exercises/coursework.py exercises/grader.py exercises/classroom.py
+exercises/handout.py exercises/reward.py exercises/leaderboard.py exercises/__main__.py conftest.py
 """.split()
 
 

@@ -48,6 +48,8 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     plain, ahead, sound = written["rows"]
     assert (plain["blocks_before_first_second"], ahead["blocks_before_first_second"]) == (2, 3)
     assert plain["border"] > 1.1 * ahead["border"] and plain["seconds_later"] == 0
+    decoding = ahead["decode_seconds"] - plain["decode_seconds"]
+    assert ahead["seconds_later"] == pytest.approx(1 + decoding)  # passes of a block take 1 s
     assert sound["seam"] < 0.1 and plain["seam"] is None
     assert out.count("| video |") == 2 and "%" in out
     assert bench_decode.picture_table(written["video_decoder"]) in out

@@ -172,6 +172,38 @@ def test_first_cell_works_in_both_folders(folder):
     assert run.returncode == 0, run.stderr
 
 
+def test_in_colab_the_first_cell_gets_the_project(tmp_path):
+    """In a folder with no file of the project it is cloned, once; a second run changes nothing."""
+    files = "masks.py", "config.py", "requirements.txt", "notebooks/setup.py", "exercises/behind.py"
+    for name in files:
+        (target := tmp_path / "remote" / name).parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes((ROOT / name).read_bytes())
+    git = ["git", "-C", tmp_path / "remote", "-c", "user.name=x", "-c", "user.email=x@x"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    (colab := tmp_path / "content").mkdir()
+    cell = cells_of(NAMES[0])[0][1]
+    code = f"{cell}\n{cell}\nimport masks, os; print(masks.__file__, os.getcwd())"
+    hosted = {**os.environ, "COLAB_RELEASE_TAG": "x", "PROJECT": (tmp_path / "remote").as_uri()}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=colab, env=hosted
+    )
+    project = str((colab / "project").resolve())
+    assert run.stdout.split() == [f"{project}/masks.py", project], run.stderr
+    assert not (colab / "project" / "project").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_minutes_and_needs_are_said_at_the_top(name):
+    """In the first cell, after paper and files."""
+    first = all_cells(name)[0][1]
+    assert re.search(r"\n\*\*Time:\*\* \d+ minutes; .*\*\*Needs:\*\* .*no GPU\.\n", first)
+    uses_weights = re.search(r"weights/|codec\.load|source\.WEIGHTS", "".join(
+        source for _, source, _ in cells_of(name)
+    ))  # fmt: skip
+    assert bool(uses_weights) == ("the toy's weights" in first)
+
+
 def test_missing_packages():
     """Only requirements that cannot be imported are missing, whatever their version."""
     requirements = "# a comment\ntorch==0.0.1\nno_such_package==1.0\n"
