@@ -13,8 +13,8 @@ metal), in any order. The model chooses what is left out. "5: ..." changes the p
 
 Each block is one second (block 0 may be a single frame). The model attends to block 0 and to the
 last --window seconds, so memory and time per block are constant. In toy_released, block 0 is a
-whole second. With --window 1 the ball keeps its colour and pitch longer. However a stream ends, the
-film of its finished blocks is kept. On one machine, the same seed gives the same bytes.
+whole second; with --window 1 its ball keeps colour and pitch longer (results/README.md). However a
+stream ends, the film of its finished blocks is kept. On one machine, a seed gives the same bytes.
 
 At full size, on one GPU, with published weights, or with random weights to measure speed:
 
@@ -26,10 +26,10 @@ At full size, on one GPU, with published weights, or with random weights to meas
 the format of diffusers, with text_encoder, tokenizer, connectors, vae, audio_vae and vocoder. Both
 may be names on the Hugging Face Hub. --speed-up: full_size/README.md.
 
-Speed.  TTFC: time from loaded weights and prompt until the first second of video and sound is
-written.  passes: the transformer alone.  end to end: with decoding and writing. Both rates are of
-the median block from the third block on. --report also has the timings of the whole stream, of
-each block and of each stage.
+Speed.  TTFC (time to first chunk): from loaded weights and prompt until the first second of video
+and sound is written.  passes: the transformer alone.  end to end: with decoding and writing. Both
+rates are those of the median block, from the third block on. --report also has the timings of the
+whole stream, of each block and of each stage.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ def prompt_at(start, cues) -> int:
 
 
 def check_prompts_used(cues, blocks, cfg):
-    """Raises ValueError for a prompt that no block uses: each waits for the next block to start."""
+    """Raise ValueError for a prompt that no block uses: a prompt waits until a block starts."""
     for i, cue in enumerate(cues):
         k = bisect_left(range(blocks), cue.seconds, key=lambda k: block_interval(k, cfg)[0])
         if k == blocks or prompt_at(block_interval(k, cfg)[0], cues) != i:
@@ -233,7 +233,7 @@ def options():
 
 
 def check_args(args) -> Request:
-    """Raises ValueError for a command line that cannot be carried out."""
+    """Raise ValueError for a command line that cannot be carried out."""
     cfg = cli.find_config(args.config)
     if cfg.name not in STREAMED:
         raise ValueError(f"--config {cfg.name}: not a student; expected {', '.join(STREAMED)}")
@@ -272,7 +272,7 @@ def check_args(args) -> Request:
 
 
 def open_source(request):
-    """Load weights, prompts and decoders.  Raises ValueError, in one line, for what is missing."""
+    """Load weights, prompts and decoders.  Raises ValueError for what is missing."""
     if request.cfg.is_toy:
         source = toy_source.StreamSource(request)
     else:
@@ -289,14 +289,14 @@ def open_source(request):
 
 
 def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
-    """Make a film of the blocks: -> small pictures of it, and the errors that ended it.
+    """Make a film of the blocks; return its small pictures, and the errors that ended it.
 
-    After an error the later steps are tried all the same: they keep the finished blocks.
+    After an error, the later steps still run: they write the finished blocks.
     """
     writer, errors = Writer(movie, watch), []
     form = "{desc} {n:.0f}/{total:.0f} s {bar}"
     with noted(errors), tqdm(total=seconds, desc="video", bar_format=form) as bar:
-        stop.may_interrupt = True  # during the passes: an unfinished block is not needed
+        stop.may_interrupt = True  # during the passes: an unfinished block may be lost
         for block in blocks:
             stop.may_interrupt = False
             watch.block_made()
@@ -343,7 +343,7 @@ def sheet_of(film) -> Path:
 
 
 def check_targets(film, page, report):
-    """Raises ValueError for a file that cannot be written, or has a wrong ending."""
+    """Raise ValueError for a file that cannot be written, or has a wrong ending."""
     check_film(film)
     files.check_writable(sheet_of(film))
     if page:

@@ -2,7 +2,7 @@
 
 The growing file is fragmented: its index is written in parts, so that an incomplete file can be
 played. It is called NAME.TOKEN.partial.mp4, with a token of its own for every run. `close` copies
-its packets, as they are, into a file whose head has the duration and the whole index: players can
+the encoded packets into a file whose head has the duration and the whole index, so that players can
 seek. Only a kill leaves the partial file, which lacks at most its last quarter second.
 """
 
@@ -42,7 +42,8 @@ class Movie:
         """
         self.path, self.scale, self.fps = Path(path), scale, fps
         check_film(self.path)
-        self.token, self.old_film = secrets.token_hex(3), stamp(self.path)
+        self.token = secrets.token_hex(3)
+        self.old_film = stamp(self.path)  # tells in `close` if another run has replaced the film
         self.partial = self.path.with_suffix(f".{self.token}.partial.mp4")
         self.file = av.open(str(self.partial), "w", format="mp4", options=GROWING)
         self.video = self.file.add_stream("libx264", rate=fps)
@@ -75,11 +76,11 @@ class Movie:
         If that fails, for example on a full disk, keep what the partial file holds, set `frames` to
         its number of frames, and raise the error.
         """
-        if not self.frames:
-            return self.discard()
-        if stamp(self.path) != self.old_film:  # another run has written its film there meanwhile
+        if stamp(self.path) != self.old_film:  # do not replace the film of another run
             self.path = self.path.with_suffix(f".{self.token}.mp4")
         try:
+            if not self.frames:
+                return self.file.close()
             self.file.mux(self.video.encode(None))  # None: flush the encoder
             self.file.mux(self.audio.encode(None))
             self.file.close()
@@ -90,13 +91,6 @@ class Movie:
             if self.frames:
                 os.replace(self.partial, self.path)
             raise
-        finally:
-            self.partial.unlink(missing_ok=True)
-
-    def discard(self):
-        """Remove the partial file."""
-        try:
-            self.file.close()
         finally:
             self.partial.unlink(missing_ok=True)
 
@@ -130,7 +124,7 @@ def keep_whole_fragments(film) -> int:
 
 
 def stamp(path):
-    """Return what changes when a file is written again; None if there is no file."""
+    """Return numbers that change when a file is written again; None if there is no file."""
     return (os.stat(path).st_ino, os.stat(path).st_mtime_ns) if Path(path).exists() else None
 
 

@@ -1,8 +1,8 @@
 """One HTML page with the video, its sound, its events and the cache on one time axis.
 
-The page needs no other file: it holds the video as base64. The table beside the film shows the
-blocks that each block could attend to. The axis below shows the bands of the sound, impacts and
-onsets, borders of blocks and changes of the prompt. A line follows the film; a click jumps there.
+The page needs no other file: it holds the video as base64. The table beside the film shows to which
+blocks each block could attend. The axis below shows the bands of the sound, impacts and onsets,
+borders of blocks and changes of the prompt. A line follows the film; a click jumps to its time.
 
     python generate.py --html page.html
 """
@@ -102,6 +102,7 @@ function drawEvents() {
 
 function drawScale() {  // labels and lines stand as close as the width of the page allows
   const pixels = time.clientWidth / data.seconds, length = data.block_seconds * pixels;
+  // the smallest step whose marks are at least `least` pixels apart
   const apart = (unit, least) => STEPS.find(n => n * unit >= least) || 7200;
   document.querySelectorAll("#lines > *, #seconds > i, #blocks > i").forEach(old => old.remove());
   for (let t = 0, n = apart(pixels, 34); t <= data.seconds; t += n) put(get("seconds"), "i", t, t);
@@ -156,7 +157,7 @@ drawSound(); drawEvents(); drawScale(); follow();
 
 
 def cache_slots(num_blocks, window) -> list[int]:
-    """Return for each block the slot that it takes, and keeps until another block overwrites it.
+    """Return the cache slot that each block takes, and keeps until another block overwrites it.
 
     >>> cache_slots(6, 2)
     [0, 1, 2, 3, 1, 2]

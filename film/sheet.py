@@ -71,7 +71,7 @@ def plain(text) -> str:
 
 
 def two_lines(text, fits) -> str:
-    """Break text into two lines at most, as long as `fits` allows; a cut one ends with an ellipsis.
+    """Break text into at most two lines, as long as `fits` allows; "…" ends a cut text.
 
     >>> print(two_lines("waves break on the rocks", lambda lines: len(lines) <= 18))
     waves break
@@ -82,11 +82,12 @@ def two_lines(text, fits) -> str:
         lines = textwrap.wrap(text, width)
         return "\n".join(lines if len(lines) <= 2 else [lines[0], lines[1][:-1] + "…"])
 
+    # bisect counts the widths, from 2 characters on, that fit
     return broken(1 + bisect.bisect(range(2, 500), False, key=lambda w: not fits(broken(w))))
 
 
 def fonts_for(text) -> list[str]:
-    """Return font families: the default, then fonts of this machine for what it lacks."""
+    """Return font families: the default, then fonts of this machine with characters it lacks."""
     default = font_manager.FontProperties()
     families = default.get_family()
     missing = set(map(ord, text)) - FT2Font(font_manager.findfont(default)).get_charmap().keys()
@@ -104,7 +105,7 @@ def fonts_for(text) -> list[str]:
 
 
 def _write_title(figure, text):
-    # Any text is text: "$" begins no formula.
+    # parse_math=False: "$" begins no formula
     title = figure.suptitle("", family=fonts_for(text), parse_math=False, usetex=False)
 
     def fits(lines):

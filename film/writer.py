@@ -3,8 +3,9 @@
     main thread      passes 0 | decode 0 | passes 1 | decode 1 | passes 2 | decode 2 | ...
     writer thread                        | write 0             | write 1             | ...
 
-On a GPU, frames become bytes there. The copy to the CPU is only queued: the writer waits for it.
-Flags that come with it tell of NaN and infinity. Errors are raised by the next `add` or `close`.
+A GPU turns frames into bytes itself, and the main thread only queues their copy to the CPU: the
+writer waits for it. Flags are copied, too: is a tensor free of NaN and infinity? An error of the
+writer is raised by the next `add` or `close`.
 """
 
 from collections import deque
@@ -30,7 +31,7 @@ class Packet(NamedTuple):
 
 
 def packet(name, chunk, latents={}) -> Packet:
-    """Make a packet of a `film.decoders.Chunk` and its latents, without a wait for the GPU."""
+    """Make a packet of a `film.decoders.Chunk` and its latents, without waiting for the GPU."""
     checked = {**latents, "frames": chunk.frames, "samples": chunk.samples}
     is_finite = {key: to_host(torch.isfinite(x).all()) for key, x in checked.items()}
     frames = to_host(to_bytes(chunk.frames))
@@ -45,7 +46,7 @@ def to_host(x):
 
 
 def event_after(tensors):
-    """Return an event behind all that is queued on the GPU of the tensors; None if all are here."""
+    """Return an event after all that is queued on the GPU of the tensors; None on the CPU."""
     devices = {x.device for x in tensors if x.is_cuda}
     return torch.cuda.current_stream(*devices).record_event() if devices else None
 
@@ -60,7 +61,7 @@ def to_bytes(frames):
 
 
 def thumbnails(frames):
-    """Reduce frames (P, 3, H, W) by H // SHEET_PIXELS, if above 1."""
+    """Reduce frames (P, 3, H, W) by the factor H // SHEET_PIXELS if it is above 1."""
     factor = frames.shape[2] // SHEET_PIXELS
     return F.avg_pool2d(frames.float(), factor) if factor > 1 and len(frames) else frames.float()
 
@@ -93,7 +94,7 @@ class Writer:
     def _write(self, packet):
         if self.is_broken:  # the film ends before the first packet that failed: it has no holes
             return
-        self.is_broken = True
+        self.is_broken = True  # until everything below has succeeded
         if packet.copied:
             packet.copied.synchronize()
         for key, is_finite in packet.is_finite.items():

@@ -1,8 +1,8 @@
 """Checkpoints: where their files are, which tensors count, and whether they hold a transformer.
 
 A checkpoint is a file, an index of shards, or a folder. `members` lists its files. `Checkpoint`
-finds a transformer's tensors in them, whatever wrapped their names, by the headers alone. So a
-wrong file is refused before anything slow begins.
+finds a transformer's tensors in them, whatever wrapped their names. For this it reads only headers,
+so a wrong file is refused before anything slow begins.
 """
 
 import json
@@ -23,7 +23,7 @@ OTHER_FORMATS = (".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
 def members(path) -> dict:
-    """Return the files of a checkpoint, each with the tensors in it that count; None: all."""
+    """Return {file: names of its tensors that count, or None for all} of a checkpoint."""
     path = Path(path)
     if path.is_dir():
         path = _snapshot(path)
@@ -40,7 +40,7 @@ def members(path) -> dict:
 
 
 def one_checkpoint(names, folder="") -> list[str]:
-    """Choose the files of the one checkpoint among the names of all files in a folder.
+    """Choose the files of the one checkpoint among all names in a folder, here or on the Hub.
 
     >>> one_checkpoint(["x.safetensors.index.json", "x-00001-of-00001.safetensors", "._x.bin"])
     ['x-00001-of-00001.safetensors', 'x.safetensors.index.json']
@@ -65,6 +65,7 @@ def one_checkpoint(names, folder="") -> list[str]:
 
 
 def _files_of_model(names, place, stem) -> list[str]:
+    """Return index and shards, or the one file, of a model; and the config beside it."""
     files_of_it = [n for n in names if _stem(PurePosixPath(n).name) == stem]
     # shards may lie in a folder that the index names
     found = [n for n in files_of_it if n == place + PurePosixPath(n).name]
@@ -80,7 +81,7 @@ def _stem(name) -> str | None:
 
 
 def _snapshot(folder) -> Path:
-    """Return the files of a folder models--OWNER--NAME in the cache of the Hub."""
+    """Return the folder of the files if this is a folder models--OWNER--NAME of the Hub's cache."""
     found = sorted(folder.glob("snapshots/*"))
     main = folder / "refs" / "main"
     if len(found) > 1 and main.is_file():
@@ -89,11 +90,11 @@ def _snapshot(folder) -> Path:
 
 
 def _members_of(folder, names) -> dict:
-    """Return the files of these names in a folder, which may be an index or shards without one."""
+    """Return what `members` does, for the names that `one_checkpoint` chose in a folder."""
     if index := [name for name in names if name.endswith(INDEX)]:
         return _members_of_index(folder / index[0])
     names = [name for name in names if name.endswith(".safetensors")]
-    if shard := SHARD.fullmatch(names[0]):
+    if shard := SHARD.fullmatch(names[0]):  # no index: all shards must be there
         stem, total = shard[1], int(shard[3])
         names = [f"{stem}-{i + 1:05}-of-{total:05}.safetensors" for i in range(total)]
     return _existing({folder / name: None for name in names}, folder)
@@ -130,13 +131,13 @@ WRAPPER = re.compile(
 )
 AVERAGED = "generator_ema", "model_ema", "ema_model", "ema"
 OUTER = *AVERAGED, "generator", "model", "diffusion_model", "velocity_model", "transformer"
-# in a file beside the transformer
+# beginnings of names beside the transformer
 OTHERS = (
     "vae.", "audio_vae.", "vocoder.", "text_embedding_projection.", "text_encoders.", "critic.",
     "video_embeddings_connector.", "audio_embeddings_connector.",
 )  # fmt: skip
 FLOATS = "F16", "BF16", "F32", "F64"  # as headers call them
-DIFFUSERS = [  # names in diffusers and in LTX-2's file; a name before its own parts
+DIFFUSERS = [  # names in diffusers and in LTX-2's file; a name before those that it contains
     ("video_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_video"),
     ("audio_a2v_cross_attn_scale_shift_table", "scale_shift_table_a2v_ca_audio"),
     ("av_cross_attn_video_scale_shift", "av_ca_video_scale_shift_adaln_single"),
@@ -176,8 +177,8 @@ class Checkpoint:
     def __init__(self, path, may_unpickle=False):
         """may_unpickle: also read a .pt file, which only the conversion does."""
         self.path, self.metadata, self.may_unpickle = path, {}, may_unpickle
-        self.where, self.shapes = {}, {}  # of LTX-2's name: (file, key), and shape
-        self.keys, found = [], {True: {}, False: {}}  # of averages and of raw weights
+        self.where, self.shapes = {}, {}  # LTX-2's name -> (file, key); LTX-2's name -> shape
+        self.keys, found = [], {True: {}, False: {}}  # found: averaged and raw weights
         self.files = members(path)
         for file, listed in self.files.items():
             with self._opened(file) as f:
@@ -196,7 +197,7 @@ class Checkpoint:
         self._take(found[True] or found[False])
 
     def _take(self, found):
-        """Keep where each tensor is, and its shape.  Raises ValueError for two or for integers."""
+        """Keep file, key and shape of each tensor.  Raises ValueError for doubles and integers."""
         for name, places in found.items():
             if len(places) > 1:
                 said = " and ".join(f"{key} of {file.name}" for file, key in places)

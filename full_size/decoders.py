@@ -78,7 +78,7 @@ class Decoder:
 
     def _decode_video(self, latents):
         """(B, C, F, h, w) normalised latents -> (B, 3, P, H, W) in [-1, 1]."""
-        new = self.video.given - self.video.done
+        new = self.video.given - self.video.done  # the others are context
         return decode_video(self.vae.decoder, denormalised(latents, self.vae, (-1, 1, 1, 1)), new)
 
     def _decode_audio(self, latents):
@@ -115,7 +115,7 @@ def no_tf32():
 
 
 def audio_reach(decoder) -> tuple[int, int]:
-    """Return how many latents before and after its own a mel frame depends on: it is causal."""
+    """Return how many latents before and after its own a mel frame depends on; none after it."""
     latents, rate = num_neighbours(decoder.conv_in) + num_neighbours(decoder.mid), 1
     for stage in reversed(decoder.up):  # the first one to run is the last one in the list
         latents += num_neighbours(stage.block) / rate
@@ -139,7 +139,7 @@ def vocoder_reach(net) -> tuple[int, int]:
         widest = max(map(num_neighbours, blocks)) / 2 / rate
         before, after = before + widest, after + widest
     last = num_neighbours(net.conv_out) / 2 / rate
-    # of the first and of the last sample of a mel frame
+    # `before` counts for the first sample of a mel frame, `after` for its last one
     return math.floor(before + last), math.floor(after + last + (rate - 1) / rate)
 
 
@@ -191,7 +191,7 @@ def add_residual(block, x):
 
 
 def activate(x):
-    """Divide by the root mean square over the channels, apply SiLU, and pad."""
+    """RMSNorm over the channels, SiLU, padding: (B, T, H, W, C) -> (B, T + 2, H + 2, W + 2, C)."""
     x = F.rms_norm(x, x.shape[-1:], eps=1e-8)
     # one kernel: F.silu can only write to new memory, which would then be copied
     return padded(x, lambda middle, x: torch.ops.aten.silu.out(x, out=middle))
@@ -205,7 +205,7 @@ def convolve(layer, x):
 
 
 def padded(x, write=torch.Tensor.copy_):
-    """Add a frame at either end, the same again, and a pixel at every edge, by reflection.
+    """Add a copy of the first and of the last frame; reflect one pixel at every edge.
 
     write(middle, x)   fills the rest; by default with x
 
@@ -225,7 +225,7 @@ def padded(x, write=torch.Tensor.copy_):
 
 
 def upsample(layer, x):
-    """Double frames, rows and columns; the first frame of the result is dropped."""
+    """Double frames, rows and columns, drop the first frame: T frames become 2 T - 1."""
     x, same = to_space(convolve(layer.conv, padded(x))), to_space(x)
     copies = x.shape[-1] // same.shape[-1]
     x.unflatten(-1, (copies, -1)).add_(same.unsqueeze(-2))  # one residual for several channels
@@ -233,7 +233,7 @@ def upsample(layer, x):
 
 
 def to_space(x):
-    """Turn every eight channels into 2 frames x 2 rows x 2 columns."""
+    """Turn every 8 channels into 2 frames x 2 rows x 2 columns: (B, 2 T, 2 H, 2 W, C / 8)."""
     x = x.unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 5, 2, 6, 3, 7, 4)  # each axis beside its 2
     return x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
 
@@ -294,7 +294,7 @@ def load(folder, device="cpu", dtype=torch.bfloat16) -> list:
     nets = []
     for name, part in networks().items():
         place = Path(folder, name)
-        kind = torch.float32 if name == "vocoder" else dtype  # see `Decoder`
+        kind = torch.float32 if name == "vocoder" else dtype  # see `no_tf32`
         net = without_encoder(parts.load_part(place, part, kind)).to(device)
         for key, parameter in net.named_parameters():
             check_numbers(place, key, parameter)

@@ -1,7 +1,7 @@
-"""Speed-ups of a stream: joined projections, recorded passes, fused kernels, audio beside video.
+"""Speed-ups of a stream: joined projections, recorded passes, audio beside video, fused kernels.
 
-They change the rounding of a film, and nothing else. generate.py applies them on `--speed-up`.
-full_size/README.md tells how much each gained on a GPU.
+They change a film by rounding only. generate.py applies them on `--speed-up`. full_size/README.md
+tells how much each gained on a GPU.
 
 **qkv.** `join_projections` lays the weights of queries, keys and values side by side. Three small
 matrix products become a larger one, which fills a GPU better.
@@ -15,21 +15,21 @@ fixes memory addresses, not contents:
     They are copied into memory that stays.
   * The next replay overwrites the outputs, so they are copied out.
   * The caches stay in place anyway, also from one stream to the next. *Where* in the ring a block
-    is written and how much is read are part of the recording. So there is one for block 0, one
-    for each block while the ring fills, and one for each place when it is full. It is replayed
-    for all passes of a block, and again when the ring has come round.
+    is written and how much is read are part of the recording. So there is one recording for block
+    0, one for each block while the ring fills, and one for each place in the full ring. All passes
+    of a block replay the same one.
 
-Making a recording waits for the GPU, once, and takes longer than a pass. So `Recorded.warm_up`
-makes all of them before the first stream. Nothing may wait for the GPU during a pass
-(tests/test_faster.py): a recording could not either.
+Making a recording waits for the GPU, and takes longer than a pass. So `Recorded.warm_up` makes all
+of them before the first stream. The code of a pass must never wait for the GPU, because this cannot
+be recorded (tests/test_faster.py).
+
+**beside.** A second of audio is bound by reading its weights, a second of video by multiplication.
+So both run at once, on two CUDA streams. In a recording the second stream costs no launches. The
+streams meet once per layer, before video and audio attend to each other.
 
 **fuse.** Between two matrix products lie up to six element-wise operators, each of which reads and
 writes all tokens. `FusedHalf` has them compiled into one kernel, which also rounds before a product
 in fp8.
-
-**beside.** A second of audio is bound by reading its weights, a second of video by multiplication.
-On two CUDA streams one hides behind the other. In a recording the second stream costs no launches.
-The streams meet once a layer, before each attends to the other.
 """
 
 import functools
@@ -163,8 +163,9 @@ class Recorded(nn.Module):
         super().__init__()
         self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
         self.recorder = recorder
-        self.view = self.room = None  # of the current stream; clips and ring that its memory holds
-        self.begun = weakref.WeakSet()  # all views until now
+        self.view = None  # of the current stream
+        self.room = None  # (clips, blocks in the ring) for which there is memory
+        self.begun = weakref.WeakSet()  # the views of all streams so far
 
     @torch.no_grad()
     def warm_up(self, features, blocks, window, decode=lambda block: None):
@@ -174,7 +175,7 @@ class Recorded(nn.Module):
         decode                     called with every block of noise: decoders warm up, too
         """
         like = next(self.parameters())
-        with torch.inference_mode():  # as in a stream, which would else compile `rounded` again
+        with torch.inference_mode():  # as in a stream; else `fp8.rounded` is compiled twice
             text = self.project_text(*(f.to(like) for f in features))
         view = CachedView(self.cfg, blocks, window)
         places = min(blocks, 2 * ring_of(view))  # block 0, a ring that fills, a full one
@@ -190,7 +191,7 @@ class Recorded(nn.Module):
         if view is not self.view:
             self._begin(view, clips=len(video))
         ropes = ropes_of(self.cfg, span, video.device, video.dtype)
-        # everything that a pass reads and that changes, except weights, caches and prompt
+        # everything that changes from pass to pass, except caches and prompt
         new = (video, audio), (sigma_video, sigma_audio), ropes
         kind = min(view.block, 1)  # block 0 has other sizes
         self.inputs[kind] = inputs = overwritten(self.inputs[kind], new)
@@ -211,7 +212,7 @@ class Recorded(nn.Module):
         return self.net(*latents, *sigmas, self.text, span, view, ropes)
 
     def _begin(self, view, clips):
-        """Start a stream: in the memory of the last one, to which the recordings write."""
+        """Start a stream, in the memory of the last one if it fits: recordings write there."""
         if view in self.begun:
             raise ValueError(
                 "another stream has begun to use these recordings: start this one anew"
@@ -220,7 +221,7 @@ class Recorded(nn.Module):
         if self.view and is_empty and clips == self.room[0] and ring <= self.room[1]:
             for new, old in zip(view.caches, self.view.caches):
                 new.k, new.v = old.k, old.v
-        else:  # the old recordings and the old caches are freed
+        else:  # this frees the old recordings and caches
             self.room, self.recordings, self.record = (clips, ring), {}, self.recorder()
             self.inputs = [None, None]  # fixed copies: in block 0, in all others
             self.text = self.prompt = None  # the fixed copy, and the prompt it is a copy of
@@ -231,7 +232,7 @@ class Recorded(nn.Module):
 
 def move_prefixes(layers, site, by):
     """Do the same as `CachedView.move_prefixes`, with one rotation for all layers."""
-    # Layer by layer these are over 1,000 launches between two blocks, and nothing else to do.
+    # Layer by layer these are over 1,000 launches, while the GPU has nothing else to do.
     caches = [layer[site] for layer in layers]
     pinned = [cache.k[:, : cache.prefix_tokens] for cache in caches]
     if caches[0].unmoved_prefix_k is None:
@@ -279,82 +280,6 @@ def cuda_recorder():
         return graph.replay, outputs
 
     return record
-
-
-# ---- fuse ----
-
-
-class FusedHalf(HalfLayer):
-    """A HalfLayer that runs element-wise work as one kernel before and one after each sublayer."""
-
-    ending = staticmethod(lambda function: function)  # `then_rounded` before products in fp8
-
-    def attend_self(self, x, modulation, positions, attend):
-        before = fused(self.ending(modulated_norm))
-        y = before(x, self.table[:2], modulation.main[:, :, :2], self.eps)
-        y = self.self_attn(y, y, positions, positions, attend)
-        return fused(gated_sum)(x, y, self.table[2], modulation.main[:, :, 2])
-
-    def attend_captions(self, x, keys_values, mask):
-        y = fused(self.ending(norm))(x, self.eps)
-        return x + self.text_attn.attend_captions(y, *keys_values, mask)
-
-    def cross_inputs(self, x, modulation):
-        before = fused(self.ending(modulated_norms))
-        both = before(x, self.cross_table[:4], modulation.cross, self.eps)
-        return both if self.listen_row == 0 else both[::-1]
-
-    def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
-        y = self.cross_attn(queries, context, q_rope, k_rope, attend)
-        return fused(gated_sum)(x, y, self.cross_table[4], modulation.gate[:, :, 0])
-
-    def mlp(self, x, modulation):
-        before = fused(self.ending(modulated_norm))
-        y = before(x, self.table[3:5], modulation.main[:, :, 3:5], self.eps)
-        # GELU and rounding in one kernel took 55 us on an H100, in two 50.
-        y = self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
-        return fused(gated_sum)(x, y, self.table[5], modulation.main[:, :, 5])
-
-
-fused = fp8.in_one_kernel
-
-
-@functools.cache  # so that `fused` compiles each function once
-def then_rounded(function):
-    """Return a function that also rounds the result of another one to fp8: a tensor, or a list."""
-
-    def both(*args):
-        out = function(*args)
-        return [fp8.rounded(x) for x in out] if isinstance(out, list) else fp8.rounded(out)
-
-    return both
-
-
-def modulated_norm(x, table, rows, eps):
-    """x (B, T, C), table (2, C), rows (B, L, 2, C): shift, then scale -> (B, T, C)."""
-    shift, scale = (table + rows).unbind(2)
-    return modulated(norm(x, eps), scale, shift)
-
-
-def modulated_norms(x, table, rows, eps):
-    """x (B, T, C), table (4, C), rows (B, L, 4, C): scale, then shift, twice -> 2 of (B, T, C)."""
-    scale, shift, scale_2, shift_2 = (table + rows).unbind(2)
-    y = norm(x, eps)
-    return [modulated(y, scale, shift), modulated(y, scale_2, shift_2)]
-
-
-def gated_sum(x, y, table, rows):
-    """x, y (B, T, C), table (C), rows (B, L, C) -> (B, T, C)."""
-    return x + gated(y, table + rows)
-
-
-def fuse(net):
-    """Fuse the element-wise work of every layer, in place."""
-    for layer in net.layers:
-        for half in (layer.video, layer.audio):
-            half.__class__ = FusedHalf  # the same parameters, other methods
-            if isinstance(half.mlp_in, fp8.Fp8Linear):  # then all that reads from it is in fp8
-                half.ending = then_rounded
 
 
 # ---- beside ----
@@ -411,3 +336,80 @@ def run_beside(net, side):
         layer.video = ScheduledHalf(layer.video, side.fork, side.fork)
         layer.audio = ScheduledHalf(layer.audio, side.beside, side.join)
     net.audio.output = functools.partial(side.join, net.audio.output)
+
+
+# ---- fuse ----
+
+
+class FusedHalf(HalfLayer):
+    """A HalfLayer that runs element-wise work as one kernel before and one after each sublayer."""
+
+    # Wraps what runs before a product: here unchanged, `then_rounded` if the product is in fp8.
+    ending = staticmethod(lambda function: function)
+
+    def attend_self(self, x, modulation, positions, attend):
+        before = fused(self.ending(modulated_norm))
+        y = before(x, self.table[:2], modulation.main[:, :, :2], self.eps)
+        y = self.self_attn(y, y, positions, positions, attend)
+        return fused(gated_sum)(x, y, self.table[2], modulation.main[:, :, 2])
+
+    def attend_captions(self, x, keys_values, mask):
+        y = fused(self.ending(norm))(x, self.eps)
+        return x + self.text_attn.attend_captions(y, *keys_values, mask)
+
+    def cross_inputs(self, x, modulation):
+        before = fused(self.ending(modulated_norms))
+        both = before(x, self.cross_table[:4], modulation.cross, self.eps)
+        return both if self.listen_row == 0 else both[::-1]
+
+    def attend_other(self, x, queries, context, modulation, q_rope, k_rope, attend):
+        y = self.cross_attn(queries, context, q_rope, k_rope, attend)
+        return fused(gated_sum)(x, y, self.cross_table[4], modulation.gate[:, :, 0])
+
+    def mlp(self, x, modulation):
+        before = fused(self.ending(modulated_norm))
+        y = before(x, self.table[3:5], modulation.main[:, :, 3:5], self.eps)
+        # GELU and rounding in one kernel took 55 us on an H100, in two 50.
+        y = self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+        return fused(gated_sum)(x, y, self.table[5], modulation.main[:, :, 5])
+
+
+fused = fp8.in_one_kernel
+
+
+@functools.cache  # the same result each time, so that `fused` compiles it once
+def then_rounded(function):
+    """Return a function that also rounds the result of another one to fp8: a tensor, or a list."""
+
+    def both(*args):
+        out = function(*args)
+        return [fp8.rounded(x) for x in out] if isinstance(out, list) else fp8.rounded(out)
+
+    return both
+
+
+def modulated_norm(x, table, rows, eps):
+    """x (B, T, C), table (2, C), rows (B, L, 2, C): shift, then scale -> (B, T, C)."""
+    shift, scale = (table + rows).unbind(2)
+    return modulated(norm(x, eps), scale, shift)
+
+
+def modulated_norms(x, table, rows, eps):
+    """x (B, T, C), table (4, C), rows (B, L, 4, C): scale, then shift, twice -> 2 of (B, T, C)."""
+    scale, shift, scale_2, shift_2 = (table + rows).unbind(2)
+    y = norm(x, eps)
+    return [modulated(y, scale, shift), modulated(y, scale_2, shift_2)]
+
+
+def gated_sum(x, y, table, rows):
+    """x, y (B, T, C), table (C), rows (B, L, C) -> (B, T, C)."""
+    return x + gated(y, table + rows)
+
+
+def fuse(net):
+    """Fuse the element-wise work of every layer, in place."""
+    for layer in net.layers:
+        for half in (layer.video, layer.audio):
+            half.__class__ = FusedHalf  # the same parameters, other methods
+            if isinstance(half.mlp_in, fp8.Fp8Linear):  # then all that read its tokens are
+                half.ending = then_rounded

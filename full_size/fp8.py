@@ -10,7 +10,7 @@ its largest number to 448:
     x (T, C) = scale_x (T, 1) * values_x        w (N, C) = scale_w (N, 1) * values_w
     x w^T    = scale_x (values_x values_w^T) scale_w^T
 
-The product in the middle has fp8 inputs, and its sums are wider. Its result is bfloat16 again.
+The product in the brackets reads fp8 and sums in a wider type. The result is bfloat16 again.
 
 Products inside the layers become fp8 if their rows are tokens of video or of its captions: 14.5 of
 18.9 billion weights, see `reads_video`. As in the fp8 files of LTX-2, the entrance, the exit,
@@ -29,7 +29,7 @@ LARGEST = torch.finfo(FP8).max  # 448
 
 
 def check_device(device):
-    """Raise ValueError for a device that does not multiply in fp8; a CPU does it slowly."""
+    """Raise ValueError for a device that cannot multiply in fp8; a CPU can, slowly."""
     is_gpu = device.type == "cuda"
     if is_gpu and torch.cuda.get_device_capability(device) < (8, 9) or device.type == "mps":
         name = torch.cuda.get_device_name(device) if is_gpu else device
@@ -62,7 +62,7 @@ def rounded(x) -> Rounded:
 @functools.cache
 def in_one_kernel(function):
     """Return the function as one kernel, compiled anew for each shape."""
-    # On an H100 rounding 1152 x 4096 takes 8 us so, and 14 in a kernel for any shape.
+    # Rounding 1152 x 4096 on an H100 takes 8 us so; a kernel for all shapes takes 14.
     torch._dynamo.config.recompile_limit = 64  # by default PyTorch gives up silently after 8
     return torch.compile(function, dynamic=False)
 
@@ -75,7 +75,7 @@ def product(x, weight, bias, scale):
     if torch.is_tensor(x):
         x = (in_one_kernel(rounded) if x.is_cuda else rounded)(x)
     values, scale_x = (t.flatten(0, -2) for t in x)
-    if values.device.type == "cpu":  # the specification
+    if values.device.type == "cpu":  # the formula above
         sums = values.float() @ weight.float().t()
         out = (sums * scale_x * scale.t() + bias).to(bias.dtype)
     else:
@@ -103,7 +103,7 @@ class Fp8Linear(nn.Module):
 
 
 def reads_video(name) -> bool:
-    """Tell from the name of a product inside a layer if its rows are many: those of video.
+    """Tell from the name of a product inside a layer if its rows are tokens of video.
 
     >>> [reads_video(f"7.{x}") for x in ("video.mlp_in", "audio.mlp_in", "audio.cross_attn.to_k")]
     [True, False, True]
@@ -126,10 +126,11 @@ def quantise(layers, chosen=reads_video):
 
 
 def while_read(net, tensors):
-    """Let a model on `meta` multiply in fp8; return its (name, tensor) pairs, rounded as they come.
+    """Let a model on `meta` multiply in fp8; return its (name, tensor) pairs, rounded as read.
 
-    tensors   pairs of name and tensor in a wider type; there is never a second copy of all
+    tensors   pairs of name and tensor in a wider type
     """
+    # Not a generator itself: the model must change now, not when the first tensor is read.
     quantise(net.layers)
     in_fp8 = {name for name, p in net.named_parameters() if p.dtype == FP8}
     return _rounded_pairs(in_fp8, tensors)

@@ -27,6 +27,7 @@ class Wanted(NamedTuple):
 def local(place, wanted) -> Path:
     """Return the path of a file or folder; a name on the Hub becomes a folder in its cache."""
     path, name = Path(place).expanduser(), HUB_NAME.fullmatch(str(place))
+    # weights/x.safetensors is a missing file, not OWNER/NAME; so is a name in an existing folder
     is_file = path.suffix in (".safetensors", ".json", *OTHER_FORMATS)
     if path.exists() or not name or (is_file and not name[2]) or Path(path.parts[0]).is_dir():
         return path
@@ -39,7 +40,7 @@ def local(place, wanted) -> Path:
 def _cached(repo, file, wanted) -> Path | None:
     """Return the copy in the cache if it has all that is needed."""
     try:
-        # no patterns: only where the copy is. `check` knows what it must have
+        # No patterns: return the folder of the copy, whatever it holds. `check` looks into it.
         path = Path(_hub().snapshot_download(repo, local_files_only=True, allow_patterns=[]), file)
         wanted.check(path)
     except (OSError, ValueError):

@@ -1,14 +1,14 @@
-"""How much memory does a stream or a training need?  Computed before anything is loaded.
+"""Compute the memory of a stream or a training before anything is loaded.
 
-What cannot fit is refused in the first second, with the arithmetic, and not by the allocator after
-ten minutes. Bytes are counted in two ways:
+One that cannot fit is refused in the first second, with the arithmetic, and not by the allocator
+after ten minutes. Bytes are counted in two ways:
 
   * Weights, caches and optimiser states are products of constants.
   * Activations follow from the code. It runs once on `meta` tensors, which have shapes but no
     contents, and `peak_bytes` counts the tensors that are alive at the same time.
 
 A stream needs the transformer, the KV caches of a full window, the keys and values of its prompts,
-one pass and the decoders. The text encoder is freed before they come.
+one pass and the decoders. The text encoder is freed before all these are loaded.
 
 A training holds every network that learns in float32: weights, gradient, the two moments of AdamW,
 and sometimes an average. All of it is sharded, so more processes help:
@@ -18,7 +18,7 @@ and sometimes an average. All of it is sharded, so more processes help:
     teacher     frozen, in bfloat16                          38 GB  |
 
 Gathered layers and activations are not sharded. Activations are counted with two and with three
-layers, because every further layer adds as much as the third.
+layers, and extrapolated: every further layer adds as much as the third.
 
     python -m full_size.memory               a stream with a window of 5, 15 and 25 s, on two cards
     python -m benchmarks.training_memory     the three stages on 8, 16 and 32 GPUs
@@ -54,7 +54,7 @@ STREAM = config.FULL, 121  # config and blocks: two minutes
 WINDOWS, CARDS = (5, 15, 25), (48 * GB, 80 * GB)
 SPARE = 0.03  # part of a card that the plan leaves free: on an H100 a peak was 1.1 % above its plan
 LAYERS_AT_WORK = 2  # FSDP gathers the next layer while one runs
-MAX_PROCESSES = 1024  # the advice for a training that does not fit goes no further
+MAX_PROCESSES = 1024  # the largest number that is tried as advice
 
 
 class Row(NamedTuple):
@@ -98,19 +98,19 @@ def free_bytes(device) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all living tensors that were made inside."""
+    """Counts the bytes of all living tensors that were made inside `with`."""
 
     def __init__(self):
         super().__init__()
         self.sizes, self.now, self.peak = {}, 0, 0  # sizes: of every storage, by its address
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._meet((args, kwargs), are_new=False)  # inputs that were made outside cost nothing
+        self._count((args, kwargs), are_new=False)  # inputs that were made outside cost nothing
         out = function(*args, **(kwargs or {}))
-        self._meet(out, are_new=True)
+        self._count(out, are_new=True)
         return out
 
-    def _meet(self, tree, are_new):
+    def _count(self, tree, are_new):
         storages = [t.untyped_storage() for t in tree_iter(tree) if torch.is_tensor(t)]
         for storage in storages:  # a view has the storage of its base, so it costs nothing
             if storage._cdata in self.sizes:
@@ -168,7 +168,7 @@ def peak_bytes(function) -> int:
 
 
 def weights_row(cfg, dtype, in_fp8=False) -> Row:
-    """Count the parameters of the transformer; in_fp8: see full_size/fp8.py."""
+    """Count the weights of the transformer; in_fp8: see full_size/fp8.py."""
     net, counts = _meta_student(cfg, dtype, in_fp8), Counter()
     for p in net.parameters():
         counts[p.itemsize] += p.numel()
@@ -220,7 +220,7 @@ def pass_row(cfg, dtype, in_fp8=False, layers=2) -> Row:
 
     one_pass(0)  # allocates the caches, which have a row of their own
     view.next_block()
-    one_pass(1)  # makes the rotation tables, which `model.ropes_of` keeps
+    one_pass(1)  # makes the rotation tables, which `model.ropes_of` caches
     tokens = cfg.video_tokens_per_block + cfg.audio_frames_per_block
     size = peak_bytes(lambda: one_pass(1))
     return Row("one pass", size, f"{tokens} tokens at the widest moment")
@@ -274,10 +274,11 @@ def film_rows(
 def check_stream(request):
     """Print the memory that a `generate.Request` needs.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = request.cfg, request.num_blocks, request.dtype
-    prompts, free = len(request.cues), free_bytes(request.device)
-    window, speedups = request.window, request.speedups
-    overlap = request.video_overlap
-    rows = film_rows(cfg, blocks, window, dtype, speedups, prompts, request.in_fp8, overlap)
+    free = free_bytes(request.device)
+    rows = film_rows(
+        cfg, blocks, request.window, dtype, request.speedups, len(request.cues), request.in_fp8,
+        request.video_overlap,
+    )  # fmt: skip
     print(shown(rows, free))
     check_window(rows, free, cfg, blocks, dtype, request.in_fp8)
     if request.ltx2:
@@ -341,7 +342,7 @@ def bytes_per_parameter(recipe) -> dict:
 
 
 def layers_row(cfg) -> Row:
-    """Count the layers that are gathered, in bfloat16, and the gradient of the last one."""
+    """Count the gathered layers, in bfloat16, and the gradient of one of them."""
     one, two = (num_parameters(cfg, layers) for layers in (1, 2))
     layer, outside = two - one, 2 * one - two
     # a gradient is made in bfloat16 and copied to float32 to be averaged: 2 + 4 bytes
@@ -357,7 +358,7 @@ def num_parameters(cfg, layers) -> int:
 
 
 def activation_bytes(nets, loss, batch) -> int:
-    """Count the most that is alive during an update of `batch` clips, without the networks.
+    """Count the peak bytes of activations during an update of `batch` clips.
 
     loss   function of all networks, `model.Captions` and a torch.Generator
     """
@@ -367,10 +368,10 @@ def activation_bytes(nets, loss, batch) -> int:
 
 
 def peak_of_update(nets, loss, batch, layers) -> int:
-    """Count the peak bytes of an update if every network had this number of layers."""
+    """Count the peak bytes of activations if every network had this number of layers."""
     on_meta = [_meta_net(replace(cfg, num_layers=layers), recipe) for _, cfg, recipe in nets]
     captions = _meta_captions(batch, nets[0][1])
-    model.ropes_of.cache_clear()  # tables left from another count would cost nothing in this one
+    model.ropes_of.cache_clear()  # else this count would miss tables made by another one
     with processes.SharedDraws("meta"):  # random numbers become meta tensors as well
         return peak_bytes(lambda: loss(*on_meta, captions, torch.Generator()).backward())
 

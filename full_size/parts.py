@@ -1,8 +1,8 @@
 """The other parts of LTX-2: text encoder, connectors, two VAEs, vocoder.
 
-The libraries transformers and diffusers would replace a tensor that is missing by random numbers,
-and ignore what they do not know. So `check_part` first compares config and headers with the class
-that a part must have, without reading weights.
+The libraries transformers and diffusers would replace a missing tensor by random numbers, and
+ignore an unknown one. So `check_part` first compares config and headers with the class that a part
+must have, without reading weights.
 """
 
 import inspect
@@ -39,7 +39,7 @@ LATER = {  # class or setting -> the first LTX that has it
 def part_files(folder) -> dict:
     """Return the files of a part that its library reads, as `members` does."""
     # Trap: the published text_encoder/ has a second copy, diffusion_pytorch_model*, which nobody
-    # reads. The two libraries also prefer different files, where there are an index and a file.
+    # reads. If there are an index and a file, diffusers takes the index, transformers the file.
     folder = Path(folder)
     stem, order = "diffusion_pytorch_model", (INDEX, ".safetensors")
     if folder.name == "text_encoder":
@@ -107,9 +107,10 @@ def _without_contents(folder, network, config):
 
 
 def _check_tensors(folder, part, net):
-    """Compare the names, shapes and kinds of all tensors in the files with a network's."""
+    """Raise ValueError unless the files hold the tensors of `net`, by name, shape and type."""
     own = {_plain(name): name for name in net.state_dict()}
-    buffers = {_plain(name) for name, _ in net.named_buffers()}  # older files may hold them
+    # Older files also hold buffers that the state dict leaves out.
+    buffers = {_plain(name) for name, _ in net.named_buffers()}
     found, where = {}, f"{folder}: {part.network.__name__}"
     for file in part_files(folder):
         with files.opened(file) as f:

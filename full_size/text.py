@@ -54,7 +54,7 @@ class Features(NamedTuple):
 
 
 def check(prompt):
-    """Raise ValueError for an empty prompt; any text will do."""
+    """Raise ValueError for an empty prompt, or one that is not UTF-8."""
     if not prompt.strip():
         raise ValueError("the prompt says nothing; describe what is to be seen and heard")
     if any("\ud800" <= c <= "\udfff" for c in prompt):  # Python's stand-ins for undecodable bytes
@@ -69,7 +69,7 @@ def networks() -> dict:
     except (ImportError, RuntimeError):
         raise ValueError(parts.REQUIRED) from None
     return {
-        # lm_head predicts the next word, which nobody asks for
+        # lm_head predicts the next word; LTX-2 reads hidden states only
         "text_encoder": parts.Part(Gemma3ForConditionalGeneration, {}, ("lm_head.",)),
         "connectors": parts.Part(LTX2TextConnectors, SWITCHES),
     }
@@ -149,10 +149,7 @@ def load_text_path(folder, dtype=torch.bfloat16):
 
 
 def encode_and_free(folder, prompts, device="cpu", dtype=torch.bfloat16) -> tuple[dict, float]:
-    """Load the text path, encode, free its memory.
-
-    -> {prompt: Features}, and the seconds of encoding without loading
-    """
+    """Return {prompt: Features}, and the seconds of encoding without loading; free the memory."""
     pipeline = load_text_path(folder, dtype).to(device)
     watch = Stopwatch(torch.device(device))
     features = encode(pipeline, prompts, device)
@@ -199,6 +196,7 @@ def encode_to_folder(read, prompts, negative, folder):
 
 def _check_grows(folder, old, old_negative, new, new_negative):
     """Raise ValueError unless the new prompts of a folder begin with the old ones."""
+    # None: the new list has already ended
     pairs = zip([old_negative, *old], [new_negative, *new, *[None] * len(old)])
     for number, (before, now) in enumerate(pairs):
         if before != now:
@@ -228,7 +226,7 @@ def _places(folder, prompts, negative):
 
 
 class EncodedPrompts:
-    """A folder that `encode_to_folder` wrote: prompts by index, read when needed."""
+    """A folder that `encode_to_folder` wrote; features are read when they are needed."""
 
     def __init__(self, folder, cfg):
         index = Path(folder, "prompts.json")
@@ -256,10 +254,11 @@ class EncodedPrompts:
         """Return the captions of (B,) indices of prompts."""
         rows = [self._read(self.places[n][1]) for n in numbers.tolist()]
         empty = [self.negative] * len(rows)
+        # of each: a pair of video (B, K, C_text) and audio (B, K, C_text)
         return Captions(*(tuple(map(torch.stack, zip(*x))) for x in (rows, empty)))
 
     def draw(self, n, generator):
-        """Return n random prompts, as the toy draws them, without clips."""
+        """Return (None, captions of n random prompts); the toy has clips in place of None."""
         return None, self.captions(torch.randint(len(self), (n,), generator=generator))
 
     def _read(self, path):

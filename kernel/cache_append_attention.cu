@@ -19,19 +19,19 @@
 //          l = l exp(m - m') + sum P        O = O exp(m - m') + P v        result O / l
 //      A second of audio has 25 queries: too few to fill a GPU. So the warps of a thread block take
 //      different tiles of keys. Each warp has its own (m, l, O), and the same formula merges them.
-//      Every number is multiplied by an ordinary core, so a loaded key serves 8 queries only.
+//      Products run on ordinary cores, and a loaded key serves only 8 queries.
 //   4. `append`, then the same on tensor cores (`tensor_cores`, `combine`). One instruction of a
 //      warp multiplies two small matrices, so a loaded key serves all 32 queries of a thread block
 //      and is read from memory once. To keep all of the GPU reading, the keys of a head are also
 //      split among thread blocks; a last small kernel merges their (m, l, O).
 //
-// Rung 2 is for many queries: 1152 video queries are bound by products, and the kernels of SDPA are
-// the better ones there. Rung 4 is for few queries in bfloat16, which are bound by reading the keys
-// and values. Rung 3 is for reading; nothing takes it by default.
+// Rung 2 is for many queries: the time of 1152 video queries goes into products, and SDPA's kernels
+// are faster there. Rung 4 is for few queries in bfloat16: their time goes into reading keys and
+// values. Rung 3 is there to be read; it is not chosen by default.
 //
 // Why `append` is a launch of its own: thread blocks of one launch run in any order, so none may
-// read a slot that the same launch writes. An earlier kernel did everything in one launch; each
-// thread block normed all new keys again. In a CUDA graph it lost everywhere (below).
+// read a slot that the same launch writes. An earlier kernel did everything in one launch, but each
+// thread block had to norm all new keys again. In a CUDA graph it was slower everywhere (below).
 //
 // Measured on one NVIDIA H100 (torch 2.11.0+cu130, 2026-11-26, bfloat16, one clip, CUDA graphs), in
 // microseconds; floors for 781 TFLOP/s and 3.0 TB/s (benchmarks/bench_attention.py):
@@ -44,9 +44,10 @@
 //   A2V, 1152 queries,        5 s      3.7       81     22.2      159        -
 //                            15 s      5.0       88     29.4      295        -
 //
-// In V2A, SDPA takes the kernel of cuDNN (65); its flash kernels need 26 and 5, `tensor_cores` 28
-// and `combine` 3. The rest is `append`, which moves 19 MB: 8. Rung 3 loses to rung 2, because it
-// does not use the tensor cores. The earlier kernel needed 19.9 for audio self, 735 for V2A.
+// V2A at 5 s: `append` moves 19 MB in 8. Attention itself takes 65 in rung 2, where SDPA chooses a
+// kernel of cuDNN (its flash kernels: 26 + 5), and 28 + 3 in rung 4 (`tensor_cores`, `combine`).
+// Rung 3 loses to rung 2, because it does not use the tensor cores. The earlier kernel needed 19.9
+// for audio self and 735 for V2A.
 //
 // The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks
 // all arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the
@@ -247,7 +248,7 @@ struct Head {
     __device__ scalar *query(int r) const { return at(a.out, Q, r); }
     __device__ const scalar *key(int j) const { return at(a.k_cache, a.slots, slot(j)); }
     __device__ const scalar *value(int j) const { return at(a.v_cache, a.slots, slot(j)); }
-    __device__ int slot(int j) const {  // beyond the last one: the last one again
+    __device__ int slot(int j) const {  // of visible key j; past the last one, the last one's
         return a.first + (j < num_keys ? j : num_keys - 1);
     }
 };
@@ -604,7 +605,8 @@ enum Rung { APPEND, ONLINE, TENSOR_CORES };
 template <typename scalar, int D>
 cudaError_t launch(int rung, const Args &a, cudaStream_t on) {
     const int Q = a.q.tokens, T = a.k.tokens, outputs = a.B * Q * a.H * D;
-    const int threads = a.H * (D / 2 / pairs_at_once<scalar, D>());  // shared: at most 32 warps
+    const int threads = a.H * (D / 2 / pairs_at_once<scalar, D>());
+    // WARP floats of shared memory: one sum for each of at most 32 warps
     cudaError_t error = run(append<scalar, D>, dim3(Q > T ? Q : T, a.B, 3), threads, WARP, a, on);
     if (error || rung == APPEND) return error;
     if (rung == ONLINE) {

@@ -35,7 +35,7 @@ def one_line_errors():
 
 
 class _Output:
-    """A stream of text that may be closed: the reader of a pipe, or the terminal, is gone.
+    """Standard output or error; may be closed, because the terminal or a pipe's reader is gone.
 
     A program that writes a film or weights goes on without it.
     """
@@ -58,7 +58,7 @@ class _Output:
         try:
             return method(*args)
         except OSError:
-            # What is buffered goes nowhere. Otherwise Python would complain about it at its end.
+            # Buffered text goes nowhere. Otherwise Python would report the error again at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
@@ -79,7 +79,7 @@ class _Parser(argparse.ArgumentParser):
         found = super().parse_args(*args)
         for action in self._actions:
             value = getattr(found, action.dest, None)
-            # A variable of the shell that is not set gives "", which as a path is the folder here.
+            # An unset variable of the shell gives "", which as a path means the current folder.
             if value != action.default and "" in (value if isinstance(value, list) else [value]):
                 self.error(f"{'/'.join(action.option_strings) or action.dest} is empty")
         return found

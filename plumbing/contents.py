@@ -1,7 +1,7 @@
-"""What is a file that is not the expected weight file?  For the one line of an error.
+"""Say in one line, for an error, what a file is that is not the expected weight file.
 
-Two tables answer: the first bytes of a file, and the names of its tensors. Each row says what the
-file is and what to do.
+There are tables for the first bytes of a file and for the names of its tensors. Each row says what
+the file is and what to do.
 """
 
 import re
@@ -55,7 +55,7 @@ LTX = (r"transformer_blocks\.\d+\.audio_attn1\.", "a transformer of LTX-2",
 
 
 def described(path) -> str:
-    """Say what a path is that is no safetensors file, by its first bytes, and what to do.
+    """Say what a path that is no safetensors file is, by its first bytes, and what to do.
 
     >>> described(__file__)
     'not a whole safetensors file; download it again'

@@ -1,4 +1,4 @@
-"""Signals as a request to stop, so that a program can end in order, however often they come."""
+"""Turn signals into a request to stop, so that a program can first finish its files."""
 
 import signal
 
@@ -6,7 +6,7 @@ NAMES = "SIGINT", "SIGTERM", "SIGHUP"  # Ctrl-C, kill, a closed terminal (Window
 
 
 class StopRequest:
-    """Inside `with`, the first signal is noted, and further ones change nothing.
+    """Note signals inside `with`; any number of them is one request.
 
     is_asked        whether a signal has come
     may_interrupt   set it where the first signal may raise KeyboardInterrupt, once

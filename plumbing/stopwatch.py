@@ -6,8 +6,8 @@
     end to end  with decoding and writing
 
 A GPU works through a queue, and the clock of the CPU only tells when work was queued. So events in
-the queue mark the stages. They are read after the stream. The CPU waits for the GPU once per block,
-when the finished block is needed, and never inside a block.
+the queue mark the stages. They are read after the stream. The CPU waits for the GPU only where the
+passes or the decoding of a block end (`lap`), never inside them.
 """
 
 import itertools
@@ -66,12 +66,12 @@ class Stopwatch:
             self.ttfc, self.ttfc_passes = self.written[-1], sum(self.passes[: len(self.written)])
 
     def watch(self, stage, function, by_cpu=False):
-        """Return a function that does the same, and times its calls as a stage of the block."""
-        # Writing the film is work of the CPU, even if there is a GPU, in a thread of its own.
+        """Return a function that does the same, and times its calls as a stage of a block."""
+        # by_cpu: writing the film, in a thread of its own; it may lag behind the decoding.
         mark, done = (time.perf_counter, self.written) if by_cpu else (self._mark, self.decoding)
 
         def watched(*args, **kwargs):
-            block, begin = len(done), mark()
+            block, begin = len(done), mark()  # all blocks before it are done
             result = function(*args, **kwargs)
             self.marks[stage].append((block, begin, mark()))
             return result
@@ -86,7 +86,7 @@ class Stopwatch:
             begin.append(self._mark())
 
         def after(net, inputs, velocities):
-            last_frame = inputs[5].video.stop  # of the span
+            last_frame = inputs[5].video.stop  # of the pass's span
             passes[last_frame] += 1
             stage = "denoise" if passes[last_frame] <= steps else "refresh"
             self.marks[stage].append((len(self.decoding), begin.pop(), self._mark()))
@@ -121,6 +121,7 @@ class Stopwatch:
         """Return rates of the whole stream, rates of its median block, and memory."""
         passes, whole, fps = sum(self.passes), self.written[-1], cfg.fps
         block = settled_median(self.passes)
+        # `written` also has the packet of the end, which is no block.
         intervals = [b - a for a, b in itertools.pairwise([0.0, *self.written])][: len(self.passes)]
         report = {
             "frames": frames,
@@ -159,7 +160,7 @@ def settled_median(seconds) -> float:
 
 
 def percentile_95(seconds) -> float:
-    """Return the smallest value that is at least as large as 95 % of all.
+    """Return the smallest of the values that is at least as large as 95 % of them.
 
     >>> percentile_95(range(1, 101)), percentile_95([3.0])
     (95, 3.0)

@@ -1,13 +1,13 @@
 """Train: optimisers, averaged weights, exact resumption, a progress line.
 
-All random numbers of step n come from a generator with the seed (seed, n). A run that was killed
-and resumed therefore continues exactly as if it had never stopped. Its state holds weights,
-averages, optimiser moments, the log and the number of the next step, but no generator.
+All random numbers of step n come from a generator seeded by (seed, n). A run that was killed and
+resumed therefore continues exactly as if it had never stopped. Its state holds weights, averages,
+optimiser moments, the log and the number of the next step, but needs no generator.
 
-Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces an update by nearly the
-closest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the rest
-(tables, biases, input and output projections). On the toy, the losses of the teacher fall clearly
-faster than with AdamW alone.
+Muon (Jordan et al. 2024) trains the matrices inside the layers. It replaces each update by nearly
+the closest orthogonal matrix, so that all directions are learnt at the same pace. AdamW trains the
+rest (tables, biases, input and output projections). On the toy, the losses of the teacher fall
+clearly faster than with AdamW alone.
 """
 
 import json
@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 
 from plumbing import cli, files, processes
 
-SEEDS = 4294  # seeds of a training are 0 to 4293; `generator` says why
+SEEDS = 4294  # number of seeds, see `generator`
 STEPS = cli.whole(1, 10**6)  # the type of --steps
 ABOUT_OUT = "weights to write; the loss curve is beside them, for weights/ in results/"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Length, batch and rates of a training.  The defaults are our choice for the toy teacher."""
+    """Settings of a training.  The defaults are our choice for the toy teacher."""
 
     steps: int
     batch: int = 16  # clips
@@ -63,9 +63,9 @@ def rate(step, recipe) -> float:
 
 def generator(seed, step) -> torch.Generator:
     """Return the only source of random numbers of a step."""
-    # Runs have at most a million steps, so each (seed, step) has its own number.
-    # Trap: a CPU generator uses only the lowest 32 bits of its number. From SEEDS on, a seed would
-    # repeat the numbers of a smaller one; `Recipe` rejects it.
+    # Runs have at most a million steps, so each (seed, step) gives another number here.
+    # Trap: a CPU generator uses only the lowest 32 bits of it. Seeds of 4294 and more would repeat
+    # the random numbers of smaller ones; `Recipe` rejects them.
     return torch.Generator().manual_seed(seed * 10**6 + step)
 
 
@@ -119,7 +119,7 @@ def nearly_orthogonal(x, steps=5):
 
 
 class Averaged:
-    """Exponential moving average of the weights of a model, which is evaluated and written."""
+    """Exponential moving average of a model's weights: these are evaluated and written."""
 
     def __init__(self, model, decay):
         self.decay, weights = decay, model.state_dict() if decay else {}
@@ -127,7 +127,7 @@ class Averaged:
 
     @torch.no_grad()
     def update(self, model, step):
-        # At first the average is mostly the initial weights, so let it follow faster then.
+        # At first the average is mostly the initial weights: let it follow faster.
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in model.state_dict().items() if self.decay else ():
             self.tensors[name].lerp_(p, 1 - decay)
@@ -182,9 +182,10 @@ class Learner:
         return parts
 
     def places(self, shapes) -> dict:
-        """Return tensors for reading a sharded state into; shapes: {name: shape} of the state."""
+        """Return tensors to read a sharded state into; shapes: {name: shape} of the state."""
         parts = self.tensors()
-        # A new optimiser has no moments yet. Moments are sharded like their parameters.
+        # A new optimiser has no moments yet. They have the shape, and the shards, of a parameter;
+        # counters of steps do not.
         for name, shape in shapes.items():
             if name.startswith("optimiser."):
                 _, i, j, _ = name.split(".")
@@ -253,8 +254,8 @@ class Run:
         """learners   by name; the first is the student, and its recipe says how many steps to run
         command    command line of this run, to be written with the weights
         folder     folder of the state; None: nothing is saved
-        settings   all that decides, besides the recipes, what the run does: a state with other
-                   settings is not resumed
+        settings   all other options that change the results; a state with other settings or
+                   recipes is not resumed
         """
         self.learners, self.command, self.settings = learners, command, settings or {}
         self.student = next(iter(learners.values()))
@@ -334,7 +335,7 @@ class Run:
     def _go_on(self, about, tensors, path):
         self._check(about, path)
         if (planned := about["settings"]["--steps"]) != self.steps:
-            # The rates of the steps behind us followed the shorter schedule.
+            # The learning rates of the past steps followed the shorter schedule.
             print(f"step {about['step']} of {planned} so far; goes on to step {self.steps}")
         self.step, self.seconds, self.log = about["step"], about["seconds"], about["log"]
         for name, learner in self.learners.items():

@@ -478,12 +478,12 @@ def test_sigkill_leaves_a_playable_part_and_the_next_run_says_so(tmp_path):
     """It lacks at most its last half second; the old film is unchanged."""
     (tmp_path / "out.mp4").write_bytes(OLD)
     process = start(tmp_path, "--seconds", 600)
-    wait_for_block(process, 3)
+    wait_for_block(process, 8)  # so the writer has finished block 8 - 1 - AHEAD, at least
     process.kill()
     process.communicate(timeout=60)
     (partial,) = set(left_in(tmp_path)) - {"out.mp4"}
     assert partial.startswith("out.") and partial.endswith(".partial.mp4")
     assert (tmp_path / "out.mp4").read_bytes() == OLD
-    assert frames_of(tmp_path / partial) >= 49 - 12
+    assert frames_of(tmp_path / partial) >= 24 * (7 - writer.AHEAD) + 1 - 12
     _, err = start(tmp_path, "--seconds", 1).communicate(timeout=60)
     assert f"{partial} is there: another run still writes it, or was killed" in err
