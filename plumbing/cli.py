@@ -41,7 +41,8 @@ class _Output:
     """
 
     def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None: closed from the start
+        # None: it was closed from the start
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
         if hasattr(stream, "reconfigure"):  # print what a terminal cannot show as \u1234
             stream.reconfigure(errors="backslashreplace")
 

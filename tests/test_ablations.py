@@ -43,6 +43,17 @@ def test_the_probe_sees_what_the_first_audio_latent_may_see(S):
         assert 0 < probe.entropy() < 1.62 and 0 < probe.share() < 1
 
 
+def test_the_probe_holds_the_weights_of_the_attention():
+    """Times the values that A0 sees, they are the attention's own output at A0."""
+    masks, ones = four_masks(replace(TINY, num_sinks=4), BLOCKS), torch.ones(16)
+    probe, heads = ablations.A0Probe(masks, 4), kv_cache.Heads(2, 1e-6, ones, ones)
+    visible = masks["audio_self"][4]
+    q, k, v = torch.randn(3, 2, len(visible), 16)
+    out = probe.attend(0, "audio_self", q, k, v, heads)
+    seen = torch.einsum("bhk,bkhd->bhd", probe.weights[0], heads.split(v)[:, visible])
+    torch.testing.assert_close(out[:, 4], seen.flatten(1))
+
+
 @pytest.mark.parametrize(
     "change", [ablations.with_gates, ablations.without_norm, ablations.with_large_logits]
 )

@@ -67,6 +67,15 @@ def test_the_floor_is_the_slower_of_two():
     assert write == pytest.approx(2 * 2048 * (2 * 25 + 4 * 1152) / 3e12)
 
 
+def test_a_rate_counts_each_operation_and_each_byte(monkeypatch):
+    """A multiply-add is two operations, a copied byte is read and written; calls take 3 s each."""
+    monkeypatch.setattr(bench.Stopwatch, "stages", lambda watch: {"calls": 15.0})
+    assert bench.matmul_rate(torch.device("cpu"), torch.float32, 6) == 2 * 6**3 / 3
+    assert bench.copy_rate(torch.device("cpu"), 6) == 2 * 6 / 3
+    monkeypatch.setattr(bench_generate.fp8.torch, "_scaled_mm", lambda *_, **__: None)
+    assert bench_generate.fp8_rate(torch.device("cpu"), 16) == 2 * 16**3 / 3
+
+
 def test_ways_that_are_wrong_are_not_timed():
     """A fast wrong answer is no answer. The truth is kv_cache.py in float64."""
     arguments = bench.inputs(bench.TINY[0], "cpu", torch.float32)

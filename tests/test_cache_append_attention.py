@@ -447,7 +447,7 @@ WRONG = {
              "v has strides .* expected contiguous rows"),
     "weights": (lambda a: {**a, "k_weight": torch.zeros(96, device=a["q"].device)[::2]},
                 "k_weight has strides .* expected a contiguous tensor"),
-    "alignment": (lambda a: {**a, "q": torch.zeros(145, device=a["q"].device)[1:].view(1, 3, 48)},
+    "alignment": (lambda a: {**a, "q": torch.zeros(146, device=a["q"].device)[2:].view(1, 3, 48)},
                   "q does not start at a multiple of 16 bytes"),
     "slots": (lambda a: {**a, "start": 6}, r"slots \[6, 11\) .* within .* slots \[0, 10\) of 15"),
     "first": (lambda a: {**a, "first": 6}, "do not lie within"),

@@ -134,8 +134,9 @@ def test_output_is_a_line_a_block_and_a_summary(run):
     assert "2/2 s" in err
 
 
-def test_the_report_holds_the_timings(run):
+def test_the_report_holds_the_timings(run, monkeypatch):
     """JSON with the times of every block, rates and medians."""
+    monkeypatch.setattr(toy_source.StreamSource, "text_seconds", 2.5)  # as if the toy had to encode
     run("--seconds", 3, "--report", "report.json")
     report = json.loads(Path("report.json").read_text())
     assert report["frames"] == 73
@@ -148,7 +149,8 @@ def test_the_report_holds_the_timings(run):
     assert report["end_to_end_fps"] < report["passes_fps"]
     assert 0 < report["ttfc_passes_seconds"] < report["ttfc_seconds"]
     assert report["ttfc_seconds"] < 73 / report["end_to_end_fps"]
-    assert report["ttfc_with_text_seconds"] == report["ttfc_seconds"] + report["text_seconds"]
+    assert report["text_seconds"] == 2.5
+    assert report["ttfc_with_text_seconds"] == report["ttfc_seconds"] + 2.5
     assert report["written_seconds"] == sorted(report["written_seconds"])
     assert report["stage_seconds"]["write"] < report["written_seconds"][-1]
     assert report["ended_by"] == []

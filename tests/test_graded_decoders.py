@@ -136,7 +136,12 @@ def random_blocks(cfg, dtype=torch.float32):
 def test_a_block_decodes_to_its_own_second():
     """Block 0 may be one frame without sound; every later one has 24 frames and 24000 samples."""
     for cfg, first in ((CFG, [1, 1, 0]), (RELEASED, [25, 101, 24000])):
-        decoder = decoders.ToyDecoder(toy_codec.load(cfg))
+        called = []
+
+        def watch(name, part, called=called):
+            return lambda *given: called.append(name) or part(*given)
+
+        decoder = decoders.ToyDecoder(toy_codec.load(cfg), watch)
         for block in random_blocks(cfg, torch.bfloat16 if cfg is RELEASED else torch.float32):
             chunk = decoder.decode(block)
             found = [len(chunk.frames), len(chunk.levels), chunk.samples.shape[-1]]
@@ -148,6 +153,9 @@ def test_a_block_decodes_to_its_own_second():
             assert shapes == ((3, 32, 32), (1,)), sizes
             for x in chunk:
                 check_dtype(x, torch.float32, "the decoders take latents in float32")
+        unseen = {"video decoder", "audio decoder", "vocoder"} - set(called)
+        timed = "call self.decode_video, self.decode_audio and self.synthesise, which are timed"
+        assert not unseen, f"{timed}: the stopwatch never sees the {', '.join(sorted(unseen))}"
 
 
 @pytest.mark.points(2, "ToyDecoder.decode")

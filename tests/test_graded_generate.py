@@ -3,6 +3,7 @@
 The network is a stand-in that records every pass and its prompt.
 """
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -130,8 +131,10 @@ def streamed(*cues, seconds=4, cfg=CFG, dtype=torch.float32, **options):
     """Run a stream to its end: the network, and the blocks."""
     net = Net(cfg, dtype)
     prompt = cues[0] if isinstance(cues[0], str) else [generate.Cue(*c) for c in cues]
+    given = prompt[:]
     with watched():
         blocks = list(generate.stream(net, prompt, seconds, **options))
+    assert prompt == given, "the list of cues is changed: the caller still needs it"
     return net, blocks
 
 
@@ -139,7 +142,9 @@ def streamed(*cues, seconds=4, cfg=CFG, dtype=torch.float32, **options):
 def test_a_prompt_applies_from_the_first_block_that_begins_at_its_time_or_later():
     """A new prompt inside a block waits for the next block; in both layouts."""
     cues = (0, "red fast metal"), (1.5, "blue slow wood"), (3, "green slow wood")
-    for cfg, begins in ((CFG, [0, 0, 1, 2, 3]), (RELEASED, [0, 1, 2, 3])):
+    skipped = cues[0], (1.2, "green slow wood"), (1.5, "blue slow wood")  # no block reads the first
+    begins_of = {CFG: [0, 0, 1, 2, 3], RELEASED: [0, 1, 2, 3]}
+    for cues, (cfg, begins) in itertools.product((cues, skipped), begins_of.items()):
         net, blocks = streamed(*cues, cfg=cfg)
         layout = f"with {cfg.prefix_video_frames} video latents in block 0"
         count = f"{layout}, 4 seconds are {len(begins)} blocks, not {len(blocks)}"

@@ -31,6 +31,11 @@ def spread(rows, tokens):
 @pytest.mark.points(1, "add_noise")
 def test_sigma_1_is_noise_and_0_is_clean():
     """A straight line from clean to noise, with levels of every clip, for one or for all tokens."""
+    for dtype in (torch.bfloat16, torch.float64):
+        x, noise = random_tensor(2, 3, 3, 3, dtype=dtype)
+        with watched(x, noise):
+            found = model.add_noise(x, noise, LEVELS)
+        check_dtype(found, dtype, "the result has the dtype of x0")
     for sigma in (LEVELS, LEVELS[:, 1:2]):
         x0 = random_tensor(3, 3, 3, requires_grad=True)
         noise = random_tensor(3, 3, 3, seed=1)
@@ -46,9 +51,6 @@ def test_sigma_1_is_noise_and_0_is_clean():
         right = (1 - s) * x0 + s * noise
         check(found, right, f"{levels}: not (1 - sigma) x0 + sigma noise", suspects)
         assert found.requires_grad, "no gradient passes on to x0"
-    for dtype in (torch.bfloat16, torch.float64):
-        x = random_tensor(3, 3, 3, dtype=dtype)
-        check_dtype(model.add_noise(x, x, LEVELS), dtype, "the result has the dtype of x0")
 
 
 @pytest.mark.points(1, "to_x0")

@@ -174,7 +174,7 @@ def block_of_tokens(name, cfg):
     return [block_of(f, prefix, step) for f in range(frames) for _ in range(tokens)]
 
 
-def regress(cfg=CFG, off=(0.0, 0.0), scale=0.0):
+def regress(cfg=CFG, off=(0.0, 0.0), scale=0.0, sigmas=SIGMAS):
     """Compute the losses of a student whose clean estimates are wrong.
 
     off     its error in every element of video and of audio, plus `scale` times random numbers
@@ -183,12 +183,13 @@ def regress(cfg=CFG, off=(0.0, 0.0), scale=0.0):
     states, errors, channels = {}, {}, (cfg.video_channels, cfg.audio_channels)
     for i, (name, C) in enumerate(zip(STREAMS, channels)):
         T = len(block_of_tokens(name, cfg))
-        states[name] = random_tensor(CLIPS, 5, T, C, seed=i)
+        states[name] = random_tensor(CLIPS, len(sigmas), T, C, seed=i)
         errors[name] = off[i] + scale * random_tensor(CLIPS, T, C, seed=10 + i)
     student = Student(cfg, [states[name][:, -1] + errors[name] for name in STREAMS])
     trajectories = CAPTIONS, states["video"], states["audio"]
-    with watched(trajectories[1:], LEVELS, CAPTIONS.features):
-        losses = ode.regression_losses(student, trajectories, LEVELS, SIGMAS, VIEW)
+    levels = LEVELS.where(LEVELS < CLEAN, len(sigmas) - 1)
+    with watched(trajectories[1:], levels, CAPTIONS.features):
+        losses = ode.regression_losses(student, trajectories, levels, sigmas, VIEW)
     assert len(losses) == 2, f"one loss for video and one for audio, not {len(losses)}"
     squares = {name: x.square().mean(-1) for name, x in errors.items()}
     return losses, student, states, squares
@@ -249,11 +250,12 @@ def test_the_student_gets_view_span_and_captions():
 
 @pytest.mark.points(1, "regression_losses")
 def test_the_target_is_the_clean_end_of_the_trajectory():
-    """A student that predicts it at every level has no loss; video comes first."""
-    losses = [loss.detach() for loss in regress()[0]]
-    for name, loss in zip(STREAMS, losses):
-        found = f"{name}: a student that predicts the clean end has a loss of {float(loss):.2f}"
-        assert loss < 1e-6, f"{found}, not 0: the target is the end of the trajectory"
+    """A student that predicts it has no loss, with 5 and with 6 levels; video comes first."""
+    for sigmas in (SIGMAS, (1.0, 0.8, 0.5, 0.3, 0.1, 0.0)):
+        for name, loss in zip(STREAMS, regress(sigmas=sigmas)[0]):
+            found = f"{name}: a student that predicts the clean end has a loss of"
+            end = f"the target is the end of the trajectory, here state {len(sigmas) - 1}"
+            assert loss.detach() < 1e-6, f"{found} {float(loss.detach()):.2f}, not 0: {end}"
     video, audio = (float(loss.detach()) for loss in regress(off=(0.0, 2.0))[0])
     swapped = "the losses are swapped: video comes first, then audio"
     assert video < 1e-4 < audio, f"{swapped}; with an error in audio alone they are {video, audio}"
@@ -262,10 +264,18 @@ def test_the_target_is_the_clean_end_of_the_trajectory():
 @pytest.mark.points(1, "regression_losses")
 def test_clean_blocks_do_not_count():
     """An error of 2 is a loss of 4, however many blocks are clean; all noisy tokens count alike."""
-    for name, loss in zip(STREAMS, regress(off=(2.0, 2.0))[0]):
-        found = float(loss.detach())
-        rule = "clean blocks, where nothing is to be learnt, must not count in the mean"
-        assert found == pytest.approx(4, rel=1e-3), f"{name}: {found:.2f} instead of 4: {rule}"
+    channels = CFG.video_channels, CFG.audio_channels
+    for name, loss, C in zip(STREAMS, regress(off=(2.0, 2.0))[0], channels):
+        suspects = {
+            f"{name}: the error is not squared, or the root of its square is taken": 2,
+            f"{name}: the sum over the channels, not their mean": 4 * C,
+        }
+        rule = (
+            "every noisy block has the same weight, and clean blocks, where nothing is to be "
+            "learnt, must not count in the mean"
+        )
+        wrong = f"{name}: an error of 2 is a loss of {float(loss.detach()):.2f} instead of 4"
+        check(loss, torch.tensor(4.0), f"{wrong}: {rule}", suspects, 1e-3)
     for cfg in (CFG, RELEASED):
         losses, student, _, squares = regress(cfg, scale=1.0)
         for name, loss in zip(STREAMS, losses):
@@ -289,3 +299,6 @@ def test_both_losses_train_the_student():
         (g,) = torch.autograd.grad(loss, student.weight, retain_graph=True, allow_unused=True)
         assert g is not None and g.any(), f"{name}: no gradient reaches the student"
         check_dtype(loss, torch.float32, f"{name}: the loss has the dtype of the latents")
+    for name, text in zip(STREAMS, (student.text.video, student.text.audio)):
+        learns = text[0][0].requires_grad
+        assert learns, f"{name}: captions are projected without gradient: their layers learn too"

@@ -80,6 +80,9 @@ def test_sinks_have_the_noise_level_of_a0():
         found = sinks.prepend_sigma(random_tensor(2, 5, dtype=dtype))
         assert found.shape == (2, 8), f"3 sinks and 5 levels became {tuple(found.shape)}"
         check_dtype(found, dtype, "noise levels keep their dtype")
+    found = sinks.prepend_sigma(torch.full((2, 5), 0.5))
+    equal = "5 levels that happen to be equal are still one for each token"
+    assert found.shape == (2, 8), f"{equal}: they became {tuple(found.shape)}, not (2, 8)"
 
 
 @pytest.mark.points(1, "SinkTokens.prepend_sigma")

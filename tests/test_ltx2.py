@@ -314,6 +314,13 @@ def test_sinks_of_a_student_are_its_own_and_of_a_teacher_fresh(tmp_path, capsys)
     assert "4 fresh ones take their place" in capsys.readouterr().out
 
 
+def test_fresh_sinks_are_the_same_in_every_process(tmp_path):
+    """Each process of a training reads the file by itself, whatever it has drawn before."""
+    path = single_file(tmp_path / "x.safetensors", theirs())
+    one, two = (load(path, replace(CFG, num_sinks=4)).sinks.tokens for _ in range(2))
+    assert torch.equal(one, two)
+
+
 def test_only_the_transformer_is_read(tmp_path, monkeypatch):
     """No tensor of another part is touched: 43 GB need not fit where 38 do."""
     read, real = [], files.opened

@@ -328,3 +328,16 @@ def test_a_training_that_does_not_fit_is_refused_with_the_number_that_does(monke
     monkeypatch.setattr(memory, "free_bytes", lambda device: 5000)
     with pytest.raises(ValueError, match="^this training needs .* in each of 1 processes"):
         memory.check_training(nets, one_pass, 2)
+
+
+def test_processes_on_a_cpu_share_its_memory(monkeypatch):
+    """Two of them need twice as much, to the byte."""
+    nets = [("g", CFG, GENERATOR)]
+    monkeypatch.setattr(memory.processes, "count", lambda: 2)
+    monkeypatch.setattr(memory, "activation_bytes", lambda *_: 5000)
+    each = memory.total(memory.training_rows(nets, 5000, 2))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * each)
+    memory.check_training(nets, one_pass, 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * each - 1)
+    with pytest.raises(ValueError, match="^this training needs .* in each of 2 processes"):
+        memory.check_training(nets, one_pass, 2)

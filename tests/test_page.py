@@ -98,6 +98,16 @@ def test_impacts_are_marked_above_the_pictures_and_onsets_below_the_sound():
     sheet.plt.close(figure)
 
 
+def test_a_strip_shows_the_middle_of_every_time_step():
+    """Four pictures a second, each of six frames: the fourth of them."""
+    frames = torch.arange(49.0).view(-1, 1, 1, 1).expand(-1, 3, 2, 2) / 48
+    figure, ax = sheet.plt.subplots()
+    sheet.draw_strip(ax, frames, 1, 1, 4, config.TOY)
+    shown = ax.images[0].get_array()[0, ::2, 0] * 48
+    assert shown.tolist() == pytest.approx([27, 33, 39, 45])
+    sheet.plt.close(figure)
+
+
 def test_a_text_becomes_one_line_without_controls():
     """Letters of all scripts stay; an undecodable byte becomes a question mark."""
     assert sheet.plain(NASTY["controls"]) == "tab and bell and NUL and escape [31m"

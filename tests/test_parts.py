@@ -252,6 +252,21 @@ def networks():
     return {**captions.networks(), **decoders.networks()}
 
 
+@pytest.mark.parametrize(
+    "part, stem, taken",
+    [("text_encoder", "model", "model.safetensors"),
+     ("vae", "diffusion_pytorch_model", "shard.safetensors")],
+)  # fmt: skip
+def test_beside_an_index_the_file_is_what_its_library_reads(tmp_path, part, stem, taken):
+    """transformers takes the file, diffusers the index."""
+    (tmp_path / part).mkdir()
+    for name in (f"{stem}.safetensors", "shard.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / part / name)
+    index = json.dumps({"weight_map": {"x": "shard.safetensors"}})
+    (tmp_path / part / f"{stem}.safetensors.index.json").write_text(index)
+    assert [file.name for file in parts.part_files(tmp_path / part)] == [taken]
+
+
 def test_a_second_copy_of_the_text_encoder_is_not_read(folder, capsys):
     """As in the published folder: neither checked nor counted."""
     (folder / "text_encoder" / "diffusion_pytorch_model.safetensors").write_bytes(bytes(10**6))

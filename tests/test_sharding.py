@@ -12,6 +12,7 @@ import socket
 import sys
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -126,10 +127,18 @@ def killed_and_resumed():
             "keys": whole.keys() == parts.keys(), "left": sorted(os.listdir("killed"))}  # fmt: skip
 
 
+def note_plan(nets, loss, batch):
+    """Write down what a stage plans its memory for."""
+    if processes.is_first():
+        with open("plans", "a") as f:
+            parts = [f"{name} {cfg.name} {recipe and recipe.ema}" for name, cfg, recipe in nets]
+            f.write(f"{batch} of {', '.join(parts)}\n")
+
+
 def distilled():
     """All three stages by their command lines, as at full size."""
     config.CONFIGS.update({cfg.name: cfg for cfg in (LTX2, FULL)})
-    config.LTX2, memory.check_training = LTX2, lambda *args: print("planned")
+    config.LTX2, memory.check_training = LTX2, note_plan
     stages = (
         (dmd, "tiny_ltx2", "--teacher", "teacher.safetensors"),
         (ode_regression, "tiny_full", "--teacher", "dmd.safetensors", "--clips", "4"),
@@ -198,6 +207,14 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_uninterrupted(two):
     assert found["at"] == 2 and found["keys"] and found["same_log"]
     assert found["differing"] == []
     assert found["left"] == ["state-000004"]
+
+
+def test_each_process_plans_for_its_own_clips(two):
+    """One of the batch of two; with every network, its config, and its average if it learns."""
+    matched = "1 of teacher tiny_ltx2 None, generator {} 0.99, critic tiny_ltx2 0.0"
+    assert (two / "plans").read_text().splitlines() == [
+        matched.format("tiny_ltx2"), "1 of student tiny_full 0.99", matched.format("tiny_full")
+    ]  # fmt: skip
 
 
 def test_consolidated_weights_are_read_as_ltx2_files(two, capsys):
@@ -311,6 +328,18 @@ def test_gradients_are_averaged_in_float32(alone, monkeypatch):
     found = {(p.param_dtype, p.reduce_dtype, p.cast_forward_inputs) for p in policies}
     assert found == {(torch.bfloat16, torch.float32, False)}
     assert len(policies) == TEACHER.num_layers + 1
+
+
+def test_a_kill_while_writing_leaves_the_old_shards(alone, tmp_path, monkeypatch):
+    """The next state that is written removes both the old one and the half one."""
+    tensors = {"x": torch.ones(3)}
+    sharding.save(tmp_path, tensors, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("torch.distributed.checkpoint.save", mock.Mock(side_effect=KeyboardInterrupt))
+        sharding.save(tmp_path, tensors, {"step": 2})
+    assert sorted(os.listdir(tmp_path)) == [".state-000002", "state-000001"]
+    sharding.save(tmp_path, tensors, {"step": 3})
+    assert os.listdir(tmp_path) == ["state-000003"]
 
 
 def test_means_over_processes_are_not_rounded(monkeypatch):

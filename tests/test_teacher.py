@@ -96,6 +96,8 @@ def test_a_seed_has_clips_of_its_own():
         clips = teacher.training_seeds(trainer.Recipe(most, 16, seed))
         assert (clips.start, clips.stop) == (seed * 10**7, (seed + 1) * 10**7)
     assert clips.stop == ode_regression.FIRST_SEED
+    with pytest.raises(ValueError, match="--seed 10: expected 0 to 9"):
+        teacher.training_seeds(trainer.Recipe(most, 16, seed=10))
 
 
 @pytest.mark.parametrize(
