@@ -96,7 +96,8 @@ class JoinedAttention(Attention):
         self.to_q, self.to_k, self.to_v, self.to_out = site.to_q, site.to_k, site.to_v, site.to_out
         self.q_norm, self.k_norm = site.q_norm, site.k_norm
         three = (self.to_q, self.to_k, self.to_v)
-        together = three if self.to_q.weight.shape == self.to_k.weight.shape else three[1:]
+        kinds = [(linear.weight.shape, linear.weight.dtype) for linear in three]  # fp8: only some
+        together = three if kinds[0] == kinds[1] else three[1:]
         for old in zip(*(linear.parameters() for linear in together)):  # weights, biases, scales
             for p, rows in zip(old, torch.cat([p.data for p in old]).split([len(p) for p in old])):
                 p.data = rows  # the old memory is freed: there is never a second copy of all

@@ -218,24 +218,24 @@ def check_exact(slowest, seconds, cfg):
 
 @pytest.mark.points(2, "shift_angles")
 def test_a_shift_is_the_difference_of_two_times():
-    """7.5 seconds later is an angle of g_j 2 * 7.5 / max more, wherever the key was."""
+    """7.3 seconds later is an angle of g_j 2 * 7.3 / max more, wherever the key was."""
     for cfg in (CFG, WIDE):
         for site in ("audio_self", "a2v", "v2a"):
-            found = rope.shift_angles(site, 7.5, cfg)
+            found = rope.shift_angles(site, 7.3, cfg)
             width = cfg.audio_width
             shape = f"{site}: one row of audio_width / 2, not {tuple(found.shape)}"
             assert found.shape == (1, width // 2), shape
             check_dtype(found, torch.float64, "angles are computed in float64")
             right, position, whole = (
                 torch.tensor([angles_by_hand([2 * s / cfg.rope_max_seconds - minus], width, cfg)])
-                for s, minus in ((7.5, 0), (7.5, 1), (7, 0))
+                for s, minus in ((7.3, 0), (7.3, 1), (7, 0))
             )
             suspects = {
-                f"{site}: this is the angle *of* 7.5 s, not the difference of 7.5 s": position,
-                f"{site}: 7.5 s are cut to 7 s: a block need not last whole seconds": whole,
+                f"{site}: this is the angle *of* 7.3 s, not the difference of 7.3 s": position,
+                f"{site}: 7.3 s are cut to 7 s: a block need not last whole seconds": whole,
             }
             check(found, right, f"{site}: wrong angle", suspects)
-            check_exact(found[0, 0], 7.5, cfg)
+            check_exact(found[0, 0], 7.3, cfg)
 
 
 @pytest.mark.points(1, "shift_angles")
