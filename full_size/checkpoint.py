@@ -112,7 +112,7 @@ def _members_of_index(path) -> dict:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"{path}: not an index of shards; expected JSON with a weight_map from tensors to "
-            f"files; download it again"
+            f"files of the same folder; download it again"
         ) from None
     return _existing(found, path)
 
@@ -247,8 +247,8 @@ def check_float(path, key, dtype):
     """Raise ValueError unless a header states an ordinary type of numbers for a tensor."""
     if dtype not in FLOATS:
         raise ValueError(
-            f"{path}: tensor {key} holds {dtype} numbers, so these are quantised weights, which "
-            f"this project does not read; take the file in bfloat16"
+            f"{path}: tensor {key} holds {dtype} numbers, so these are quantised weights, or no "
+            f"weights at all; this project reads neither; take the file in bfloat16"
         )
 
 

@@ -15,7 +15,7 @@ LTX_2 = "this project implements LTX-2 (19B), Lightricks/LTX-2 on the Hub"
 BYTES = [  # first bytes, what the file is, what to do
     (b"version https://git-lfs", "a pointer of Git LFS, without the file it points to",
      "fetch the file: git lfs pull, or hf download"),
-    (b"PK\3\4", "a pickle of PyTorch, which may run code when it is opened",
+    (b"PK\3\4", "a pickle of PyTorch, which may run code when it is opened, or another archive",
      f"take a .safetensors file; a generator of the full size can be converted: {CONVERT}"),
     (b"\x80", "a pickle, which may run code when it is opened", "take a .safetensors file"),
     (b"GGUF", "quantised weights in the format GGUF", "take the .safetensors file in bfloat16"),

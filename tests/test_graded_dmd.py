@@ -443,4 +443,3 @@ def test_the_update_returns_what_the_training_logs():
     right = {"video": 1.0, "audio": 2.0, "norm": 0.125}
     what = "generator's losses and norm by these names"
     assert right.items() <= numbers.items(), f"{numbers} does not hold the {what}: {right}"
-    assert len(numbers) > len(right), f"{numbers} holds no loss of the critic"

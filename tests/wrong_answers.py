@@ -136,7 +136,7 @@ corner instead of middle: stands at y = 0, expected 4 pixels
 columns before rows: stands at y = 12, expected 4
 - y / cfg.rope_max_pixels, x / cfg.rope_max_pixels
 + x / cfg.rope_max_pixels, y / cfg.rope_max_pixels
-a shift is a position: this is the angle *of* 7 s
+a shift is a position: this is the angle *of* 7.3 s
 - shift = 2 * seconds / cfg.rope_max_seconds
 + shift = 2 * seconds / cfg.rope_max_seconds - 1
 a shift moves in space: but the key stays at the same place
@@ -234,6 +234,9 @@ the split layout without gradient: split: no gradient passes through the rotatio
 a shift that goes through float32: the shift goes through float32
 - torch.full((1, 1), shift, dtype=torch.float64)
 + torch.full((1, 1), shift)
+seconds cut to whole ones: 7.3 s are cut to 7 s
+- shift = 2 * seconds
++ shift = 2 * int(seconds)
 """),
     "sink_tokens": patches("""
 sinks after the audio: the sinks stand after the audio
@@ -317,6 +320,9 @@ sinks are noise: sinks have
 the levels in float32: noise levels keep their dtype
 - self.tokens.shape[1]), sigma], dim=1)
 + self.tokens.shape[1]), sigma], dim=1).float()
+equal levels taken for one level: 5 levels that happen to be equal
+- if sigma.shape[1] == 1:
++ if (sigma == sigma[:, :1]).all():
 """),
     "kv_cache": patches("""
 the current block has no room: slots, not
@@ -909,6 +915,22 @@ the clip without gradient: the clip carries no gradient
 noise between passes in float32: every pass gets tokens in the dtype of the input
 -             noise = model.draw_noise(len(like), span, net.cfg, generator, like.device, like.dtype)
 +             noise = model.draw_noise(len(like), span, net.cfg, generator)
+a generator read twice: can be read only once
+-     _, video, audio = zip(*blocks)
+-     return torch.cat(video, 1), torch.cat(audio, 1)
++     return torch.cat([b.video for b in blocks], 1), torch.cat([b.audio for b in blocks], 1)
+a block cut out in float32: a block has the dtype of its clip
+- return video, audio[:, span.audio.start : span.audio.stop]
++ return video.float(), audio[:, span.audio.start : span.audio.stop].float()
+noise to the levels of the config: for its level s = 0.600
+- sigmas[i + 1]
++ net.cfg.sigmas[i + 1]
+blocks at the levels of the config: not [1.0, 0.8, 0.6, 0.3]
+- denoise(net, noise, sigmas,
++ denoise(net, noise, cfg.sigmas,
+the history of block 1 for ever: block 2: the given history is ignored
+- block_of(history, k, cfg) if
++ block_of(history, min(k, 1), cfg) if
 """),
     "dmd": patches("""
 sigma 0 is drawn: sigma = 0 was drawn, but it is no pass
@@ -1108,7 +1130,7 @@ nothing is returned: the update returns None
 numbers without names: expected losses by name
 -         return {**losses, "critic v": critic_video, "critic a": critic_audio, "norm": norm}
 +         return video, audio, norm
-the norm is lost: does not hold the losses
+the norm is lost: generator's losses and norm by these names
 - "critic a": critic_audio, "norm": norm}
 + "critic a": critic_audio}
 one of two losses: losses of the steps are
@@ -1151,6 +1173,19 @@ audio is not learnt: dmd_losses: the loss of audio gets no gradient
 seed and step swapped: not those of trainer.generator(seed, step)
 - trainer.generator(seed, step)
 + trainer.generator(step, seed)
+a divisor of at least 1: the divisor is limited to 1
+- (distance + 1e-8)
++ distance.clamp(min=1)
+one loss for both streams: also depends on the other stream
+-     return [surrogate(x, dmd_gradient(x, *rf)) for x, *rf in zip(clips, r, f)]
++     both = sum(surrogate(x, dmd_gradient(x, *rf)) for x, *rf in zip(clips, r, f))
++     return both, both
+the critic learns the drawn clips: critic step 1: the loss gets other clips
+- critic_losses(critic.model, made, captions, g)
++ critic_losses(critic.model, clips, captions, g)
+names of the streams swapped: generator's losses and norm by these names
+- "video": video, "audio": audio
++ "video": audio, "audio": video
 """),
     "ode_regression": patches("""
 off by one step: off by one step
@@ -1316,10 +1351,10 @@ the first state as a target: the target is the end of the trajectory
 the loss of clip 0: video: not the mean squared error over the tokens of noisy blocks
 -         masked_mean((p - end).square().mean(-1), model.per_token(s, p) > 0)
 +         masked_mean((p - end)[:1].square().mean(-1), model.per_token(s, p)[:1] > 0)
-absolute errors: instead of 4
+absolute errors: the error is not squared
 - (p - end).square().mean(-1)
 + (p - end).abs().mean(-1)
-a sum over channels: instead of 4
+a sum over channels: the sum over the channels, not their mean
 - (p - end).square().mean(-1)
 + (p - end).square().sum(-1)
 weighted by the noise: instead of 4
@@ -1334,6 +1369,13 @@ every clip counts alike: the mean of the means of the clips
 two at least: the mean of 4 alone should be 4, not 2
 - processes.averaged(mask.sum()).clamp(min=1)
 + mask.sum().clamp(min=2)
+captions projected without gradient: their layers learn too
+-     text = net.project_text(*captions.features)
++     with torch.no_grad():
++         text = net.project_text(*captions.features)
+the fifth state as the end: the target is the end of the trajectory, here state 5
+- ends = video[:, -1].flatten(1, 2), audio[:, -1]
++ ends = video[:, 4].flatten(1, 2), audio[:, 4]
 """),
     "self_forcing": patches("""
 an exit step for every block: exit steps differ between blocks
@@ -1404,7 +1446,7 @@ the window of inference by default: window=None: the cache keeps
 a window of one block more: window=20: the cache keeps [21] blocks
 - CachedView(net.cfg, blocks, window)
 + CachedView(net.cfg, blocks, window and window + 1)
-the history of no clips: the history is made of [None]
+the history of no clips: the history is made of something else
 - history(clips) if history else None
 + history(None) if history else None
 the history is returned: the clips must still be the generated ones
@@ -1415,6 +1457,9 @@ the history is returned: the clips must still be the generated ones
 +     )
 +     made = whole_clip(rolled)
 +     return real or made
+the clips themselves as history: `history` is a function
+- history(clips) if history else None
++ clips if history else None
 """),
     "decoders": patches("""
 the first input as long as the others: the first 1, the others 8
@@ -1517,6 +1562,9 @@ levels of the last block for ever: a block begins at the last mel frame
 the sound of a block without its seam: expected [24, 100, 24000]
 - heard = torch.cat([self.levels, levels])
 + heard = levels
+the codec itself, which nobody times: the stopwatch never sees the video decoder
+- self.decode_video(block.video.float().cpu(), first)[0]
++ self.codec.decode_video(block.video.float().cpu(), first)[0]
 """),
     "generate": patches(r"""
 NaN passes: --seconds nan: accepted as nan
@@ -1679,5 +1727,18 @@ a list of blocks: the stream runs before a block is asked for: return a generato
 at least a second: --seconds 0.5 is refused
 - if not 0 < seconds <= MOST_SECONDS:
 + if not 1 <= seconds <= MOST_SECONDS:
+the latest text of the list, whichever it is: reads 'green slow wood'
+-         while len(texts) <= index:  # each prompt is projected once, when its time has come
+-             features = read(cues[len(texts)].prompt)
+-             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
+-         return texts[index]
++         if len(texts) <= index:
++             features = read(cues[len(texts)].prompt)
++             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
++         return texts[-1]
+an end mark appended to the cues: the list of cues is changed
+-     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
++     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
++     cues.append(Cue(MOST_SECONDS, ""))
 """),
 }
