@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grading import check, check_dtype, random_tensor, watched
+from grading import check, check_dtype, close, random_tensor, watched
 
 import config
 import rope
@@ -147,6 +147,8 @@ def test_a_table_of_one_row_rotates_all_tokens_alike():
             rows = [[rotated_by_hand(row.double(), angles[0].tolist(), layout) for row in clip]
                     for clip in x.detach()]  # fmt: skip
             right = torch.stack([torch.stack(row) for row in rows])
+            rounded = close(y, right) and not close(y, right, atol)
+            assert not rounded, f"{layout}: {dtype} is rounded on the way: compute in it or wider"
             check(y, right, f"{layout}: a table of one row does not rotate all tokens", {}, atol)
             assert y.requires_grad, f"{layout}: no gradient passes through the rotation"
 
