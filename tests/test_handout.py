@@ -151,6 +151,8 @@ def test_the_zip_file_grades_as_gradescope_runs_it(tmp_path):
         (tmp_path / folder).mkdir()
     wrong = source_of("masks").replace("k <= q", "k < q")
     (tmp_path / "submission" / "masks.py").write_text(wrong, "utf-8")
+    (tmp_path / "submission" / "old").mkdir()
+    (tmp_path / "submission" / "old" / "results.json").write_text('{"score": 1000}', "utf-8")
     python(tmp_path, tmp_path / "source" / "run_autograder", tmp_path)
     found = json.loads((tmp_path / "results" / "results.json").read_text("utf-8"))
     assert found["score"] == sum(test["score"] for test in found["tests"]) == 4
@@ -160,6 +162,10 @@ def test_the_zip_file_grades_as_gradescope_runs_it(tmp_path):
         assert test["visibility"] == "visible"
     failed = [test["output"] for test in found["tests"] if not test["score"]]
     assert any("every token attends to every other one" in output for output in failed)
+    (tmp_path / "submission" / "masks.py").unlink()  # nothing to grade
+    python(tmp_path, tmp_path / "source" / "run_autograder", tmp_path)
+    found = json.loads((tmp_path / "results" / "results.json").read_text("utf-8"))
+    assert found["score"] == 0 and "expected" in found["output"]
 
 
 def test_the_workflow_has_the_names_that_github_expects(course):
