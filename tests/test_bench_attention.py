@@ -65,6 +65,9 @@ def test_the_floor_is_the_slower_of_two():
     # `write` reads and writes q, k and v, and nothing else
     write = bench.floor(full_shape("v2a", 5), rate, 2, "write")
     assert write == pytest.approx(2 * 2048 * (2 * 25 + 4 * 1152) / 3e12)
+    # numbers of 4 bytes take twice as long to move
+    audio = bench.floor(full_shape("audio_self", 5), rate, 4)
+    assert 1e6 * audio == pytest.approx(2 * floors["audio_self", 5])
 
 
 def test_a_rate_counts_each_operation_and_each_byte(monkeypatch):

@@ -42,6 +42,7 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_decode, "MEL_FRAMES", [(16, 4)])
     monkeypatch.setattr(page, "fill_in", None)
     args = "--device", "cpu", "--tiny", "--seconds", 3, "--out", tmp_path / "x.json"
+    args += "--block-seconds", 2
     status, out, err = run_here(bench_decode, args, monkeypatch, capsys)
     assert status == 0, err
     written = json.loads((tmp_path / "x.json").read_text())
@@ -49,7 +50,7 @@ def test_it_runs_and_prints_its_table(tmp_path, monkeypatch, capsys):
     assert (plain["blocks_before_first_second"], ahead["blocks_before_first_second"]) == (2, 3)
     assert plain["border"] > 1.1 * ahead["border"] and plain["seconds_later"] == 0
     decoding = ahead["decode_seconds"] - plain["decode_seconds"]
-    assert ahead["seconds_later"] == pytest.approx(1 + decoding)  # passes of a block take 1 s
+    assert ahead["seconds_later"] == pytest.approx(2 + decoding)  # passes of a block take 2 s
     assert sound["seam"] < 0.1 and plain["seam"] is None
     assert out.count("| video |") == 2 and "%" in out
     assert bench_decode.picture_table(written["video_decoder"]) in out
@@ -109,3 +110,6 @@ def test_a_table_is_filled_in_between_its_marks(tmp_path):
     assert path.read_text() == "before\n<!-- x -->\n| 2 |\n<!-- x -->\nafter\n"
     with pytest.raises(ValueError, match="expected the mark <!-- y --> twice, found it 0 times"):
         page.fill_in("y", "", path)
+    path.write_text("<!-- x -->\n" * 3)
+    with pytest.raises(ValueError, match="twice, found it 3 times"):
+        page.fill_in("x", "", path)

@@ -85,6 +85,14 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     assert bench_generate.window_table(rows[:1]).count("FPS") == 2
 
 
+def test_the_textbook_is_so_many_times_slower(monkeypatch):
+    """2 s of ours, 1.5 s of the fastest, 6 s of the textbook: three and four times."""
+    times = iter((2.0, 6.0))
+    monkeypatch.setattr(bench_generate, "time_block", lambda *_: next(times))
+    found = bench_generate.beside_textbook(subject(random_model(tiny(PAPER))), 1, fastest=1.5)
+    assert (found["textbook_over_ours"], found["textbook_over_fastest"]) == (3, 4)
+
+
 def test_all_streams_of_a_recorded_net_use_the_same_caches():
     """Until one needs more: then the old ones are freed before the new ones are made."""
     net = random_model(tiny(PAPER), torch.float32)

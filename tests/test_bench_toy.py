@@ -1,7 +1,7 @@
 """The benchmark of the toy counts right; run here on a random model."""
 
 import torch
-from helpers import PAPER, random_clip, random_model, tiny
+from helpers import PAPER, random_clip, random_model, random_text, tiny
 from pytest import approx
 
 import config
@@ -31,6 +31,16 @@ def test_without_a_cache_all_blocks_are_in_every_pass(monkeypatch):
         for x, levels, whole, new in zip(streams, (sigma_video, sigma_audio), clip, blocks[-1]):
             assert torch.equal(x, whole)
             assert levels.count_nonzero() == levels[:, -new.shape[1] :].count_nonzero() > 1
+
+
+def test_a_rerun_is_not_timed_with_the_next_block(monkeypatch):
+    """By a clock that moves only while the prefix is run again."""
+    net, now = random_model(tiny(PAPER), torch.float32), [0.0]
+    monkeypatch.setattr(bench_toy, "LONGEST_PREFIX", 2)
+    monkeypatch.setattr("plumbing.stopwatch.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(bench_toy, "time_rerun", lambda *_: now.append(now.pop() + 5) or 5.0)
+    found = bench_toy.bench_prefix(net, random_text(net, net.cfg))
+    assert found == {"cached_seconds": [0, 0, 0], "rerun_seconds": [5, 5, 5]}
 
 
 def test_the_floor_is_below_the_measurement(monkeypatch):

@@ -14,7 +14,7 @@ from order import ORDER
 
 import exercises.coursework as coursework
 from full_size import memory
-from plumbing import cli, stopwatch
+from plumbing import cli, stopwatch, texts
 
 COMMANDS = [name for name in ORDER if "\n        main()\n" in (ROOT / name).read_text("utf-8")]
 NEVER = ["-1", "nan", "inf", "-inf", "1e99", "-1e99", "9" * 21, "9" * 5000, "", " ", "x", "0x10"]
@@ -161,6 +161,13 @@ def test_an_answer_may_begin_with_a_byte_order_mark(tmp_path):
     answer.write_text(functions, "utf-16")
     with pytest.raises(ValueError, match="masks.py is text in UTF-16; expected Python in UTF-8"):
         coursework.check_answer("masks", answer)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_may_begin_with_a_byte_order_mark(tmp_path, encoding):
+    """A config or an index that an editor has saved is still one."""
+    (tmp_path / "config.json").write_text('{"a": "é"}', encoding)
+    assert texts.read_json(tmp_path / "config.json") == {"a": "é"}
 
 
 def test_peak_memory_is_optional(monkeypatch):

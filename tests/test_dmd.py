@@ -289,3 +289,13 @@ def test_prompts_are_those_of_the_training_world():
     true, tokens = toy_world.caption_tokens(clips), captions.features[0].argmax(-1)
     assert ((tokens == true) | (tokens == 0)).all() and (tokens == 0).any()
     assert (tokens == true).float().mean() > 0.7
+
+
+def test_no_prompt_is_of_a_held_out_clip(monkeypatch):
+    """Clips from HELD_OUT on are for the evaluation."""
+    drawn, draw_clips = [], toy_world.draw_clips
+    monkeypatch.setattr(
+        toy_world, "draw_clips", lambda seeds: drawn.extend(seeds) or draw_clips(seeds)
+    )
+    DRAW(64, rng())
+    assert len(drawn) == 64 and max(drawn) < toy_world.HELD_OUT

@@ -144,6 +144,7 @@ def test_a_broken_fragment_is_cut_off(tmp_path):
         assert cut.stat().st_size <= end
         assert counts[-1] == (frames_of(cut) if counts[-1] else 0)
     assert counts[0] == 0 and counts == sorted(counts) and counts[-1] > 80
+    assert mp4.keep_whole_fragments(cut) == counts[-1]  # now it ends where a fragment ends
 
 
 # ---- signals ----

@@ -74,6 +74,22 @@ def test_a_recorded_stream_is_the_same_bit_by_bit(cfg):
     assert recorded.counts["replayed"] > recorded.counts["recorded"]
 
 
+@torch.no_grad()
+def test_a_recording_is_not_replayed_where_more_is_read():
+    """A stream that pins nothing writes the slots of one that does, but reads fewer."""
+    net, texts = with_texts(CFG)
+
+    def clip(net, pinned):
+        g, view = torch.Generator().manual_seed(0), CachedView(CFG, BLOCKS, WINDOW, pinned)
+        return rollout.whole_clip(
+            rollout.rollout(net, lambda k: texts[0], BLOCKS, SIGMAS, g, view=view)
+        )
+
+    recorded = Counting(net)
+    for pinned in (True, False):
+        assert_bitwise(clip(net, pinned), clip(recorded, pinned))
+
+
 def test_after_a_warm_up_streams_are_only_replayed():
     """Two streams, another prompt in the middle, fewer passes, a short one: bitwise the plain ones,
     in the same memory, and no pass is recorded."""

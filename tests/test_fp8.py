@@ -306,6 +306,15 @@ def test_an_error_is_relative_to_the_velocity():
     assert error["audio_error"] == [0, 0, 0]
 
 
+def test_the_table_of_errors_ends_in_the_worst_block(monkeypatch):
+    """Of [all blocks, best block, worst block], the first and the last; rows, then kinds."""
+    monkeypatch.setattr(study.evaluate, "table", lambda rows: "")
+    row = {"video_error": [0.2, 0.1, 0.3], "audio_error": [0.5, 0.4, 0.6]}
+    lines = study.table({"fp8, 0-5 s": row}, {"all MLPs": row}).splitlines()[-2:]
+    cells = "| 0.2000, 0.3000 | 0.5000, 0.6000 |"
+    assert lines == [f"| fp8 {cells}", f"| all MLPs {cells}"]
+
+
 def test_one_scale_serves_a_whole_tensor():
     """The control to scales by row: a row a million times larger costs the others' digits."""
     x = torch.randn(2, 3, 8)

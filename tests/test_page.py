@@ -14,6 +14,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 import config
+import masks
 from film import page, sheet
 from kv_cache import RollingCache
 from studies import plots
@@ -95,6 +96,16 @@ def test_impacts_are_marked_above_the_pictures_and_onsets_below_the_sound():
         for mark, time, wall in zip(marks, *events):
             assert mark.get_xydata().tolist() == [[time, ax.get_ylim()[edge]]]
             assert mark.get_color() == sheet.WALL_COLOURS[wall]
+    sheet.plt.close(figure)
+
+
+def test_the_second_row_of_a_sheet_has_its_own_sound():
+    """It begins at second 10; sound begins there, too."""
+    frames, sound = toy_clip(12)
+    sound[:1000], sound[1000:] = 0, 1
+    figure = sheet.draw_clip(frames, sound)
+    first, second = (figure.axes[row].images[0].get_array() for row in (1, 3))
+    assert first[:, :-1].max() == 0 and second.min() == 1
     sheet.plt.close(figure)
 
 
@@ -297,6 +308,20 @@ def test_the_masks_are_drawn_from_the_command_line(tmp_path, monkeypatch, capsys
     status, printed, _ = run_here(plots, ["masks", "--out", out], monkeypatch, capsys)
     assert status == 0 and printed == f"wrote {out}\n"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_axes_of_a_mask_are_marked_by_the_blocks_of_their_own_stream():
+    """Queries down, keys across; lines stand where a block begins."""
+    cfg = config.TOY
+    video, audio = masks.video_token_blocks(3, cfg), masks.audio_token_blocks(3, cfg)
+    figure = plots.draw_masks(cfg, 3)
+    queries_and_keys = (video, video), (audio, audio), (video, audio), (audio, video)
+    for ax, (queries, keys) in zip(figure.axes, queries_and_keys, strict=True):
+        down = [y[0] for y in (line.get_ydata() for line in ax.lines) if y[0] == y[1]]
+        across = [x[0] for x in (line.get_xdata() for line in ax.lines) if x[0] == x[1]]
+        for lines, blocks in ((down, queries), (across, keys)):
+            assert lines == [(blocks < k).sum() - 0.5 for k in (1, 2)]
+    plots.plt.close(figure)
 
 
 def test_drift_is_drawn_at_the_middle_of_each_interval():

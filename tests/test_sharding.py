@@ -315,6 +315,15 @@ def test_noise_levels_reach_a_sharded_net_in_float32(alone, monkeypatch):
     assert all(map(torch.equal, whole, parts))
 
 
+def test_a_sharded_net_lacks_no_tensor(alone):
+    """One that is missing would keep what was in the memory before."""
+    tensors = random_model(TEACHER, torch.float32).state_dict()
+    name, _ = tensors.popitem()
+    net = sharding.shard(model.build(TEACHER, device="meta"), torch.float32)
+    with pytest.raises(ValueError, match=f"^tensor {name} is missing$"):
+        sharding.fill(net, tensors.items())
+
+
 def test_gradients_are_averaged_in_float32(alone, monkeypatch):
     """Every layer, and the model around them, although they compute in bfloat16."""
     policies, fully_shard = [], torch.distributed.fsdp.fully_shard

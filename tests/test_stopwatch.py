@@ -103,6 +103,17 @@ def test_the_first_second_is_timed_with_its_passes_apart(clock):
     assert (watch.ttfc, watch.ttfc_passes) == (6, 4) and len(watch.peaks) == 3
 
 
+def test_passes_after_the_first_second_do_not_count_for_it(clock):
+    """The writer lags behind: block 2 is made before block 1, with the first second, is written."""
+    watch = Stopwatch()
+    for _ in range(3):
+        clock.pass_by(2)
+        watch.block_made()
+    for has_first_second in (False, True):
+        watch.block_written(has_first_second)
+    assert watch.ttfc_passes == 4
+
+
 def test_events_of_a_gpu_are_read_in_milliseconds():
     """Two calls of 1500 ms in one block are a stage of three seconds."""
     event = SimpleNamespace(elapsed_time=lambda end: 1500.0)

@@ -117,6 +117,12 @@ def test_decoded_pixels_and_levels_stay_in_range(codec):
     assert levels.min() == 0
 
 
+def test_levels_above_1_are_not_cut_off(codec, clip):
+    """Two impacts at once are louder than one; here everything is twice as loud."""
+    _, louder = codec.encode(clip[0][:1], 2 * clip[1][:1])
+    assert codec.decode_audio(louder, True).max() > 1.2
+
+
 def test_components_recover_what_lies_in_their_span():
     """Three components reproduce 3-dimensional data exactly, and each has its own size."""
     torch.manual_seed(0)

@@ -546,3 +546,12 @@ def test_steps_and_batch_are_the_toys_or_the_papers(given, expected, monkeypatch
     stages.add_options(p, dmd.STEPS, "dmd")
     args = stages.parse(p, dmd.STEPS)
     assert (args.steps, args.batch) == expected
+
+
+@pytest.mark.parametrize("run", ["there/x", "there/x/"])
+def test_weights_lie_beside_the_folder_of_their_run(run, monkeypatch):
+    """By default, and under its name; shells complete a folder with a slash."""
+    monkeypatch.setattr(sys, "argv", ["dmd.py", "--run", run])
+    p = cli.parser("")
+    stages.add_options(p, dmd.STEPS, "dmd")
+    assert stages.parse(p, dmd.STEPS).out == "there/x.safetensors"
