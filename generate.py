@@ -296,21 +296,23 @@ def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
     writer, errors = Writer(movie, watch), []
     form = "{desc} {n:.0f}/{total:.0f} s {bar}"
     with noted(errors), tqdm(total=seconds, desc="video", bar_format=form) as bar:
-        stop.may_interrupt = True  # during the passes: an unfinished block may be lost
-        for block in blocks:
+        try:
+            stop.may_interrupt = True  # during the passes: an unfinished block may be lost
+            for block in blocks:
+                stop.may_interrupt = False
+                watch.block_made()
+                chunk = decoder.decode(block)
+                latents = {"video latents": block.video, "audio latents": block.audio}
+                writer.add(packet(f"block {block.index}", chunk, latents))
+                watch.block_decoded()
+                low, high = block_interval(block.index, decoder.cfg)
+                bar.update(high - low)
+                bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
+                if stop.is_asked:
+                    break
+                stop.may_interrupt = True
+        finally:  # also after an error: the film is not to be interrupted
             stop.may_interrupt = False
-            watch.block_made()
-            chunk = decoder.decode(block)
-            latents = {"video latents": block.video, "audio latents": block.audio}
-            writer.add(packet(f"block {block.index}", chunk, latents))
-            watch.block_decoded()
-            low, high = block_interval(block.index, decoder.cfg)
-            bar.update(high - low)
-            bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
-            if stop.is_asked:
-                break
-            stop.may_interrupt = True
-        stop.may_interrupt = False
     with noted(errors):
         writer.add(packet("the end", decoder.finish()))
     with noted(errors):

@@ -103,13 +103,13 @@ def _members_of(folder, names) -> dict:
 def _members_of_index(path) -> dict:
     found = {}
     try:
-        for key, name in json.loads(texts.read_text(path))["weight_map"].items():
+        for key, name in texts.read_json(path)["weight_map"].items():
             if ".." in Path(name).parts or Path(name).is_absolute() or not Path(name).name:
                 raise ValueError  # outside of this folder, or the folder itself
             found.setdefault(path.parent / name, []).append(key)
         if not found:
             raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
             f"{path}: not an index of shards; expected JSON with a weight_map from tensors to "
             f"files of the same folder; download it again"
@@ -226,7 +226,7 @@ class Checkpoint:
             return _from_diffusers(texts.read_json(beside))
         try:
             return dict(**json.loads(text or "{}").get("transformer", {}))
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f"{self.path}: its metadata have the config {text[:40]!r}; expected JSON with a "
                 f"dictionary under 'transformer'; take the file as it was published"

@@ -78,3 +78,14 @@ def random_tensor(*shape, seed=0, dtype=torch.float32, **options):
     """Draw a tensor of the standard normal distribution, without the global generator."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.to(dtype).requires_grad_(options.get("requires_grad", False))
+
+
+def fill(view):
+    """Allocate the caches of a view, as the first pass does: an eviction rotates their keys."""
+    cfg = view.cfg
+    for layer in view.layers:
+        for site, cache in layer.items():
+            width = cfg.video_width if site == "video_self" else cfg.audio_width
+            if cache.k is None:
+                heads = cfg.num_heads, width // cfg.num_heads
+                cache.append(*torch.zeros(2, 1, cache.num_new, *heads))

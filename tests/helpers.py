@@ -16,11 +16,12 @@ import torch
 import config
 from masks import block_span, clip_span
 from model import OmniTransformer
-from plumbing import cli
+from plumbing import cli, files
 
 ROOT = Path(__file__).parent.parent
 PAPER = replace(config.TOY, name="paper")
 MERGED = replace(config.TOY, name="merged", prefix_video_frames=4, prefix_audio_frames=26)
+SMALL = replace(config.TOY, num_layers=1, num_heads=2, video_width=16, audio_width=16)
 LAYOUTS = [replace(cfg, num_sinks=S) for cfg in (PAPER, MERGED) for S in (0, 16)]
 
 # prompts that something between the command line and a picture might take for its own
@@ -61,6 +62,12 @@ def random_model(cfg, dtype=torch.float64, seed=0):
         scale = p.shape[-1] ** -0.5 if name.endswith(".weight") else 0.3
         torch.nn.init.normal_(p, mean=1.0 if near_one else 0.0, std=scale)
     return model.requires_grad_(False)
+
+
+def save_small_student(path):
+    """Write a random student of the config SMALL, in float32."""
+    files.save_weights(path, random_model(SMALL, torch.float32).state_dict(), SMALL, {})
+    return path
 
 
 def random_text(model, cfg, length=3, clips=1):

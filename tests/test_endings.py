@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, random_model, run_here
+from helpers import ROOT, SMALL, run_here, save_small_student
 
 import config
 import generate
@@ -32,7 +31,6 @@ from model import OmniTransformer
 from plumbing import files, interrupts
 from toy import source as toy_source
 
-SMALL = replace(config.TOY, num_layers=1, num_heads=2, video_width=16, audio_width=16)
 OLD = b"an older film"
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -40,9 +38,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """The file of a tiny random student."""
-    path = tmp_path_factory.mktemp("weights") / "student"
-    files.save_weights(path, random_model(SMALL, torch.float32).state_dict(), SMALL, {})
-    return path
+    return save_small_student(tmp_path_factory.mktemp("weights") / "student")
 
 
 @pytest.fixture
@@ -289,6 +285,21 @@ def test_an_error_after_the_film_keeps_the_film(run, monkeypatch, tmp_path, brok
     status, _, err = run("--seconds", 1, "--html", "page.html", "--report", "report.json")
     assert status == 2 and err.endswith("RuntimeError: broken; 25 frames are kept in out.mp4\n")
     assert frames_of("out.mp4") == 25
+
+
+def test_signals_after_an_error_do_not_cost_the_film(run, monkeypatch, tmp_path):
+    """The passes break in block 3; a signal comes while the film is being finished."""
+    close = Movie.close
+
+    def close_or_signal(self):
+        signal.raise_signal(signal.SIGINT)
+        close(self)
+
+    monkeypatch.setattr(Movie, "close", close_or_signal)
+    break_at(monkeypatch, OmniTransformer, "forward", 5 * 3 + 2, MemoryError())
+    status, _, err = run("--seconds", 4)
+    assert status == 2 and "MemoryError" in err and "49 frames are kept" in err
+    assert assert_kept(tmp_path) == 49
 
 
 def test_an_error_in_the_first_block_leaves_the_old_film(run, monkeypatch, tmp_path):

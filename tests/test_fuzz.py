@@ -13,16 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_model, run_here
+from helpers import SMALL, random_model, run_here, save_small_student
 from safetensors.torch import save_file
 
 import config
 import generate
 from full_size import weights
-from plumbing import files
 from toy import source as toy_source
 
-SMALL = replace(config.TOY, num_layers=1, num_heads=2, video_width=16, audio_width=16)
 SECONDS = 30  # for one trial
 NUMBERS = ["0", "1", "2", "-1", "1e99", "nan", "inf", "-inf", "1e-9", "9" * 40, "0x10", "1_0", "½"]
 TEXTS = ["", " ", "red", "red fast metal", "$x^2$", "@film@", "16:9 red", "1: red", "1:red", "\0"]
@@ -49,9 +47,7 @@ VALUES = {
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
     """The file of a tiny random student."""
-    path = tmp_path_factory.mktemp("weights") / "student"
-    files.save_weights(path, random_model(SMALL, torch.float32).state_dict(), SMALL, {})
-    return path
+    return save_small_student(tmp_path_factory.mktemp("weights") / "student")
 
 
 @pytest.fixture

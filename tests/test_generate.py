@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from helpers import NASTY, random_model, run_here
+from helpers import NASTY, SMALL, random_model, run_here
 from safetensors.torch import save_file
 
 import config
@@ -34,7 +34,6 @@ from toy import source as toy_source
 from toy import world as toy_world
 
 ROOT = Path(generate.__file__).parent
-SMALL = replace(config.TOY, num_layers=1, num_heads=2, video_width=16, audio_width=16)
 OLD = b"an older film"
 
 

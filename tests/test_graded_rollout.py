@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from grading import check, check_dtype, close, random_tensor, watched
+from grading import check, check_dtype, close, fill, random_tensor, watched
 from torch import nn
 
 import config
@@ -110,16 +110,6 @@ class Net(nn.Module):
             s = s.repeat_interleave(noisy.shape[1] // s.shape[1], 1)[..., None]
             velocities.append(torch.where(s > 0, (noisy - x0) / s, 0.0))
         return velocities
-
-
-def fill(view):
-    """Allocate the caches of a view, as the first pass does: an eviction rotates their keys."""
-    for layer in view.layers:
-        for site, cache in layer.items():
-            width = CFG.video_width if site == "video_self" else CFG.audio_width
-            if cache.k is None:
-                heads = CFG.num_heads, width // CFG.num_heads
-                cache.append(*torch.zeros(2, 1, cache.num_new, *heads))
 
 
 def levels(net, block):
