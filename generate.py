@@ -32,24 +32,18 @@ rates are those of the median block, from the third block on. --report also has 
 whole stream, of each block and of each stage.
 """
 
-import contextlib
 import re
-import sys
 from bisect import bisect_left
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import config
-from film.mp4 import Movie, check_film, partial_films
-from film.writer import Writer, packet
+from film.filming import StopRequest, check_targets, finish, open_movie, run
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView
 from masks import block_interval, num_blocks, trained_window
-from plumbing import cli, files
-from plumbing.interrupts import StopRequest
+from plumbing import cli
 from plumbing.stopwatch import Stopwatch
 from rollout import few_step_sigmas, rollout
 from toy import source as toy_source
@@ -125,11 +119,13 @@ def stream(
     window   blocks kept besides prefix and sinks; None: all. With 4 (3 if block 0 is a whole
              second), no key is further away than in a training clip of 5 seconds
     steps    passes per block besides the refresh; default: as trained
-    batch    clips with the same prompt and different noise
+    seed     of the noise of the first clip; the next clips have the next seeds
+    batch    clips with the same prompt
     read     words -> caption features (1, K, C_text), one for both streams or one for each
     """
     cfg, blocks = net.cfg, num_blocks(seconds, net.cfg)
     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
+    generators = [torch.Generator().manual_seed((seed + b) % 2**32) for b in range(batch)]
     like, texts = next(net.parameters()), []
 
     def text_at(k):
@@ -141,7 +137,7 @@ def stream(
 
     without_gradients = torch.inference_mode()(rollout)
     return without_gradients(
-        net, text_at, blocks, few_step_sigmas(cfg, steps), torch.Generator().manual_seed(seed),
+        net, text_at, blocks, few_step_sigmas(cfg, steps), generators,
         batch=batch, view=CachedView(cfg, blocks, window),
     )  # fmt: skip
 
@@ -155,8 +151,12 @@ class Request(NamedTuple):
     cfg: config.Config
     cues: list[Cue]
     seconds: float
+    seed: int
     window: int
     steps: int | None
+    out: str  # film; its contact sheet lies beside it
+    html: str | None
+    report: str | None
     weights: str | None
     ltx2: str | None
     device: torch.device
@@ -263,12 +263,25 @@ def check_args(args) -> Request:
         from full_size import faster
 
         speedups = faster.find_speedups(args.speed_up, device)
+    check_targets(args.out, args.html, args.report)
     return Request(
-        cfg, cues, seconds, window, args.steps, args.weights, args.ltx2, device,
+        cfg=cfg,
+        cues=cues,
+        seconds=seconds,
+        seed=args.seed,
+        window=window,
+        steps=args.steps,
+        out=args.out,
+        html=args.html,
+        report=args.report,
+        weights=args.weights,
+        ltx2=args.ltx2,
+        device=device,
         dtype=DTYPES[args.dtype or ("float32" if cfg.is_toy else "bfloat16")],
-        speedups=speedups, in_fp8=args.dtype == "fp8",
+        speedups=speedups,
+        in_fp8=args.dtype == "fp8",
         video_overlap=(args.video_context or 4, args.video_look_ahead or 0),
-    )  # fmt: skip
+    )
 
 
 def open_source(request):
@@ -288,148 +301,20 @@ def open_source(request):
     return source
 
 
-def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
-    """Make a film of the blocks; return its small pictures, and the errors that ended it.
-
-    After an error, the later steps still run: they write the finished blocks.
-    """
-    writer, errors = Writer(movie, watch), []
-    form = "{desc} {n:.0f}/{total:.0f} s {bar}"
-    with noted(errors), tqdm(total=seconds, desc="video", bar_format=form) as bar:
-        try:
-            stop.may_interrupt = True  # during the passes: an unfinished block may be lost
-            for block in blocks:
-                stop.may_interrupt = False
-                watch.block_made()
-                chunk = decoder.decode(block)
-                latents = {"video latents": block.video, "audio latents": block.audio}
-                writer.add(packet(f"block {block.index}", chunk, latents))
-                watch.block_decoded()
-                low, high = block_interval(block.index, decoder.cfg)
-                bar.update(high - low)
-                bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
-                if stop.is_asked:
-                    break
-                stop.may_interrupt = True
-        finally:  # also after an error: the film is not to be interrupted
-            stop.may_interrupt = False
-    with noted(errors):
-        writer.add(packet("the end", decoder.finish()))
-    with noted(errors):
-        writer.close()
-    with noted(errors):
-        movie.close()
-    return writer.pictures, errors
-
-
-@contextlib.contextmanager
-def noted(errors):
-    """Put an error into the list instead of raising it."""
-    try:
-        yield
-    except KeyboardInterrupt:  # somebody asked for the end: no error
-        pass
-    except Exception as error:  # also of libraries, also a lack of memory
-        errors.append(error)
-
-
-def progress_line(index, low, high, watch):
-    """The times of a block, on one line."""
-    times = f"passes {1000 * watch.passes[-1]:5.0f} ms   decode {1000 * watch.decoding[-1]:4.0f} ms"
-    return f"block {index:3}  {low:4g} - {high:<4g} s   {times}"
-
-
-def sheet_of(film) -> Path:
-    """Path of a film's contact sheet."""
-    return Path(film).with_suffix(".png")
-
-
-def check_targets(film, page, report):
-    """Raise ValueError for a file that cannot be written, or has a wrong ending."""
-    check_film(film)
-    files.check_writable(sheet_of(film))
-    if page:
-        files.check_writable(page, suffix=".html")
-    if report:
-        files.check_writable(report, suffix=".json")
-
-
-def save_pictures(args, request, pictures, movie):
-    """Write contact sheet and page."""
-    from film import sheet  # it loads matplotlib, which takes half a second
-
-    title = ", then ".join(cue.prompt for cue in request.cues)
-    pictures, levels = map(torch.cat, zip(*pictures))
-    sheet.save(sheet.draw_clip(pictures, levels, title, request.cfg), sheet_of(movie.path))
-    if args.html:
-        from film import page
-
-        contents = page.contents(pictures, levels, request, (movie.frames - 1) / request.cfg.fps)
-        page.write(args.html, movie.path, title, contents)
-
-
-def finish(args, request, stop, pictures, errors, watch, movie, text_seconds):
-    """Write pictures and report; print what was made.  Raises the first error."""
-    if movie.frames:
-        report = {**request.about(), **watch.report(movie.frames, request.cfg)}
-        report |= {"text_seconds": text_seconds, "ended_by": [*map(in_one_line, errors)]}
-        if watch.ttfc:
-            report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
-        with noted(errors):
-            save_pictures(args, request, pictures, movie)
-        with noted(errors):
-            if args.report:
-                files.write_json(args.report, report)
-    elif not errors:
-        errors.append(ValueError("interrupted before the first block was finished"))
-    if errors:
-        kept = f"{movie.frames} frames are kept in {movie.path}"
-        kept = kept if movie.frames else "nothing was written"
-        raise ValueError(f"{in_one_line(errors[0])}; {kept}") from errors[0]
-    if stop.is_asked:
-        print(f"interrupted: {movie.frames} frames are kept in {movie.path}", file=sys.stderr)
-    print(summary(report, request.cfg.fps))
-    written = [movie.path, sheet_of(movie.path), *filter(None, (args.html, args.report))]
-    print(f"wrote {' and '.join(map(str, written))}")
-
-
-def in_one_line(error) -> str:
-    """The first line of an error, with its type where the message alone says too little."""
-    first = "".join(str(error).splitlines()[:1])
-    return first if isinstance(error, ValueError) else f"{type(error).__name__}: {first}"
-
-
-def summary(report, fps) -> str:
-    """The rates, on one line."""
-    ttfc = f"{report['ttfc_seconds']:.2f} s" if report["ttfc_seconds"] else "-"
-    passes, both = report["settled_passes_fps"], report["settled_end_to_end_fps"]
-    return (
-        f"{report['frames']} frames: TTFC {ttfc}, passes {passes:.0f} FPS = {passes / fps:.1f}x "
-        f"real time, end to end {both:.0f} FPS = {both / fps:.1f}x, "
-        f"peak memory {report['peak_memory_mb']:.0f} MB"
-    )
-
-
 def main():
-    args = options().parse_args()
-    request = check_args(args)
-    check_targets(args.out, args.html, args.report)
-    for film in partial_films(args.out):
-        print(f"{film} is there: another run still writes it, or was killed", file=sys.stderr)
+    request = check_args(options().parse_args())
     source = open_source(request)
     watch = Stopwatch(request.device)
-    decoder, cfg = source.decoder(watch.watch), source.net.cfg
-    watch.watch_passes(source.net, len(few_step_sigmas(cfg, request.steps)) - 1)
-    size = cfg.height, cfg.width
+    decoder, sigmas = source.decoder(watch.watch), few_step_sigmas(source.net.cfg, request.steps)
+    watch.watch_passes(source.net, len(sigmas) - 1)
     with StopRequest() as stop:
-        movie = Movie(args.out, size, cfg.fps, decoder.sample_rate, decoder.channels, decoder.scale)
-        movie.add = watch.watch("write", movie.add, by_cpu=True)
+        movie = open_movie(request.out, decoder, watch)
         blocks = stream(
-            source.net, request.cues, request.seconds, args.seed, request.window, request.steps,
+            source.net, request.cues, request.seconds, request.seed, request.window, request.steps,
             read=source.read,
         )  # fmt: skip
         made = run(blocks, decoder, movie, watch, request.seconds, stop)
-        finish(args, request, stop, *made, watch, movie, source.text_seconds)
+        finish(request, stop, *made, watch, movie, source.text_seconds)
 
 
 if __name__ == "__main__":

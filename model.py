@@ -61,13 +61,24 @@ def add_noise(x0, noise, sigma):
 
 
 def draw_noise(n, span, cfg, generator, device=None, dtype=None):
-    """Pure noise for n clips of a span: (n, T_v, C_v) and (n, F_a, C_a)."""
+    """Pure noise for n clips of a span: (n, T_v, C_v) and (n, F_a, C_a).
+
+    generator   torch.Generator on the CPU, or a list with one for each clip
+    """
     shapes = (
         (n, len(span.video) * cfg.tokens_per_frame, cfg.video_channels),
         (n, len(span.audio), cfg.audio_channels),
     )
     # Drawn on the CPU, video first, so that a seed gives the same noise on every device.
-    return [to_device(torch.randn(shape, generator=generator), device, dtype) for shape in shapes]
+    return [to_device(draw_normal(shape, generator), device, dtype) for shape in shapes]
+
+
+def draw_normal(shape, generator):
+    """Normal numbers (n, ...); with a list of n generators, each clip has numbers of its own."""
+    if isinstance(generator, list):  # so a clip does not depend on the others in its batch
+        n, *rest = shape
+        return torch.stack([torch.randn(rest, generator=generator[b]) for b in range(n)])
+    return torch.randn(shape, generator=generator)
 
 
 def noise_like(x, generator):

@@ -42,7 +42,7 @@ def rollout(
 
     text_at     function from block index to `model.TextKV`: the prompt may change between blocks
     sigmas      noise levels from 1 to 0: len(sigmas) - 1 passes per block, and the refresh
-    generator   torch.Generator on the CPU, the only source of randomness
+    generator   torch.Generator on the CPU, or a list with one per clip: the only randomness
     view        the cache; default: a CachedView that evicts nothing
     exit_steps  for each block, the index of its last pass, see `denoise`; None: all passes
     history     clean (video, audio) of a real clip, cached instead of the generated blocks

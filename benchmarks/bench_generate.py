@@ -47,6 +47,7 @@ import generate
 import model
 from benchmarks import page
 from benchmarks.bench_attention import matmul_rate, seconds
+from film import filming
 from film.mp4 import Movie, av
 from full_size import decoders, faster, fp8, memory, text, weights
 from kernel import cache_append_attention as kernel
@@ -278,7 +279,7 @@ def bench_film(net, subject, window, blocks, speedups) -> dict:
         movie = Movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
         movie.add = watch.watch("write", movie.add, by_cpu=True)
         stream = generate.stream(net, "x", seconds, window=window, read=lambda _: subject.features)
-        _, errors = generate.run(stream, decoder, movie, watch, seconds)
+        _, errors = filming.run(stream, decoder, movie, watch, seconds)
     for error in errors:
         raise error
     written = itertools.pairwise(watch.written[: len(watch.passes)])

@@ -11,10 +11,10 @@ ROOT = Path(__file__).parent.parent
 
 ORDER = """
 config.py masks.py rope.py sink_tokens.py plumbing/contents.py plumbing/texts.py plumbing/files.py
-kernel/cache_append_attention.py kv_cache.py model.py rollout.py
-plumbing/cli.py plumbing/interrupts.py plumbing/stopwatch.py
+kernel/library.py kernel/cache_append_attention.py kv_cache.py model.py rollout.py
+plumbing/cli.py plumbing/stopwatch.py
 toy/world.py toy/codec.py toy/detectors.py
-film/decoders.py film/mp4.py film/writer.py film/sheet.py film/page.py
+film/decoders.py film/mp4.py film/writer.py film/sheet.py film/page.py film/filming.py
 toy/source.py generate.py
 plumbing/processes.py plumbing/trainer.py plumbing/stages.py
 teacher.py dmd.py ode_regression.py self_forcing.py

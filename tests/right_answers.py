@@ -800,7 +800,8 @@ FOLLOWED = {
 
             return torch.inference_mode()(rollout)(
                 net, text_at, blocks, few_step_sigmas(cfg, steps),
-                torch.Generator().manual_seed(seed), batch, view=CachedView(cfg, blocks, window))
+                [torch.Generator().manual_seed((seed + b) % 2**32) for b in range(batch)],
+                batch, view=CachedView(cfg, blocks, window))
         """,
     },
     "dmd": {

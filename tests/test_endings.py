@@ -24,11 +24,11 @@ from helpers import ROOT, SMALL, run_here, save_small_student
 
 import config
 import generate
-from film import mp4, page, sheet, writer
+from film import filming, mp4, page, sheet, writer
 from film.decoders import Chunk
 from film.mp4 import Movie
 from model import OmniTransformer
-from plumbing import files, interrupts
+from plumbing import files
 from toy import source as toy_source
 
 OLD = b"an older film"
@@ -210,14 +210,14 @@ def test_signals_at_any_moment_leave_a_whole_film(run, monkeypatch, tmp_path, se
         senders[0].start()
         return stream(*args, **how)
 
-    end = interrupts.StopRequest.__exit__
+    end = filming.StopRequest.__exit__
 
     def no_more_signals(self, *error):
         senders[0].is_over = True
         senders[0].join()
         end(self, *error)
 
-    monkeypatch.setattr(interrupts.StopRequest, "__exit__", no_more_signals)
+    monkeypatch.setattr(filming.StopRequest, "__exit__", no_more_signals)
     monkeypatch.setattr(generate, "stream", with_signals)
     status, out, err = run("--seconds", 600)
     if "nothing was written" in err:

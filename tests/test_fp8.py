@@ -261,10 +261,8 @@ def test_a_full_size_request_in_fp8_reaches_the_weights_and_the_plan(weights, mo
     seen = mock.MagicMock()
     for name in ("memory", "weights", "text", "decoders", "hub", "parts"):
         monkeypatch.setattr(source, name, getattr(seen, name))
-    request = generate.Request(
-        CFG, [generate.Cue(0, "x")], 1, 1, None, weights, "ltx2", torch.device("cpu"), BF16,
-        in_fp8=True,
-    )  # fmt: skip
+    line = "--config full --ltx2 ltx2 --dtype fp8 --weights"
+    request = generate.check_args(generate.options().parse_args([*line.split(), weights]))
     seen.text.encode_and_free.return_value = {}, 0.0
     StreamSource(request)
     load = seen.weights.random_weights if weights == "random" else seen.weights.Source().load

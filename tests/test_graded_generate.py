@@ -207,6 +207,9 @@ def test_the_seed_fixes_the_stream_and_options_are_passed_on():
             assert not is_related(one, other), "another seed gives the same stream"
             alike = is_related(one[0], one[1]) or is_related(one[0], one[2])
             assert not alike, "two clips of a batch start from the same noise"
+        for second, other in zip(starts[0][k], starts[2][k]):
+            same = torch.equal(second[1], other[0])
+            assert same, "clip 1 of a batch from seed 3 is not the clip of seed 4"
     is_new = not is_related(starts[0][1][0], starts[0][2][0])
     assert is_new, "blocks 1 and 2 get the same noise: use one generator"
     assert {p[2] for p in net.passes} == {2}, "the window is not passed on to the cache"

@@ -1592,9 +1592,9 @@ a prompt projected for every block: keep their keys and values
 +         texts.clear()
 +         while len(texts) <= index:
 the same noise in every block: blocks 1 and 2 get the same noise
--         net, text_at, blocks, few_step_sigmas(cfg, steps), torch.Generator().manual_seed(seed),
-+         net, lambda k: g.manual_seed(seed) and text_at(k), blocks, few_step_sigmas(cfg, steps),
-+         (g := torch.Generator()),
+-         net, text_at, blocks, few_step_sigmas(cfg, steps), generators,
++         net, lambda k: [g.manual_seed(seed + b) for b, g in enumerate(generators)]
++         and text_at(k), blocks, few_step_sigmas(cfg, steps), generators,
 window forgotten: the window is not passed on
 - view=CachedView(cfg, blocks, window)
 + view=CachedView(cfg, blocks)
@@ -1692,14 +1692,20 @@ the words of the toy: audio does not get its own features
 - features = read(cues[len(texts)].prompt)
 + features = toy_source.toy_features(cues[len(texts)].prompt)
 the global seed: global random numbers are used or seeded
-- few_step_sigmas(cfg, steps), torch.Generator().manual_seed(seed)
+- few_step_sigmas(cfg, steps), generators
 + few_step_sigmas(cfg, steps), torch.manual_seed(seed) and None
 seed 0 always: another seed gives the same stream
-- torch.Generator().manual_seed(seed)
-+ torch.Generator().manual_seed(0)
+- manual_seed((seed + b) % 2**32)
++ manual_seed(b)
 a random seed: the same seed gives another stream
-- torch.Generator().manual_seed(seed)
-+ (g := torch.Generator(), g.seed())[0]
+- generators = [torch.Generator().manual_seed((seed + b) % 2**32) for b in range(batch)]
++ generators = [(g := torch.Generator(), g.seed())[0] for b in range(batch)]
+one generator for all clips: clip 1 of a batch from seed 3 is not the clip of seed 4
+- few_step_sigmas(cfg, steps), generators
++ few_step_sigmas(cfg, steps), generators[0]
+the same noise for all clips: two clips of a batch start from the same noise
+- manual_seed((seed + b) % 2**32)
++ manual_seed(seed)
 steps forgotten: steps=3 is not 3 passes
 - few_step_sigmas(cfg, steps)
 + few_step_sigmas(cfg)
@@ -1717,11 +1723,11 @@ no window is a window of four: window=None should keep all blocks
 + view=CachedView(cfg, blocks, window or 4)
 a list of blocks: the stream runs before a block is asked for: return a generator
 -     return without_gradients(
--         net, text_at, blocks, few_step_sigmas(cfg, steps), torch.Generator().manual_seed(seed),
+-         net, text_at, blocks, few_step_sigmas(cfg, steps), generators,
 -         batch=batch, view=CachedView(cfg, blocks, window),
 -     )  # fmt: skip
 +     return list(without_gradients(
-+         net, text_at, blocks, few_step_sigmas(cfg, steps), torch.Generator().manual_seed(seed),
++         net, text_at, blocks, few_step_sigmas(cfg, steps), generators,
 +         batch=batch, view=CachedView(cfg, blocks, window),
 +     ))
 at least a second: --seconds 0.5 is refused
