@@ -49,10 +49,10 @@
 // Rung 3 loses to rung 2, because it does not use the tensor cores. The earlier kernel needed 19.9
 // for audio self and 735 for V2A.
 //
-// The interface is plain C, called through ctypes by kernel/cache_append_attention.py, which checks
-// all arguments. Compiling without PyTorch's headers takes seconds, and any PyTorch can use the
-// result. Sources: Dao et al., FlashAttention (2022) and Flash-Decoding (2023); Milakov and
-// Gimelshein, Online normalizer calculation for softmax (2018); CUDA C++ Programming Guide.
+// The interface is plain C, called through ctypes by kernel/library.py, which checks all arguments.
+// Compiling without PyTorch's headers takes seconds, and any PyTorch can use the result. Sources:
+// Dao et al., FlashAttention (2022) and Flash-Decoding (2023); Milakov and Gimelshein, Online
+// normalizer calculation for softmax (2018); CUDA C++ Programming Guide.
 
 #ifdef __CUDACC__  // else: tests compile this file with g++ and tests/emulation.h
 #include <cuda_bf16.h>
@@ -73,7 +73,7 @@ struct Projection {  // queries or keys, before norm and rotation
     int rope_rows;  // `tokens`, or 1: the same angles for all tokens, or 0: no rotation
 };
 
-struct Args {  // the same fields in the same order as Args in cache_append_attention.py
+struct Args {  // the same fields in the same order as Args in library.py
     Projection q, k;
     StridedRows v;            // values, T tokens like the keys
     void *k_cache, *v_cache;  // (B, slots, H*D)

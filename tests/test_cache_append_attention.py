@@ -43,10 +43,11 @@ HERE = Path(__file__).parent
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # -Og: with more optimisation, compiling takes longer than it saves.
 EMULATE = ["g++", "-std=c++17", "-Og", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-x", "c++"]
-OPS = kernel.RUNGS
+library = kernel._library()  # at once: the operators find `kernel.emulated` of this module
+OPS = library.RUNGS
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to emulate the kernel")
-needs_nvcc = pytest.mark.skipif(kernel.find_nvcc() is None, reason="no nvcc to compile the kernel")
+needs_nvcc = pytest.mark.skipif(library.find_nvcc() is None, reason="no nvcc to compile the kernel")
 needs_gpu = pytest.mark.gpu  # skipped where there is none (conftest.py)
 EMULATED_AND_REAL = [
     pytest.param("cpu", marks=needs_gxx, id="emulated"),
@@ -58,12 +59,12 @@ def emulate(source, target):
     """Compile a kernel source for the CPU."""
     include = ["-include", str(HERE / "emulation.h")]
     subprocess.run([*EMULATE, *include, str(source), "-o", str(target)], check=True)
-    return kernel.Kernel(target)
+    return library.Kernel(target)
 
 
 @pytest.fixture(scope="session")
 def emulated_kernel(tmp_path_factory):
-    return emulate(kernel.SOURCE, tmp_path_factory.mktemp("emulated") / "kernel.so")
+    return emulate(library.SOURCE, tmp_path_factory.mktemp("emulated") / "kernel.so")
 
 
 @pytest.fixture(params=EMULATED_AND_REAL)
@@ -376,6 +377,7 @@ def test_what_the_kernel_does_not_support_is_left_to_pytorch(name, device):
 def test_within_strict_a_missing_kernel_is_an_error(monkeypatch):
     """Except on the meta device, where nothing runs, and within `strict(False)`."""
     monkeypatch.setattr(kernel, "emulated", None)
+    monkeypatch.delattr(kernel, "_library")  # which is not even imported
     stream = Stream(CASES["one key"])
     inputs = [stream.to_kernel(x) for x in stream.draw()]
     with kernel.strict():
@@ -472,18 +474,18 @@ def test_a_struct_of_another_size_is_refused(emulated_kernel, monkeypatch):
     """A field added on one side only would shift all fields after it."""
 
     class Longer(ctypes.Structure):
-        _fields_ = [*kernel.Args._fields_, ("more", ctypes.c_int64)]
+        _fields_ = [*library.Args._fields_, ("more", ctypes.c_int64)]
 
-    monkeypatch.setattr(kernel, "Args", Longer)
+    monkeypatch.setattr(library, "Args", Longer)
     with pytest.raises(RuntimeError, match="Args has 208 bytes, here 216"):
-        kernel.Kernel(emulated_kernel.path)
+        library.Kernel(emulated_kernel.path)
 
 
 def test_a_cuda_error_is_raised(device):
     """The library has no tensor cores for float32: the launch fails with an error."""
     launch = kernel.kernel_or_reason(device)
     with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
-        launch(torch.float32, 64, OPS.index("tensor_cores"), kernel.Args(), None)
+        launch(torch.float32, 64, OPS.index("tensor_cores"), library.Args(), None)
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -515,22 +517,22 @@ def test_without_a_kernel_the_path_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernel.path() == "PyTorch: no GPU"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernel, "find_nvcc", lambda: None)
-    assert kernel._find.__wrapped__(0) == "no nvcc"
+    monkeypatch.setattr(library, "find_nvcc", lambda: None)
+    assert library.find.__wrapped__(0) == "no nvcc"
 
 
 def test_a_library_is_built_anew_for_another_compiler_source_or_gpu(monkeypatch, tmp_path):
     """The same ones find the library that is there."""
     compiler, source = tmp_path / "nvcc", tmp_path / "x.cu"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel, "SOURCE", source)
+    monkeypatch.setattr(library, "SOURCE", source)
 
     def built(version="1", text="a", capability=(9, 0)):
         script = f'[ "$1" = --version ] && echo {version} && exit\nshift $(($# - 1))\ntouch "$1"\n'
         compiler.write_text(f"#!/bin/sh\n{script}")
         compiler.chmod(0o755)
         source.write_text(text)
-        return kernel.build(str(compiler), capability)
+        return library.build(str(compiler), capability)
 
     assert len({built(), built("2"), built(text="b"), built(capability=(8, 0))}) == 4
     assert built() == built() and len(list(tmp_path.rglob("*.so"))) == 4
@@ -542,9 +544,9 @@ def test_a_failed_build_is_reported_and_pytorch_runs(monkeypatch, capsys, tmp_pa
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] && echo 1 || { echo oh no >&2; exit 3; }\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(kernel, "find_nvcc", lambda: str(compiler))
+    monkeypatch.setattr(library, "find_nvcc", lambda: str(compiler))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert "oh no" in kernel._find.__wrapped__(0)
+    assert "oh no" in library.find.__wrapped__(0)
     assert "PyTorch runs instead" in capsys.readouterr().err
     assert not list((tmp_path / "cache").rglob("*.so"))
 
@@ -559,12 +561,12 @@ QUICK = ["-DHEAD_SIZES(X)=X(64)", "-Xcicc", "-O0", "-Xptxas", "-O0"]
 def test_the_real_library_builds_once_and_fails_loudly_without_a_gpu(monkeypatch, tmp_path, capsys):
     """The library is cached; a launch without a driver raises an error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel, "FLAGS", [*kernel.FLAGS, *QUICK])
-    path = kernel.build(kernel.find_nvcc(), (9, 0))
-    assert kernel.build(kernel.find_nvcc(), (9, 0)) == path
+    monkeypatch.setattr(library, "FLAGS", [*library.FLAGS, *QUICK])
+    path = library.build(library.find_nvcc(), (9, 0))
+    assert library.build(library.find_nvcc(), (9, 0)) == path
     assert capsys.readouterr().err.count("compiling") == 1
     assert [p.name for p in tmp_path.rglob("*.so")] == [path.name]
-    real = kernel.Kernel(path)
+    real = library.Kernel(path)
     if torch.cuda.is_available():
         pytest.skip("built, but there is a GPU: no launch without a driver")
     with pytest.raises(RuntimeError, match="CUDA error 35"):
@@ -580,12 +582,12 @@ def test_the_real_library_builds_once_and_fails_loudly_without_a_gpu(monkeypatch
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_no_register_is_spilled(arch, tmp_path):
     """Two kernels in three dtypes and four head sizes, and two more: none spills."""
-    command = [kernel.find_nvcc(), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(kernel.SOURCE)]
+    command = [library.find_nvcc(), "-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(library.SOURCE)]
     command += ["-o", str(tmp_path / "kernel.cubin")]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spilled = re.findall(r"(\d+) bytes spill stores", text)
-    assert spilled == ["0"] * (2 * 3 * len(kernel.HEAD_SIZES) + 2)
+    assert spilled == ["0"] * (2 * 3 * len(library.HEAD_SIZES) + 2)
 
 
 @needs_gpu
@@ -687,7 +689,7 @@ BUG_CASES = (  # and the operators that run them
 
 def planted(edits):
     """Return the source of the kernel with a bug."""
-    source = kernel.SOURCE.read_text()
+    source = library.SOURCE.read_text()
     for old, new in edits:
         assert source.count(old) == 1, f"the source has changed: {old!r} is not in it once"
         source = source.replace(old, new)
@@ -726,9 +728,9 @@ def bugs(tmp_path_factory):
     return emulate(folder / "bugs.cu", folder / "bugs.so")
 
 
-def is_found(library, number, seed) -> bool:
+def is_found(bugs, number, seed) -> bool:
     """Whether any case fails, with threads and thread blocks in order (seed 0) or shuffled."""
-    code = ctypes.CDLL(str(library.path))
+    code = ctypes.CDLL(str(bugs.path))
     code.choose(number)
     code.emulation_shuffle(seed)
     try:
@@ -762,7 +764,7 @@ def test_without_a_bug_none_is_found(bugs, monkeypatch):
 # ---- sanitizers ----
 
 
-def sanitize(sanitizer, folder, source=kernel.SOURCE):
+def sanitize(sanitizer, folder, source=library.SOURCE):
     """Build and run tests/sanitize.cpp: -> exit status and messages of the sanitizer."""
     options = ["-std=c++17", "-g", "-O1", "-DEMULATION_THREADS", f"-fsanitize={sanitizer}"]
     options += [f'-DSOURCE="{source}"', "-fno-sanitize-recover=all"]
@@ -826,7 +828,7 @@ WATCH = """
 import pathlib, sys
 sys.path[:0] = sys.argv[2:]
 import test_cache_append_attention as tests
-tests.kernel.SOURCE = pathlib.Path(sys.argv[1])
+tests.library.SOURCE = pathlib.Path(sys.argv[1])
 tests.check_everything("cuda")
 """
 
@@ -862,11 +864,11 @@ def can_be_watched():
         pytest.skip(f"compute-sanitizer cannot watch this GPU: {' '.join(text.split())[:300]}")
 
 
-def sanitize_on_gpu(tool, folder, monkeypatch, source=kernel.SOURCE):
+def sanitize_on_gpu(tool, folder, monkeypatch, source=library.SOURCE):
     """Run every case under a tool of compute-sanitizer: -> exit status and output."""
-    monkeypatch.setattr(kernel, "SOURCE", source)
+    monkeypatch.setattr(library, "SOURCE", source)
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    kernel.build(kernel.find_nvcc(), torch.cuda.get_device_capability())  # unwatched
+    library.build(library.find_nvcc(), torch.cuda.get_device_capability())  # unwatched
     options = ["--tool", tool, "--error-exitcode", "1"]
     for name in OURS:
         options += ["--kernel-name", f"kernel_substring={name}"]
