@@ -10,10 +10,13 @@
            whole prefix under the masks, as in the first official release
   cost     time of five seconds by the teacher, by a whole clip in four passes, by a stream
 
-The script uses one thread, also in the processes that it starts. It writes results/bench_toy.json
-and results/bench_toy.png, or what --out says.
+The first three run the layers of generate.py (toy/faster.py), the others compare ways to make the
+same clip with the layers of model.py, which all of them can use. The script uses one thread, also
+in the processes that it starts. It writes results/bench_toy.json and results/bench_toy.png, or what
+--out says.
 """
 
+import copy
 import json
 import os
 import platform
@@ -37,7 +40,7 @@ from masks import clip_span, four_masks, trained_window
 from plumbing import cli, files
 from plumbing.stopwatch import Stopwatch, settled_median
 from studies import plots
-from toy import source, world
+from toy import faster, source, world
 
 CPU = torch.device("cpu")
 THREADS = 1  # more threads would speed up some parts, and make all of them vary more
@@ -88,7 +91,8 @@ def bench_long(repeats=3) -> dict:
 
 def bench_floor(net, features) -> dict:
     """Time the passes of a block with a full window; compute their lower bound here."""
-    view = CachedView(net.cfg, WINDOW + 3, WINDOW)
+    view, net = CachedView(net.cfg, WINDOW + 3, WINDOW), copy.deepcopy(net)
+    faster.speed_up(net)
     operations = bench_generate.flops_of_block(net.cfg, WINDOW, features[0].shape[1])
     rate = matmul_rate(CPU, torch.float32, 2048)
     block = bench_generate.time_block(net, features, view, WINDOW + 1, CPU)

@@ -1,8 +1,8 @@
 """Latents to frames and sound, block by block: chunked decoding, and the toy's decoder.
 
-The toy's codec decodes every latent by itself. The decoders of LTX-2 (full_size/decoders.py) were
-made for whole clips: pictures and samples depend on later latents, too, which do not exist yet.
-`ChunkedDecoder` runs each of them on a growing sequence:
+The toy's pictures depend on the latent and the one before. The decoders of LTX-2
+(full_size/decoders.py) were made for whole clips: pictures and samples depend on later latents,
+too, which do not exist yet. `ChunkedDecoder` runs each of them on a growing sequence:
 
     latents    ... 4 5 6 | 7 8 9 | 10        one chunk: context, new inputs, look-ahead
     written              | 7 8 9 |           the part of the result that is kept
@@ -77,14 +77,18 @@ class Chunk(NamedTuple):
 
 
 class ToyDecoder:
-    """Decode the blocks of one toy stream, without context or look-ahead."""
+    """Decode the blocks of one toy stream, without look-ahead."""
 
     channels, scale, sample_rate = 1, 10, toy_codec.SAMPLE_RATE  # 32 pixels become 320
 
     def __init__(self, codec, watch=lambda _, f: f):
-        """watch: `Stopwatch.watch`, to time the three parts."""
+        """codec: `ToyCodec` or `LearnedCodec`; watch: `Stopwatch.watch`, to time three parts."""
         self.codec, self.cfg = codec, codec.cfg
-        self.decode_video = watch("video decoder", codec.decode_video)
+        # One latent more than the codec looks back to, because the first of a chunk is decoded as
+        # if it were the first of the clip: the frames that depend on it are dropped, too.
+        stride, context = self.cfg.video_stride, 1 + codec.look_back
+        self.chunks = ChunkedDecoder(self._decode_chunk, stride, 1, context)
+        self.decode_video = watch("video decoder", self._decode_next)
         self.decode_audio = watch("audio decoder", codec.decode_audio)
         self.synthesise = watch("vocoder", toy_codec.synthesise)
         self.levels = torch.zeros(0, toy_world.BANDS)  # the last mel frame, once there is one
@@ -101,6 +105,15 @@ class ToyDecoder:
         samples = self.synthesise(heard, self.mel_frames - len(self.levels), self.cfg)
         self.levels, self.mel_frames = levels[-1:], self.mel_frames + len(levels)
         return Chunk(frames, levels, samples[None])
+
+    def _decode_next(self, tokens, starts_clip):
+        """Decode the next block's video tokens (B, T, 48) to frames (B, P, 3, H, W)."""
+        latents = tokens.unflatten(1, (-1, self.cfg.tokens_per_frame)).transpose(1, 2)
+        return self.chunks.add(latents).transpose(1, 2)  # the first chunk starts the clip
+
+    def _decode_chunk(self, latents):
+        tokens = latents.transpose(1, 2).flatten(1, 2)
+        return self.codec.decode_video(tokens, True).transpose(1, 2)
 
     def finish(self) -> Chunk:
         """Return an empty chunk: `decode` has returned everything."""

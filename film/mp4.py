@@ -13,6 +13,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from plumbing import files
 
@@ -38,7 +40,7 @@ class Movie:
 
         size       (height, width) of the frames in pixels
         channels   1 or 2
-        scale      integer factor by which frames are enlarged
+        scale      integer factor by which frames are enlarged, smoothly
         """
         self.path, self.scale, self.fps = Path(path), scale, fps
         check_film(self.path)
@@ -48,7 +50,8 @@ class Movie:
         self.file = av.open(str(self.partial), "w", format="mp4", options=GROWING)
         self.video = self.file.add_stream("libx264", rate=fps)
         # zerolatency: the encoder keeps no frame back to compare it with later frames
-        self.video.options = {"preset": "veryfast", "crf": "16", "tune": "zerolatency"}
+        # ultrafast: half the time of "veryfast" with crf 16, in the toy for equal size and quality
+        self.video.options = {"preset": "ultrafast", "crf": "14", "tune": "zerolatency"}
         self.video.pix_fmt = "yuv420p"
         self.video.height, self.video.width = (n * scale for n in size)
         self.layout = {1: "mono", 2: "stereo"}[channels]
@@ -63,9 +66,8 @@ class Movie:
             sound.time_base = Fraction(1, self.audio.rate)
             self.samples += samples.shape[1]
             self.file.mux(self.audio.encode(sound))
-        for frame in frames:
-            large = frame.repeat(self.scale, axis=0).repeat(self.scale, axis=1)
-            picture = av.VideoFrame.from_ndarray(large, "rgb24")
+        for frame in enlarged(frames, self.scale):
+            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
             picture.pts, picture.time_base = self.frames, Fraction(1, self.fps)
             self.frames += 1
             self.file.mux(self.video.encode(picture))
@@ -93,6 +95,16 @@ class Movie:
             raise
         finally:
             self.partial.unlink(missing_ok=True)
+
+
+def enlarged(frames, scale):
+    """Enlarge frames (P, H, W, 3) of uint8 smoothly, by an integer factor."""
+    if scale == 1 or not len(frames):
+        return frames
+    x = torch.from_numpy(frames).permute(0, 3, 1, 2)  # of bytes: much faster than of floats
+    # antialias changes nothing in a larger picture, but chooses the softer of two bicubic curves
+    x = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
+    return x.permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def copy_with_index(film, path):

@@ -150,7 +150,7 @@ def draw_strip(ax, frames, start, width, per_second, cfg):
     if len(pictures):
         image = torch.cat(list(pictures), 2).permute(1, 2, 0).numpy()
         end = start + len(pictures) / per_second
-        ax.imshow(image, extent=(start, end, 0, 1), aspect="auto", interpolation="nearest")
+        ax.imshow(image, extent=(start, end, 0, 1), aspect="auto", interpolation="bicubic")
     for border in np.arange(start, start + width, 1 / per_second):
         ax.axvline(border, color="white", lw=0.5)
     ax.set(xlim=(start, start + width), ylim=(0, 1), xticks=[], yticks=[])

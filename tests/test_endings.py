@@ -312,9 +312,9 @@ def test_an_error_in_the_first_block_leaves_the_old_film(run, monkeypatch, tmp_p
 
 
 def test_a_full_disk_keeps_what_fits(run, tmp_path):
-    """Here no file may become larger than 300 KB: a film of some seconds, and its sheet."""
+    """Here no file may become larger than 600 KB: a film of some seconds, and its sheet."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, before[1]))
     try:
         status, _, err = run("--seconds", 600)
     finally:

@@ -1,10 +1,7 @@
 """The codec and the vocoder: rates, the first-frame rule, fidelity, no seams."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from helpers import run_here
 
 import config
 from toy import codec as toy_codec
@@ -178,39 +175,6 @@ def test_samples_never_leave_the_range():
     """240 samples per mel frame, within [-1, 1] even if every band is loud."""
     sound = toy_codec.synthesise(10 * torch.rand(101, 16))
     assert sound.shape == (24000,) and sound.abs().max() <= 1
-
-
-# ---- the command line ----
-
-
-def test_only_when_asked_a_codec_is_fitted(tmp_path, monkeypatch, capsys):
-    """Only --fit writes: to runs/, or to --out; never over the shipped codec."""
-    shipped = toy_codec.FILE.read_bytes()
-    monkeypatch.setattr(toy_codec, "FIT_CLIPS", 8)
-    monkeypatch.chdir(tmp_path)
-    status, shown, _ = run_here(toy_codec, [], monkeypatch, capsys)
-    assert status == 0
-    names, values = zip(*(line.split(" PSNR ") for line in shown.splitlines()))
-    assert names == ("video:", "audio:")
-    assert [float(x.removesuffix(" dB")) for x in values] == pytest.approx([34, 44], abs=3)
-    for argument, expected in (("--help", 0), ("--fast", 2)):
-        assert run_here(toy_codec, [argument], monkeypatch, capsys)[0] == expected
-    assert not any(tmp_path.iterdir())
-    for arguments, name in (([], "runs/toy_codec.safetensors"), (["--out", "mine"], "mine")):
-        assert run_here(toy_codec, ["--fit", *arguments], monkeypatch, capsys)[0] == 0
-        assert Path(name).is_file()
-        monkeypatch.setattr(toy_codec.ToyCodec, "fit", lambda *_: None)  # once is enough
-    assert toy_codec.FILE.read_bytes() == shipped
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_fit(tmp_path, monkeypatch, capsys):
-    """A file where a folder should be: an error in one line, before any clip is drawn."""
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(world, "draw_clips", None)
-    out = tmp_path / "file" / "x.safetensors"
-    status, _, err = run_here(toy_codec, ["--fit", "--out", out], monkeypatch, capsys)
-    reason = "not writable (Not a directory); choose another place"
-    assert status == 2 and err == f"toy/codec.py: {out}: {reason}\n"
 
 
 def test_an_incomplete_codec_is_refused_in_one_line(tmp_path, monkeypatch):

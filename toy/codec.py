@@ -11,8 +11,7 @@ Each of these four kinds of patch has its own principal components, x ~ mean + b
 are half whitened: large components stay larger than small ones. Noise in z therefore hides the
 small components first.
 
-    python -m toy.codec             quality of the shipped codec
-    python -m toy.codec --fit       fits a new one and writes it to runs/, or to --out
+    python -m toy.fit codec         fits a new codec; without "codec": quality of the shipped one
 """
 
 from pathlib import Path
@@ -21,11 +20,10 @@ import torch
 from torch import nn
 
 import config
-from plumbing import cli, files
+from plumbing import files
 from toy import world
 
 FILE = Path(__file__).parent.parent / "weights" / "toy_codec.safetensors"
-FIT_CLIPS, FIT_SECONDS = 384, 5  # fitted on the clips of seeds 0 to 383
 
 SAMPLE_RATE = 24000  # samples per second, as in LTX-2
 LOWEST_PITCH = 196.0  # Hz, band 0
@@ -90,6 +88,8 @@ def video_from_patches(x, patch, frames, grid):
 class ToyCodec(nn.Module):
     """The codecs of both streams.  Latents are tokens, in the order that the transformer reads."""
 
+    look_back = 0  # earlier latents that a picture depends on
+
     def __init__(self, cfg=config.TOY):
         super().__init__()
         self.cfg = cfg
@@ -99,7 +99,7 @@ class ToyCodec(nn.Module):
         self.audio_first = Components(world.BANDS, cfg.audio_channels)
         self.audio_later = Components(cfg.audio_stride * world.BANDS, cfg.audio_channels)
 
-    def _video_patches(self, video):
+    def cut_video(self, video):
         patch, stride = self.cfg.pixel_stride, self.cfg.video_stride
         return video_patches(video[:, :1], patch, 1), video_patches(video[:, 1:], patch, stride)
 
@@ -108,11 +108,16 @@ class ToyCodec(nn.Module):
 
     def encode(self, video, sound):
         """Encode frames and levels of clips; both begin with one frame at time 0."""
-        first, later = self._video_patches(video)  # of (B, 8k + 1, 3, H, W)
+        first, later = self.cut_video(video)  # of (B, 8k + 1, 3, H, W)
         v = torch.cat([self.video_first.encode(first), self.video_later.encode(later)], 1)
         first, later = self._audio_patches(sound)  # of (B, 4m + 1, 16)
         a = torch.cat([self.audio_first.encode(first), self.audio_later.encode(later)], 1)
         return v.flatten(1, 2), a  # (B, (k + 1) rows columns, 48) and (B, m + 1, 20)
+
+    def encode_picture(self, pictures):
+        """Encode the first frames (B, 3, H, W) of clips to tokens (B, rows * columns, 48)."""
+        patches = video_patches(pictures[:, None], self.cfg.pixel_stride, 1)
+        return self.video_first.encode(patches).flatten(1, 2)
 
     def decode_video(self, tokens, starts_clip):
         """Decode the tokens of consecutive latent frames to (B, P, 3, H, W) in [0, 1].
@@ -121,12 +126,16 @@ class ToyCodec(nn.Module):
         """
         # Simpler: the VAEs of LTX-2 are convolutional and see neighbouring latents. Here a latent
         # is decoded alone, so a block can be decoded as soon as it exists, without look-ahead.
-        cfg, n = self.cfg, int(starts_clip)
-        z = tokens.unflatten(1, (-1, cfg.tokens_per_frame))
-        first = video_from_patches(self.video_first.decode(z[:, :n]), cfg.pixel_stride, 1, cfg.grid)
-        later = self.video_later.decode(z[:, n:])
+        cfg = self.cfg
+        first, later = self.decode_patches(tokens, starts_clip)
+        first = video_from_patches(first, cfg.pixel_stride, 1, cfg.grid)
         later = video_from_patches(later, cfg.pixel_stride, cfg.video_stride, cfg.grid)
         return torch.cat([first, later], 1).clamp(0, 1)
+
+    def decode_patches(self, tokens, starts_clip):
+        """Decode to patches (B, 0 or 1, 16, 192) of the first frame and (B, F, 16, 1536) of 8."""
+        n, z = int(starts_clip), tokens.unflatten(1, (-1, self.cfg.tokens_per_frame))
+        return self.video_first.decode(z[:, :n]), self.video_later.decode(z[:, n:])
 
     def decode_audio(self, tokens, starts_clip):
         """Decode the tokens (B, F_a, 20) of consecutive latents to levels (B, M, 16), all >= 0."""
@@ -139,7 +148,7 @@ class ToyCodec(nn.Module):
     def fit(self, video, sound):
         """Fit all four kinds of patches to real clips, shaped as for `encode`."""
         kinds = self.video_first, self.video_later, self.audio_first, self.audio_later
-        patches = *self._video_patches(video), *self._audio_patches(sound)
+        patches = *self.cut_video(video), *self._audio_patches(sound)
         for components, x in zip(kinds, patches):
             components.fit(x)
 
@@ -174,36 +183,10 @@ def synthesise(levels, first_frame=0, cfg=config.TOY):
     samples = torch.arange(hop * (len(levels) - 1)) + hop * first_frame
     # In float64, phases are exact for hours.
     periods = (samples.double() / SAMPLE_RATE)[:, None] * pitches().double()
-    sines = torch.sin(2 * torch.pi * (periods % 1)).float()
+    sines = torch.sin(2 * torch.pi * periods.frac().float())
     return torch.tanh(LOUDNESS * (amplitude.flatten(0, 1) * sines).sum(1))
 
 
 def pitches() -> torch.Tensor:
     """Return the frequency of each band in Hz, (16,), five bands per octave."""
     return LOWEST_PITCH * 2 ** (torch.arange(world.BANDS) / BANDS_PER_OCTAVE)
-
-
-def main():
-    p = cli.parser(__doc__)
-    p.add_argument("--fit", action="store_true", help="fit a new codec")
-    p.add_argument("--out", default="runs/toy_codec.safetensors", help="with --fit: file to write")
-    args = p.parse_args()
-    if args.fit:
-        files.check_writable(args.out, makes_folders=True)
-    clips = world.draw_clips(range(FIT_CLIPS))
-    video, sound = (f(clips, FIT_SECONDS) for f in (world.render_video, world.render_sound))
-    codec = ToyCodec() if args.fit else load()
-    if args.fit:
-        codec.fit(video, sound)
-        made_by = {"command": "python -m toy.codec --fit"}
-        files.save_weights(args.out, codec.state_dict(), config.TOY, made_by)
-        print(f"wrote {args.out}")
-    v, a = codec.encode(video, sound)
-    decoded = codec.decode_video(v, True), codec.decode_audio(a, True)
-    for name, x, y in zip(("video", "audio"), (video, sound), decoded):
-        print(f"{name}: PSNR {-10 * (x - y).square().mean().log10():.1f} dB")
-
-
-if __name__ == "__main__":
-    with cli.one_line_errors():
-        main()

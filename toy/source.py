@@ -6,6 +6,7 @@ generate.py needs `StreamSource`, the stages need `TrainingSource`, teacher.py n
 
 import copy
 import functools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import model
 from film.decoders import ToyDecoder
 from plumbing import files
 from toy import codec as toy_codec
+from toy import decoder as toy_decoder
 from toy import world
 
 FOLDER = Path(__file__).parent.parent / "weights"
@@ -132,6 +134,8 @@ class StreamSource:
 
     def __init__(self, request):
         """request: `generate.Request`."""
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # operators of 73 tokens are too small to be divided
         cfg, device, dtype = request.cfg, request.device, request.dtype
         if request.weights == "random":
             from full_size.weights import random_weights
@@ -139,11 +143,24 @@ class StreamSource:
             self.net = random_weights(cfg, device, dtype)
         else:
             self.net = load_student(request.weights or WEIGHTS[cfg.name], cfg, device, dtype)
+        changed = request.in_fp8 or request.speedups or dtype != torch.float32
+        if device.type == "cpu" and not changed:
+            from toy import faster
+
+            faster.speed_up(self.net)
         if request.in_fp8:
             from full_size import fp8
 
             fp8.quantise(self.net.layers)
-        self.codec = toy_codec.load(cfg)
+        self.codec = toy_decoder.load(cfg)
+
+    def picture(self, image):
+        """Return the tokens (1, 16, 48) of an image file; None without one."""
+        if image:
+            from film.picture import read_picture
+
+            cfg = self.codec.cfg
+            return self.codec.encode_picture(read_picture(image, cfg.height, cfg.width)[None])
 
     def decoder(self, watch):
         """Return a decoder for one stream; watch: `Stopwatch.watch`."""
