@@ -37,6 +37,7 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 import config
 from film.filming import StopRequest, check_targets, finish, open_movie, run
@@ -111,18 +112,24 @@ def check_prompts_used(cues, blocks, cfg):
 
 
 def stream(
-    net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_source.toy_features
-):
+    net, prompt, seconds=5, seed=0, window=4, steps=None, batch=1, read=toy_source.toy_features,
+    picture=None,
+):  # fmt: skip
     """Return a generator of `rollout.Block`s of clean latents, each yielded as soon as it exists.
 
-    prompt   words, or a list of Cue
+    prompt   words, or a list of Cue, which may grow; in the toy, a new one is guided: toy/switch.py
     window   blocks kept besides prefix and sinks; None: all. With 4 (3 if block 0 is a whole
              second), no key is further away than in a training clip of 5 seconds
     steps    passes per block besides the refresh; default: as trained
     seed     of the noise of the first clip; the next clips have the next seeds
     batch    clips with the same prompt
     read     words -> caption features (1, K, C_text), one for both streams or one for each
+    picture  clean tokens (1, rows * columns, C_v) of the first latent frame
     """
+    if picture is not None:
+        from film.picture import WithPicture
+
+        net = WithPicture(net, picture)
     cfg, blocks = net.cfg, num_blocks(seconds, net.cfg)
     cues = [Cue(0, prompt)] if isinstance(prompt, str) else prompt
     generators = [torch.Generator().manual_seed((seed + b) % 2**32) for b in range(batch)]
@@ -135,6 +142,10 @@ def stream(
             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
         return texts[index]
 
+    if cfg.is_toy and cues is prompt:  # a list, which may grow
+        from toy.switch import Switching
+
+        net = Switching(net)  # a new prompt is obeyed soon
     without_gradients = torch.inference_mode()(rollout)
     return without_gradients(
         net, text_at, blocks, few_step_sigmas(cfg, steps), generators,
@@ -164,22 +175,31 @@ class Request(NamedTuple):
     speedups: tuple = ()  # names, see full_size/faster.py
     in_fp8: bool = False  # see full_size/fp8.py
     video_overlap: tuple = (4, 0)  # context and look-ahead, see full_size/decoders.py
+    image: str | None = None  # the first picture
 
     @property
     def num_blocks(self):
         return num_blocks(self.seconds, self.cfg)
 
-    def about(self) -> dict:
-        """The settings to be stored with every measurement."""
+    def asked(self) -> dict:
+        """All that decides the film, in the words of the report."""
         return {
-            **cli.machine(self.device),
             "config": self.cfg.name,
-            "attention": kernel.path(self.device),
+            "weights": self.weights,
+            "prompts": [f"{cue.seconds:g}: {cue.prompt}" for cue in self.cues],
+            "image": self.image,
+            "seconds": self.seconds,
+            "seed": self.seed,
             "dtype": "fp8" if self.in_fp8 else str(self.dtype).removeprefix("torch."),
             "window": self.window,
             "passes_a_block": len(few_step_sigmas(self.cfg, self.steps)) - 1,
             "speed_up": self.speedups,
         }
+
+    def about(self) -> dict:
+        """The settings to be stored with every measurement."""
+        machine = {**cli.machine(self.device), "attention": kernel.path(self.device)}
+        return {**machine, **self.asked()}
 
 
 def parse_seconds(text) -> float:
@@ -202,20 +222,30 @@ def options():
     cli.add_seed(p, "random seed of the noise")
     p.add_argument(
         "--window", type=cli.whole(1, MOST_SECONDS),
-        help="seconds of the past in the cache; default as trained: 4, or 3 if block 0 is a whole "
-        "second",
+        help="seconds of the past in the cache; default as trained: 1 (toy_released), 4 (toy, full), "
+        "3 (released)",
     )  # fmt: skip
     p.add_argument(
         "--steps", type=cli.whole(1, 1000),
         help="passes per block besides the refresh; default as trained: 4, or 3 (full); fewer are "
         "faster and worse",
     )  # fmt: skip
-    p.add_argument("--out", default="out.mp4", help="film to write; its contact sheet is NAME.png")
+    p.add_argument("--out", help="film to write; default: out.mp4; its contact sheet is NAME.png")
     p.add_argument(
         "--html", help="web page to write: film, sound, events and cache on one time axis"
     )
     p.add_argument("--report", help="write the timings to this JSON file")
-    p.add_argument("--config", default="toy", help=f"one of {', '.join(STREAMED)}")
+    p.add_argument("--image", metavar="FILE", help="the first picture of the film; any image file")
+    p.add_argument("--prompts", metavar="FILE", help="many films: one prompt a line, or JSON lines")
+    p.add_argument("--out-dir", metavar="DIR", help="with --prompts: write DIR/ID.mp4, .png, .json")
+    p.add_argument("--live", action="store_true", help="play it in the browser while it is made")
+    about = "with --live: name or address for other machines; the link then holds a random token"
+    p.add_argument("--host", help=about)
+    about = "with --live: default: chosen by the system"
+    p.add_argument("--port", type=cli.whole(1, 65535), metavar="N", help=about)
+    about = "with --live: print the link only"
+    p.add_argument("--no-browser", action="store_true", help=about)
+    p.add_argument("--config", default="toy_released", help=f"one of {', '.join(STREAMED)}")
     p.add_argument("--weights", help="default for a toy: the shipped one; random: to measure speed")
     p.add_argument("--ltx2", help="at full size: folder of LTX-2, or its name on the Hub")
     context = "at full size: latents before a block that are decoded again with it; default: 4"
@@ -225,7 +255,7 @@ def options():
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     p.add_argument(
         "--speed-up", nargs="+", metavar="NAME",
-        help="all, or some of qkv, graph, beside, fuse; see full_size/README.md",
+        help="all, or some of graph, beside, fuse; need a GPU; see full_size/README.md",
     )  # fmt: skip
     about = f"precision: {', '.join(DTYPES)}; default float32 (toy), bfloat16 (full size)"
     p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=about)
@@ -249,7 +279,7 @@ def check_args(args) -> Request:
     few_step_sigmas(cfg, args.steps)  # rejects a wrong --steps
     cues = parse_cues(args.prompt or [default], seconds, check)
     check_prompts_used(cues, blocks, cfg)
-    window = trained_window(cfg) if args.window is None else args.window
+    window = args.window or toy_source.WINDOWS.get(cfg.name) or trained_window(cfg)
     if not cfg.is_toy and not args.weights:
         raise ValueError(f"--config {cfg.name} needs --weights: a generator's file, or random")
     for name in ("--ltx2", "--video-context", "--video-look-ahead"):
@@ -258,12 +288,22 @@ def check_args(args) -> Request:
             raise ValueError(f"{name} {value}: not used by --config {cfg.name}; leave {name} out")
     if not cfg.is_toy and args.weights != "random" and not args.ltx2:
         raise ValueError(f"--config {cfg.name} needs --ltx2: Lightricks/LTX-2 or its folder")
+    if args.out_dir and not args.prompts:
+        raise ValueError(f"--out-dir {args.out_dir}: needs --prompts; one film has --out")
     device, speedups = cli.find_device(args.device), ()
     if args.speed_up:
         from full_size import faster
 
         speedups = faster.find_speedups(args.speed_up, device)
-    check_targets(args.out, args.html, args.report)
+    for name in ("host", "port", "no_browser"):
+        if vars(args)[name] and not args.live:
+            raise ValueError(f"--{name.replace('_', '-')} needs --live")
+    if args.image:
+        from film.picture import read_picture
+
+        read_picture(args.image, cfg.height, cfg.width)  # complain before anything is loaded
+    if not args.prompts and not args.live:  # these check their files themselves
+        check_targets(args.out or "out.mp4", args.html, args.report)
     return Request(
         cfg=cfg,
         cues=cues,
@@ -271,7 +311,7 @@ def check_args(args) -> Request:
         seed=args.seed,
         window=window,
         steps=args.steps,
-        out=args.out,
+        out=args.out or "out.mp4",
         html=args.html,
         report=args.report,
         weights=args.weights,
@@ -281,40 +321,71 @@ def check_args(args) -> Request:
         speedups=speedups,
         in_fp8=args.dtype == "fp8",
         video_overlap=(args.video_context or 4, args.video_look_ahead or 0),
+        image=args.image,
     )
 
 
-def open_source(request):
-    """Load weights, prompts and decoders.  Raises ValueError for what is missing."""
-    if request.cfg.is_toy:
-        source = toy_source.StreamSource(request)
+def open_source(requests):
+    """Load weights, prompts and decoders, for all requests.  Raises ValueError for what is missing.
+
+    requests   with the same options but for prompts, seed, seconds and image
+    """
+    longest = max(requests, key=lambda request: request.seconds)
+    if longest.cfg.is_toy:
+        source = toy_source.StreamSource(longest)
     else:
         from full_size.source import StreamSource
 
-        source = StreamSource(request)
-    if request.device.type == "cuda":  # kernel.path compiles the CUDA kernel if it can
-        print(f"attention by {kernel.path(request.device)}")
-    if request.speedups:
+        source = StreamSource(requests)
+    if longest.device.type == "cuda":  # kernel.path compiles the CUDA kernel if it can
+        print(f"attention by {kernel.path(longest.device)}")
+    if longest.speedups:
         from full_size import faster
 
-        faster.speed_up(source, request)
+        faster.speed_up(source, longest)
     return source
 
 
 def main():
-    request = check_args(options().parse_args())
-    source = open_source(request)
-    watch = Stopwatch(request.device)
-    decoder, sigmas = source.decoder(watch.watch), few_step_sigmas(source.net.cfg, request.steps)
-    watch.watch_passes(source.net, len(sigmas) - 1)
+    args, films = options().parse_args(), None
+    if args.live:
+        from film import live
+
+        return live.serve(args, check_args, open_source, stream)
+    if args.prompts:
+        from film.prompt_list import FilmList
+
+        films = FilmList(args, check_args)
+    requests = films.requests if films else [check_args(args)]
+    source = open_source(requests) if requests else None
     with StopRequest() as stop:
-        movie = open_movie(request.out, decoder, watch)
-        blocks = stream(
-            source.net, request.cues, request.seconds, request.seed, request.window, request.steps,
-            read=source.read,
-        )  # fmt: skip
-        made = run(blocks, decoder, movie, watch, request.seconds, stop)
-        finish(request, stop, *made, watch, movie, source.text_seconds)
+        for request in tqdm(requests, "films", disable=len(requests) < 2):
+            try:
+                watch = Stopwatch(request.device)
+                decoder = source.decoder(watch.watch)
+                watch.watch_passes(source.net, request.asked()["passes_a_block"])
+                movie = open_movie(request.out, decoder, watch)
+                cues = request.cues if len(request.cues) > 1 else request.cues[0].prompt
+                blocks = stream(
+                    source.net, cues, request.seconds, request.seed, request.window,
+                    request.steps, read=source.read, picture=source.picture(request.image),
+                )  # fmt: skip
+                strips = []
+                if request.html:
+                    from film.passes import PassPictures
+
+                    pictures = PassPictures(source.net, request.asked()["passes_a_block"])
+                    blocks = pictures.of_blocks(blocks, strips)
+                made = run(blocks, decoder, movie, watch, request.seconds, stop)
+                finish(request, stop, *made, watch, movie, source.text_seconds, strips)
+            except Exception as error:
+                if not films:
+                    raise
+                films.note(request.out, error)
+            if stop.is_asked:
+                break
+    if films:
+        films.end()
 
 
 if __name__ == "__main__":

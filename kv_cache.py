@@ -31,6 +31,8 @@ of training, they stay at a distance seen there, for ever. Rotations add up (rop
 The unmoved pinned keys are kept and rotated once by the total shift, so rounding errors do not
 accumulate.
 
+Forgetting.  `CachedView.forget` keeps the newest block alone: toy/switch.py, on a new prompt.
+
     python kv_cache.py    prints the slots of a ring of three blocks
 """
 
@@ -170,6 +172,14 @@ class RollingCache:
         """Keep the current block; later passes write to the next place of the ring."""
         self.block += 1
 
+    def forget(self):
+        """Keep the newest finished block alone, from now on the first of the ring."""
+        self.block -= 1
+        newest, self.block = self.slots, 1
+        for buffer in (self.k, self.v):
+            buffer[:, self.slots] = buffer[:, newest].clone()  # the two may overlap
+        self.block, self.first_visible = 2, self.prefix_tokens
+
     def move_prefix(self, by: rope.Rope):
         """Rotate the pinned keys; `by` is the total angle since they were written."""
         if self.unmoved_prefix_k is None:  # a stream without evictions needs no second copy
@@ -240,6 +250,16 @@ class CachedView:
         if self.num_evicted:
             for site in SITES:
                 self.move_prefixes(site, self._prefix_rotation(site, self.layers[0][site].k))
+
+    @torch.no_grad()
+    def forget(self):
+        """Forget all finished blocks except the newest; block 0 is no longer pinned."""
+        self.pinned = False  # if block 0 is the newest, it leaves with the window
+        if self.block > 1:
+            self.block = 2
+            for layer in self.layers:
+                for cache in layer.values():
+                    cache.forget()
 
     def move_prefixes(self, site, by: rope.Rope):
         """Rotate the pinned keys of an attention, in all layers."""

@@ -267,7 +267,7 @@ def full_clip(args):
     command = ["--config", args.config, "--seconds", str(args.seconds), "--device", args.device]
     command += ["--weights", args.weights, *(["--ltx2", args.ltx2] if args.ltx2 else [])]
     request = generate.check_args(generate.options().parse_args(command))
-    source = generate.open_source(request)
+    source = generate.open_source([request])
     blocks = list(generate.stream(source.net, request.cues, request.seconds, read=source.read))
     return request.cfg, blocks, source.decoder
 

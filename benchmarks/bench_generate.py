@@ -170,6 +170,11 @@ class Subject(NamedTuple):
     device: torch.device
     in_fp8: bool = False
 
+    @property
+    def speedups(self):
+        """All speed-ups that this device can run."""
+        return faster.SPEEDUPS if self.device.type == "cuda" else ()
+
     def with_speedups(self, names):
         """Return the transformer with exactly these speed-ups."""
         # The modules are a copy, so neither speed-ups nor hooks stay on `net`. The weights are not.
@@ -242,8 +247,8 @@ def free_memory():
 def bench_window(subject, window, blocks, rate) -> dict:
     """Measure one row of the table; rate: operations per second in products and in attention."""
     cfg, row = subject.net.cfg, {"window_seconds": window, "blocks": blocks, "flops_rate": rate}
-    names = faster.find_speedups(["all"], subject.device)
-    net, begin = subject.with_speedups(names), time.perf_counter()
+    names, begin = subject.speedups, time.perf_counter()
+    net = subject.with_speedups(names)
     if "graph" in names:
         decode = [decoders.Decoder(*subject.decoders, cfg).decode] if subject.decoders else []
         net.warm_up(subject.features, blocks, window, *decode)
@@ -319,7 +324,7 @@ def beside_textbook(subject, window, fastest) -> dict:
 
 def climb(subject, window, rounds) -> list[dict]:
     """Time a block with a full window, with no speed-up and with one more in each row."""
-    names = faster.find_speedups(["all"], subject.device)
+    names = subject.speedups
     seconds, k = [[] for _ in range(len(names) + 1)], window + 1
     for _ in range(rounds):  # in turn, because a machine may be slower in the next minute
         for n, found in enumerate(seconds):

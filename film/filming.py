@@ -60,11 +60,13 @@ def open_movie(path, decoder, watch) -> Movie:
 def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
     """Make a film of the blocks; return its small pictures, and the errors that ended it.
 
+    seconds   of the whole film, to show the progress; None: show nothing
+
     After an error, the later steps still run: they write the finished blocks.
     """
     writer, errors = Writer(movie, watch), []
-    form = "{desc} {n:.0f}/{total:.0f} s {bar}"
-    with noted(errors), tqdm(total=seconds, desc="video", bar_format=form) as bar:
+    how = {"bar_format": "video {n:.0f}/{total:.0f} s {bar}", "disable": seconds is None}
+    with noted(errors), tqdm(total=seconds, **how) as bar:
         try:
             stop.may_interrupt = True  # during the passes: an unfinished block may be lost
             for block in blocks:
@@ -76,7 +78,8 @@ def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
                 watch.block_decoded()
                 low, high = block_interval(block.index, decoder.cfg)
                 bar.update(high - low)
-                bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
+                if not bar.disable:
+                    bar.write(progress_line(block.index, low, high, watch), file=sys.stdout)
                 if stop.is_asked:
                     break
                 stop.may_interrupt = True
@@ -105,7 +108,9 @@ def noted(errors):
 def progress_line(index, low, high, watch):
     """The times of a block, on one line."""
     times = f"passes {1000 * watch.passes[-1]:5.0f} ms   decode {1000 * watch.decoding[-1]:4.0f} ms"
-    return f"block {index:3}  {low:4g} - {high:<4g} s   {times}"
+    more = watch.more_passes[index]
+    new = f"   {more} passes more: new prompt" if more else ""
+    return f"block {index:3}  {low:4g} - {high:<4g} s   {times}{new}"
 
 
 def sheet_of(film) -> Path:
@@ -125,7 +130,7 @@ def check_targets(film, page, report):
         files.check_writable(report, suffix=".json")
 
 
-def save_pictures(request, pictures, movie):
+def save_pictures(request, pictures, movie, strips):
     """Write contact sheet and page."""
     from film import sheet  # it loads matplotlib, which takes half a second
 
@@ -135,19 +140,23 @@ def save_pictures(request, pictures, movie):
     if request.html:
         from film import page
 
-        contents = page.contents(pictures, levels, request, (movie.frames - 1) / request.cfg.fps)
+        seconds = (movie.frames - 1) / request.cfg.fps
+        contents = page.contents(pictures, levels, request, seconds, strips)
         page.write(request.html, movie.path, title, contents)
 
 
-def finish(request, stop, pictures, errors, watch, movie, text_seconds):
-    """Write pictures and report; print what was made.  Raises the first error."""
+def finish(request, stop, pictures, errors, watch, movie, text_seconds, strips=()):
+    """Write pictures and report; print what was made.  Raises the first error.
+
+    strips   pictures of the passes of each block, see film/passes.py
+    """
     if movie.frames:
         report = {**request.about(), **watch.report(movie.frames, request.cfg)}
         report |= {"text_seconds": text_seconds, "ended_by": [*map(in_one_line, errors)]}
         if watch.ttfc:
             report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
         with noted(errors):
-            save_pictures(request, pictures, movie)
+            save_pictures(request, pictures, movie, strips)
         with noted(errors):
             if request.report:
                 files.write_json(request.report, report)

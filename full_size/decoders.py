@@ -111,6 +111,44 @@ def no_tf32():
         torch.backends.cudnn.allow_tf32 = before
 
 
+# ---- a first picture ----
+
+
+@torch.inference_mode()
+def encode_picture(vae, picture):
+    """Encode a picture (3, H, W) in [0, 1] by LTX-2's video encoder: tokens (1, h * w, 128)."""
+    x = (2 * picture - 1)[None, :, None].to(next(vae.parameters()))  # (B, 3, 1, H, W) in [-1, 1]
+    latents = vae.encode(x).latent_dist.mode()  # (B, 128, 1, h, w)
+    shape = (-1, 1, 1, 1)
+    mean, std = (x.view(shape).to(latents) for x in (vae.latents_mean, vae.latents_std))
+    return ((latents - mean) / std).flatten(2).mT
+
+
+def load_encoder(folder, device="cpu", dtype=torch.bfloat16):
+    """Load the video VAE of a local folder in diffusers' format, without its decoder."""
+    place = Path(folder, "vae")
+    vae = parts.load_part(place, encoder(), dtype)
+    vae.decoder = None
+    for key, parameter in vae.named_parameters():
+        check_numbers(place, key, parameter)
+    return vae.eval().requires_grad_(False).to(device)
+
+
+def encoder() -> parts.Part:
+    """Return what the video VAE must be for a picture to be encoded."""
+    network, _ = decoder_classes()["vae"]
+    return parts.Part(network, {**SWITCHES["vae"], **ENCODER_SWITCHES}, ("decoder.",))
+
+
+def meta_encoder(dtype=torch.bfloat16):
+    """Build the encoder at its published size on the meta device, without contents."""
+    network, options = decoder_classes()["vae"]
+    with torch.device("meta"):
+        vae = network(**options)
+    vae.decoder = None
+    return torch.nn.Module.to(vae, dtype).eval()
+
+
 # ---- how far the decoders of sound reach ----
 
 
@@ -275,8 +313,15 @@ SWITCHES = {
 }  # fmt: skip
 
 
+ENCODER_SWITCHES = {  # of the video VAE, where a picture is encoded
+    "encoder_causal": True, "encoder_spatial_padding_mode": "zeros",
+    "spatio_temporal_scaling": (True, True, True, True),
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+}  # fmt: skip
+
+
 def networks() -> dict:
-    """Return what the three networks must be; nobody reads their encoders."""
+    """Return what the three networks must be, to decode: their encoders are not read."""
     classes = decoder_classes().items()
     return {
         name: parts.Part(network, SWITCHES[name], ("encoder.",)) for name, (network, _) in classes

@@ -1,12 +1,9 @@
-"""Speed-ups of a stream: joined projections, recorded passes, audio beside video, fused kernels.
+"""Speed-ups of a stream on a GPU: recorded passes, audio beside video, fused kernels.
 
 They change a film by rounding only. generate.py applies them on `--speed-up`. full_size/README.md
-tells how much each gained on a GPU.
+tells how much each gained.
 
-**qkv.** `join_projections` lays the weights of queries, keys and values side by side. Three small
-matrix products become a larger one, which fills a GPU better.
-
-**graph.** One pass at full size is some 4700 kernel launches. Half of these kernels take only a few
+**graph.** One pass at full size is some 5000 kernel launches. Half of these kernels take only a few
 microseconds, because a second of audio is 25 tokens. A launch from Python takes about as long, so
 the GPU waits for the CPU. A CUDA graph is a recording of all launches, launched as one. A recording
 fixes memory addresses, not contents:
@@ -44,29 +41,24 @@ from tqdm import tqdm
 import rope
 from full_size import fp8
 from kv_cache import CachedView
-from model import Attention, HalfLayer, gated, modulated, norm, ropes_of
+from model import HalfLayer, gated, modulated, norm, ropes_of
 from rollout import rollout
 
-SPEEDUPS = "qkv", "graph", "beside", "fuse"  # all but the first need a GPU
+SPEEDUPS = "graph", "beside", "fuse"
 
 
 def find_speedups(names, device) -> tuple:
-    """Check names of speed-ups; "all" means all that can run here."""
-    impossible = () if device.type == "cuda" else SPEEDUPS[1:]
-    if "all" in names:
-        return tuple(name for name in SPEEDUPS if name not in impossible)
+    """Check names of speed-ups, or "all".  Raises ValueError without a GPU."""
     for name in names:
-        if name not in SPEEDUPS:
+        if name not in ("all", *SPEEDUPS):
             raise ValueError(f"--speed-up {name}: unknown; expected all, {', '.join(SPEEDUPS)}")
-        if name in impossible:
-            raise ValueError(f"--speed-up {name} needs a GPU; leave it out, or say all")
-    return tuple(names)
+        if device.type != "cuda":
+            raise ValueError(f"--speed-up {name} needs a GPU; leave it out")
+    return SPEEDUPS if "all" in names else tuple(names)
 
 
 def sped_up(net, speedups, device):
     """Apply speed-ups to a transformer; the result takes its place."""
-    if "qkv" in speedups:
-        join_projections(net)
     if "fuse" in speedups:
         fuse(net)
     if "beside" in speedups:
@@ -81,76 +73,6 @@ def speed_up(source, request):
         features = source.read(request.cues[0].prompt)
         decode = source.decoder(lambda _, function: function).decode
         source.net.warm_up(features, request.num_blocks, request.window, decode)
-
-
-# ---- qkv ----
-
-
-class JoinedAttention(Attention):
-    """An attention whose projections lie side by side in memory and are one matrix product."""
-
-    def __init__(self, site: Attention):
-        """Takes over the parameters of `site`, under the same names."""
-        nn.Module.__init__(self)
-        self.num_heads, self.eps = site.num_heads, site.eps
-        self.to_q, self.to_k, self.to_v, self.to_out = site.to_q, site.to_k, site.to_v, site.to_out
-        self.q_norm, self.k_norm = site.q_norm, site.k_norm
-        three = (self.to_q, self.to_k, self.to_v)
-        kinds = [(linear.weight.shape, linear.weight.dtype) for linear in three]  # fp8: only some
-        together = three if kinds[0] == kinds[1] else three[1:]
-        for old in zip(*(linear.parameters() for linear in together)):  # weights, biases, scales
-            for p, rows in zip(old, torch.cat([p.data for p in old]).split([len(p) for p in old])):
-                p.data = rows  # the old memory is freed: there is never a second copy of all
-
-    def project(self, x, context):
-        if x is context:
-            return one_product(x, self.to_q, self.to_k, self.to_v)
-        return super().project(x, context)
-
-    def project_context(self, context):
-        return one_product(context, self.to_k, self.to_v)
-
-    def project_captions(self, context):
-        keys, values = super().project_captions(context)
-        return keys, values.contiguous()  # a slice would keep the memory of the whole product
-
-
-@torch.no_grad()
-def join_projections(net):
-    """Join the projections of every attention, in place."""
-    # The names in the state dict do not change. Moving the weights later (`.to`) separates them.
-    for layer in net.layers:
-        for half in (layer.video, layer.audio):
-            for name in ("self_attn", "text_attn", "cross_attn"):
-                setattr(half, name, JoinedAttention(getattr(half, name)))
-
-
-def one_product(x, *linears):
-    """(B, T, C) -> (B, T, H*D) for each layer, in one product if their weights are joined."""
-    if not torch.is_grad_enabled():  # with gradients, each weight needs its own
-        parts = [as_one(tensors) for tensors in zip(*(linear.parameters() for linear in linears))]
-        if all(part is not None for part in parts):
-            product = getattr(linears[0], "product", F.linear)  # fp8.Fp8Linear has its own
-            return product(x, *parts).chunk(len(linears), -1)
-    return [linear(x) for linear in linears]
-
-
-def as_one(tensors):
-    """Return tensors that are adjacent in one buffer as one tensor; otherwise None.
-
-    >>> as_one(torch.arange(6).view(3, 2).split([1, 2]))
-    tensor([[0, 1],
-            [2, 3],
-            [4, 5]])
-    >>> as_one((torch.zeros(1), torch.zeros(1)))
-    """
-    first, end = tensors[0], tensors[0].data_ptr()
-    buffer = first.untyped_storage()._cdata
-    for t in tensors:
-        if t.data_ptr() != end or t.untyped_storage()._cdata != buffer:
-            return None
-        end += t.nbytes
-    return first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride())
 
 
 # ---- graph ----
@@ -194,11 +116,11 @@ class Recorded(nn.Module):
         ropes = ropes_of(self.cfg, span, video.device, video.dtype)
         # everything that changes from pass to pass, except caches and prompt
         new = (video, audio), (sigma_video, sigma_audio), ropes
-        kind = min(view.block, 1)  # block 0 has other sizes
-        self.inputs[kind] = inputs = overwritten(self.inputs[kind], new)
+        kind = min(view.block, 1), sigma_video.dim()  # other sizes: in block 0, with a picture
+        self.inputs[kind] = inputs = overwritten(self.inputs.get(kind), new)
         if text is not self.prompt:
             self.text, self.prompt = overwritten(self.text, text), text
-        place = place_of(view)
+        place = *place_of(view), kind
         if place not in self.recordings:
             run = functools.partial(self._run, inputs, span, view)
             run()  # libraries set up their work space for these sizes, outside a recording
@@ -224,7 +146,7 @@ class Recorded(nn.Module):
                 new.k, new.v = old.k, old.v
         else:  # this frees the old recordings and caches
             self.room, self.recordings, self.record = (clips, ring), {}, self.recorder()
-            self.inputs = [None, None]  # fixed copies: in block 0, in all others
+            self.inputs = {}  # fixed copies, by kind
             self.text = self.prompt = None  # the fixed copy, and the prompt it is a copy of
         self.view = view
         view.move_prefixes = functools.partial(move_prefixes, view.layers)

@@ -88,8 +88,6 @@ def product(x, weight, bias, scale):
 class Fp8Linear(nn.Module):
     """A linear layer whose weight is stored and multiplied in fp8."""
 
-    product = staticmethod(product)
-
     def __init__(self, linear):
         super().__init__()
         check_device(linear.weight.device)

@@ -285,6 +285,35 @@ def check_stream(request):
         check_text(request.ltx2, free)
 
 
+@torch.inference_mode()
+def encoder_row(cfg, dtype) -> Row:
+    """Count the encoder of a first picture, and its activations."""
+    vae = decoders.meta_encoder(dtype)
+    picture = torch.empty(3, cfg.height, cfg.width, device="meta")
+    size = sum(t.nbytes for t in vae.state_dict().values())
+    peak = peak_bytes(lambda: decoders.encode_picture(vae, picture))
+    how = f"{size / GB:.2f} GB of weights, and one frame of {cfg.height} x {cfg.width}"
+    return Row("video encoder", size + peak, how)
+
+
+def check_encoder(request):
+    """Print what encoding a picture needs.  Raises ValueError if it does not fit."""
+    row, free = encoder_row(request.cfg, request.dtype), free_bytes(request.device)
+    print(f"{row.num_bytes / GB:8.2f} GB  before all that: the {row.what}, {row.how}, freed")
+    if row.num_bytes > free:
+        raise ValueError(f"--image needs {row.num_bytes / GB:.1f} GB, {free / GB:.1f} GB are free")
+
+
+def check_features(prompts, request):
+    """Raise ValueError if the features of so many prompts do not fit into the host's memory."""
+    size = prompts * 2 * text.TOKENS * request.cfg.caption_width * request.dtype.itemsize
+    if size > (free := free_bytes(torch.device("cpu"))):
+        raise ValueError(
+            f"the features of {prompts} prompts need {size / GB:.1f} GB of the host's memory, and "
+            f"{free / GB:.1f} GB are free: cut the list into shorter ones"
+        )
+
+
 def check_window(rows, free, cfg, blocks, dtype, in_fp8=False):
     """Raise ValueError for a stream that does not fit, naming the longest window that does."""
     if total(rows) <= free:
@@ -307,11 +336,28 @@ def longest_window(rows, free, cfg, blocks, dtype) -> int:
 
 def check_text(folder, free):
     """Print the size of the text encoder.  Raises ValueError if it does not fit."""
-    read = (parts.part_files(Path(folder, name)) for name in ("text_encoder", "connectors"))
-    size = sum(file.stat().st_size for part in read for file in part)
+    size = text_bytes(folder)
     print(f"{size / GB:8.2f} GB  before all that: the text encoder, freed when it has read")
     if size > free:
         raise ValueError(f"{folder}: a text encoder of {size / GB:.1f} GB, {free / GB:.1f} GB free")
+
+
+def text_bytes(folder) -> int:
+    """Return the size of the text encoder and the connectors."""
+    read = (parts.part_files(Path(folder, name)) for name in ("text_encoder", "connectors"))
+    return sum(file.stat().st_size for part in read for file in part)
+
+
+def place_for_text(folder, device) -> torch.device:
+    """Return where the text encoder fits beside a loaded stream: its device, or else the CPU.
+
+    Raises ValueError if it fits nowhere.
+    """
+    size = text_bytes(folder)
+    for place in (device, torch.device("cpu")):
+        if size * (1 + SPARE) < (free := free_bytes(place)):
+            return place
+    raise ValueError(f"{folder}: a text encoder of {size / GB:.1f} GB, {free / GB:.1f} GB free")
 
 
 # ---- a training ----

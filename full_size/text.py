@@ -122,7 +122,7 @@ def encode(pipeline, prompts, device) -> dict[str, Features]:
         )
         side = pipeline.tokenizer.padding_side
         video, audio, _ = pipeline.connectors(states, mask, padding_side=side)
-        found[prompt] = Features(video, audio)
+        found[prompt] = Features(video.cpu(), audio.cpu())  # a long list would fill a GPU
     return found
 
 

@@ -179,7 +179,7 @@ def why_not(q, k, v, heads) -> str | None:
         return "gradients are needed"
     if not all(t.dtype == q.dtype in DTYPES for t in tensors):
         return f"dtypes {', '.join(sorted({str(t.dtype) for t in tensors}))}"
-    if not all(map(has_contiguous_rows, (q, k, v))):  # slices of joined projections have them
+    if not all(map(has_contiguous_rows, (q, k, v))):
         return f"strides {q.stride()}, {k.stride()}, {v.stride()}, expected contiguous rows"
     return None
 

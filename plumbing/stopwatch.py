@@ -34,6 +34,7 @@ class Stopwatch:
         self.on_gpu = device.type == "cuda"
         self.marks = defaultdict(list)  # stage -> (block, begin, end) of every call
         self.passes, self.decoding = [], []  # seconds per block, on the clock of the CPU
+        self.more_passes = [0]  # per block, the current one included: with another prompt, too
         self.written = []  # seconds from the start until each block was in the file
         self.ttfc = self.ttfc_passes = None
         self.peaks = []  # peak memory after each block, in MB
@@ -52,6 +53,7 @@ class Stopwatch:
     def block_made(self):
         """Note that the passes of a block are done: decoding starts."""
         self.passes.append(self.lap())
+        self.more_passes.append(0)
 
     def block_decoded(self):
         """Note that a block waits to be written: the passes of the next one start."""
@@ -79,20 +81,29 @@ class Stopwatch:
         return watched
 
     def watch_passes(self, net, steps):
-        """Time every pass of a model by hooks: `steps` passes per block, then a refresh."""
+        """Time every pass of a model by hooks: `steps` passes per block, then a refresh.
+
+        The hooks of an earlier stopwatch are removed.
+        """
         passes, begin = Counter(), []  # passes of each block, by its last latent frame
+        latents = None  # of the pass before
 
         def before(net, inputs):
             begin.append(self._mark())
 
         def after(net, inputs, velocities):
+            nonlocal latents
             last_frame = inputs[5].video.stop  # of the pass's span
-            passes[last_frame] += 1
+            is_repeated = inputs[0] is latents  # guided after a new prompt, see toy/switch.py
+            self.more_passes[-1] += is_repeated
+            passes[last_frame] += not is_repeated
+            latents = inputs[0]
             stage = "denoise" if passes[last_frame] <= steps else "refresh"
             self.marks[stage].append((len(self.decoding), begin.pop(), self._mark()))
 
-        net.register_forward_pre_hook(before)
-        net.register_forward_hook(after)
+        for hook in vars(net).get("timed_by", ()):
+            hook.remove()
+        net.timed_by = net.register_forward_pre_hook(before), net.register_forward_hook(after)
 
     def _mark(self):
         if not self.on_gpu:
@@ -136,6 +147,7 @@ class Stopwatch:
             "median_block_seconds": block,
             "stage_seconds": self.stages(),
             "passes_seconds": self.passes,
+            "more_passes": self.more_passes[: len(self.passes)],
             "decoding_seconds": self.decoding,
             "written_seconds": self.written,
             "interval_95_seconds": percentile_95(intervals[2:] or intervals),

@@ -15,7 +15,9 @@ def read_text(path) -> str:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected text in UTF-8 ({error.reason})") from None
+        line = 1 + error.object[: error.start].count(b"\n")
+        where = "" if is_utf16 else f" in line {line}"
+        raise ValueError(f"{path}: expected text in UTF-8 ({error.reason}{where})") from None
 
 
 def read_json(path) -> dict:

@@ -4,6 +4,8 @@ This file trains students and measures them. evaluate.py and compare.py train no
 
     python -m studies.ablations sinks      how large are the gradients? With and without sinks, in
                                    both block layouts, with other attentions, in half precision
+    python -m studies.ablations why_sinks  do sinks matter only as keys? More latents in block 0,
+                                   sinks without values, sinks that read nothing
     python -m studies.ablations switches   how good are the streams? Other blocks, and no stage I
 
 All students of `sinks` start from the same weights. They see the same trajectories (states of a
@@ -20,13 +22,28 @@ Columns of `sinks`:
     share       part of A0's attention that goes to the sinks; mean over layers and heads
 
 The paper reports max norm and loss. evaluate.py explains the columns of `switches`.
+
+`why_sinks` trains with three seeds (order of the batches, noise levels, initial sinks) on the first
+two seconds of the trajectories, to save time. Without sinks, block 0 gets up to 26 audio latents:
+the first ones of block 1 move to it. Its video stays one frame. Columns that differ:
+
+    keys        keys of A0 in audio self-attention: latents of block 0, and sinks
+    A0 norm     as above, for all audio latents of block 0: their mean loss
+    A0 alone    the same for the loss of the first latent only
+    median      over the steps in which the norm was measured, instead of the largest value
+
+Expected: the number of keys matters, not what sinks learn. Refuted if the gradient has no peak at
+two or three latents, or if sinks whose values are fixed to zero give another one.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Callable
+from unittest import mock
 
 import torch
 from torch import nn
@@ -35,6 +52,7 @@ from torch.overrides import TorchFunctionMode
 
 import config
 import kv_cache
+import masks
 import model
 import ode_regression
 import rope
@@ -62,6 +80,14 @@ def start_and_trajectories(from_teacher, args):
         between=4 if from_teacher else 1,
     )
     return net.state_dict(), trajectories
+
+
+def first_seconds(trajectories, cfg, seconds):
+    """Cut trajectories to the complete blocks of the first seconds."""
+    span = clip_of_seconds(cfg, seconds)
+    tokens_v = len(span.video) * cfg.tokens_per_frame
+    video, audio = trajectories["video"][:, :, :tokens_v], trajectories["audio"]
+    return {**trajectories, "video": video, "audio": audio[:, :, : len(span.audio)]}
 
 
 # ---- sinks ----
@@ -141,6 +167,9 @@ class Variant:
     cfg: config.Config = config.TOY
     change: Callable = lambda net: net
     precision: torch.dtype = torch.float32
+    seconds: int = config.CLIP_SECONDS  # the first seconds of every trajectory are trained on
+    around: Callable = contextlib.nullcontext  # the context in which it trains: other masks
+    seed: int = 0
 
 
 MERGED = replace(config.TOY_RELEASED, num_sinks=16)
@@ -197,14 +226,39 @@ class A0Probe(kv_cache.MaskedView):
         return float(torch.stack(self.weights)[..., : self.num_sinks].sum(-1).mean())
 
 
-def block_0_loss(net, data, view, step):
+def block_0_loss(net, data, step):
     """Return the x0 loss of block 0's audio, with all other blocks clean."""
     rows, clean = torch.arange(BATCH) + BATCH * step, len(net.cfg.sigmas) - 1
     chosen = {name: x[rows % len(x)] for name, x in data.items()}
+    # under the mask block 0 sees no other block, so later seconds need not be computed
+    chosen, blocks = first_seconds(chosen, net.cfg, 1), num_blocks(1, net.cfg)
     trajectories = toy_captions(chosen["tokens"]), chosen["video"], chosen["audio"]
-    levels = torch.full((BATCH, num_blocks(config.CLIP_SECONDS, net.cfg)), clean)
+    levels = torch.full((BATCH, blocks), clean)
     levels[:, 0] = torch.arange(BATCH) % clean  # every noisy level in turn
+    view = ode_regression.masked_view(net.cfg, blocks)
     return ode_regression.regression_losses(net, trajectories, levels, net.cfg.sigmas, view)[1]
+
+
+class OnlyA0(nn.Module):
+    """A network whose first audio latent alone sends a gradient back."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
+
+    def forward(self, *inputs):
+        video, audio = self.net(*inputs)
+        return video.detach(), torch.cat([audio[:, :1], audio[:, 1:].detach()], 1)
+
+
+def a0_norms(net, data, step) -> tuple[float, float]:
+    """Return the gradient norms of block 0's audio, and of its first latent alone."""
+    of_block = gradient_norm(net, block_0_loss(net, data, step))
+    latents = int((masks.frame_blocks(num_blocks(1, net.cfg), net.cfg)[1] == 0).sum())
+    if latents == 1:
+        return of_block, of_block
+    # the loss of the block is a mean, in which its first latent counts 1 / latents
+    return of_block, gradient_norm(net, latents * block_0_loss(OnlyA0(net), data, step))
 
 
 def gradient_norm(net, loss):
@@ -214,42 +268,44 @@ def gradient_norm(net, loss):
 
 
 @torch.no_grad()
-def after_training(net, held, masks) -> dict:
+def after_training(net, held, seconds) -> dict:
     """Return the loss at sigma = 0.5 on trajectories that were held back, and A0's attention."""
     generator, half = torch.Generator().manual_seed(0), torch.full((1, 1), 0.5)
     ends = [held[name][:, -1] for name in ("video", "audio")]
     noisy = [model.add_noise(e, torch.randn(e.shape, generator=generator), half) for e in ends]
     # trajectories of two states: half noisy, clean
     trajectories = toy_captions(held["tokens"]), *(torch.stack(x, 1) for x in zip(noisy, ends))
-    blocks = num_blocks(config.CLIP_SECONDS, net.cfg)
+    blocks = num_blocks(seconds, net.cfg)
     levels = torch.zeros(len(ends[0]), blocks, dtype=torch.long)
-    probe = A0Probe(masks, net.cfg.num_sinks)
+    probe = A0Probe(ode_regression.masked_view(net.cfg, blocks).masks, net.cfg.num_sinks)
     losses = ode_regression.regression_losses(net, trajectories, levels, (0.5, 0.0), probe)
     return {"loss": float(sum(losses)), "entropy": probe.entropy(), "share": probe.share()}
 
 
 def train_variant(variant, start, data, held, args) -> dict:
-    """Train briefly; return the values of SINK_COLUMNS, or why the training broke down."""
-    net = variant.change(student_from(start, variant.cfg))
-    view = ode_regression.masked_view(net.cfg, num_blocks(config.CLIP_SECONDS, net.cfg))
+    """Train briefly; return gradients, loss and attention, or why the training broke down."""
+    net = variant.change(student_from(start, variant.cfg, variant.seed))
+    data, held = (first_seconds(x, variant.cfg, variant.seconds) for x in (data, held))
     # AdamW, as in the paper: a step of Muon is an orthogonal matrix, however large the gradient
-    recipe = trainer.Recipe(args.steps, BATCH, muon_lr=0, adam_lr=args.lr, decay=0.0)
+    recipe = trainer.Recipe(args.steps, BATCH, variant.seed, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = trainer.Learner(net, recipe)
-    losses = ode_regression.make_losses(net, data, recipe, TOY_PROMPTS)
-    norms, a0_norms = [], []
+    losses = ode_regression.make_losses(net, data, recipe, TOY_PROMPTS, variant.seconds)
+    norms, at_block_0 = [], []
     precision = HalfPrecision(variant.precision)  # float32: changes nothing
     try:
         for step in range(args.steps):
             if step >= BURN_IN and step % PROBE_EVERY == 0:
                 with precision:
-                    a0_norms.append(gradient_norm(net, block_0_loss(net, data, view, step)))
+                    at_block_0.append(a0_norms(net, data, step))
             with precision:
                 loss = losses(step)["loss"]
             norms.append(learner.update(loss, step))
     except ValueError as error:  # loss or gradient is not finite: a result as well
         return {"broke down": str(error)}
-    result = {"max_norm": max(norms[BURN_IN:]), "a0_norm": max(a0_norms)}
-    return result | after_training(net, held, view.masks)
+    result = {"max_norm": max(norms[BURN_IN:])}
+    for name, values in zip(("a0", "alone"), zip(*at_block_0)):
+        result |= {f"{name}_norm": max(values), f"{name}_median": median(values)}
+    return result | after_training(net, held, variant.seconds)
 
 
 def sinks(args) -> Callable:
@@ -257,7 +313,13 @@ def sinks(args) -> Callable:
     start, trajectories = start_and_trajectories(False, args)
     held = {name: x[:HELD_BACK] for name, x in trajectories.items()}
     data = {name: x[HELD_BACK:] for name, x in trajectories.items()}
-    return lambda name: {name: train_variant(SINKS[name], start, data, held, args)}
+    variants = ABLATIONS[args.ablation][0]
+
+    def row(name):
+        with variants[name].around():
+            return {name: train_variant(variants[name], start, data, held, args)}
+
+    return row
 
 
 def sinks_table(results) -> str:
@@ -267,6 +329,97 @@ def sinks_table(results) -> str:
     for name, row in results.items():
         cells = [f"{float(f'{row[c]:.3g}'):g}" if c in row else "–" for c in SINK_COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {row.get('broke down', '')} |")
+    return "\n".join(lines)
+
+
+# ---- why sinks ----
+
+
+@contextlib.contextmanager
+def longer_block_0(latents):
+    """Train with so many audio latents in block 0; block 1 has the fewer."""
+    usual = masks.frame_blocks
+
+    def frame_blocks(blocks, cfg):
+        video, audio = usual(blocks, cfg)
+        return video, audio.masked_fill(torch.arange(len(audio)) < latents, 0)
+
+    with (
+        mock.patch.object(masks, "frame_blocks", frame_blocks),  # who sees whom
+        mock.patch.object(ode_regression, "frame_blocks", frame_blocks),  # noise levels
+    ):
+        yield
+
+
+def without_values(net):
+    """Fix the values of the sinks to zero. Their keys take attention as before."""
+
+    def hook(to_v, inputs, values):  # of a whole clip: the sinks come first
+        sinks = values[:, : net.cfg.num_sinks]
+        return torch.cat([torch.zeros_like(sinks), values[:, net.cfg.num_sinks :]], 1)
+
+    for layer in net.layers:
+        for attention in (layer.audio.self_attn, layer.video.cross_attn):
+            attention.to_v.register_forward_hook(hook)
+    return net
+
+
+@contextlib.contextmanager
+def sinks_read_nothing(num_sinks):
+    """Train with sinks that attend to sinks only. They still get captions and noise levels."""
+
+    def four_masks(*args):
+        found = masks.four_masks(*args)
+        found["audio_self"][:num_sinks, num_sinks:] = False
+        found["v2a"][:num_sinks] = False  # the attention of a query without keys is 0 in PyTorch
+        return found
+
+    with mock.patch.object(ode_regression, "four_masks", four_masks):
+        yield
+
+
+NO_SINKS, TWO_SINKS = (replace(SINKS[f"S = {S}"], seconds=2) for S in (0, 2))
+KEYS = {  # by name: keys of A0 in audio self-attention, and the training
+    **{
+        f"latents: {n}": (n, replace(NO_SINKS, around=partial(longer_block_0, n)))
+        for n in (1, 2, 3, 5, 13, 26)
+    },
+    "S = 2": (3, TWO_SINKS),
+    "S = 2, values fixed to zero": (3, replace(TWO_SINKS, change=without_values)),
+    "S = 2, sinks read nothing": (3, replace(TWO_SINKS, around=partial(sinks_read_nothing, 2))),
+}
+WHY_SINKS = {  # one seed after the other
+    f"{name}, seed {seed}": replace(variant, seed=seed)
+    for seed in range(compare.SEEDS)
+    for name, (_, variant) in KEYS.items()
+}
+WHY_COLUMNS = {
+    "a0_norm": "A0 norm", "a0_median": "median", "alone_norm": "A0 alone",
+    "alone_median": "median", "max_norm": "max norm", "loss": "loss at 0.5",
+}  # fmt: skip
+
+
+def over_seeds(results) -> dict:
+    """Merge the seeds of {"NAME, seed N": results}: {NAME: {column: [mean, lowest, highest]}}."""
+    merged = {}
+    for name, (keys, _) in KEYS.items():
+        rows = [row for full, row in results.items() if full.rpartition(", ")[0] == name]
+        if broken := [row["broke down"] for row in rows if "broke down" in row]:
+            merged[name] = {"keys": keys, "broke down": "; ".join(broken)}
+        elif rows:
+            values = {c: compare.over([row[c] for row in rows]) for c in WHY_COLUMNS}
+            merged[name] = {"keys": keys, **values}
+    return merged
+
+
+def why_table(results) -> str:
+    """Return a Markdown table of the means over seeds, with lowest and highest value."""
+    lines = ["| | keys | " + " | ".join(WHY_COLUMNS.values()) + " | |"]
+    lines.append("|---|---|" + "---|" * (len(WHY_COLUMNS) + 1))
+    for name, row in over_seeds(results).items():
+        cells = ["{:.3g} ({:.3g}–{:.3g})".format(*row[c]) if c in row else "–" for c in WHY_COLUMNS]
+        cells.append(row.get("broke down", ""))
+        lines.append(f"| {name} | {row['keys']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -302,19 +455,11 @@ def train_switch(switch, args):
     start, trajectories = start_and_trajectories(switch.from_teacher, args)
     net = student_from(start, switch.cfg)
     learner = trainer.Learner(net, ode_regression.make_recipe(args.steps))
-    data = first_seconds(trajectories, switch)
+    data = first_seconds(trajectories, switch.cfg, switch.seconds)
     losses = ode_regression.make_losses(net, data, learner.recipe, TOY_PROMPTS, switch.seconds)
     trainer.Run({"student": learner}, "").train(trainer.descent(learner, losses))
     net.load_state_dict(learner.average.tensors)
     return net.eval()
-
-
-def first_seconds(trajectories, switch):
-    """Cut trajectories to the complete blocks of the first `switch.seconds`."""
-    span = clip_of_seconds(switch.cfg, switch.seconds)
-    tokens_v = len(span.video) * switch.cfg.tokens_per_frame
-    video, audio = trajectories["video"][:, :, :tokens_v], trajectories["audio"]
-    return {**trajectories, "video": video, "audio": audio[:, :, : len(span.audio)]}
 
 
 def switches(args) -> Callable:
@@ -337,21 +482,21 @@ def switches(args) -> Callable:
 
 def check(args):
     """Raise ValueError, before any work is done, for options that cannot work."""
-    if args.ablation == "sinks" and args.steps <= BURN_IN:  # norms count after BURN_IN only
+    if args.ablation != "switches" and args.steps <= BURN_IN:  # norms count after BURN_IN only
         raise ValueError(f"--steps {args.steps}: expected at least {BURN_IN + 1}")
     evaluate.check(STREAMED, args.out)
 
 
 def main():
     p = cli.parser(__doc__)
-    p.add_argument("ablation", choices=("sinks", "switches"))
+    p.add_argument("ablation", choices=tuple(ABLATIONS))
     cli.add_weights(p, "--few-step", "weights/toy_dmd.safetensors", "student of stage I")
     cli.add_weights(p, "--real", "weights/toy_teacher.safetensors", "the teacher")
     about = "trajectories to train on"
     p.add_argument("--walks", type=cli.whole(HELD_BACK + 1, 10**5), default=384, help=about)
-    about = "steps per training; default: sinks 150, switches 250"
+    about = "steps per training; default: switches 250, others 150"
     p.add_argument("--steps", type=trainer.STEPS, help=about)
-    about = "sinks: learning rate of AdamW"
+    about = "sinks, why_sinks: learning rate of AdamW"
     p.add_argument("--lr", type=cli.real(1e-9, 1), default=1e-3, help=about)
     about = "switches: held-out clips per row"
     p.add_argument("--clips", type=evaluate.CLIPS, default=48, help=about)
@@ -385,6 +530,7 @@ def measure_variants(names, measure, args) -> dict:
 
 ABLATIONS = {  # variants, default steps, function that measures one, table, picture
     "sinks": (SINKS, 150, sinks, sinks_table, plots.draw_sinks),
+    "why_sinks": (WHY_SINKS, 150, sinks, why_table, lambda r: plots.draw_keys(over_seeds(r))),
     "switches": (SWITCHES, 250, switches, evaluate.table, plots.draw_rows),
 }
 

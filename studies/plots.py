@@ -368,6 +368,47 @@ def draw_sinks(results):
     return figure
 
 
+def draw_keys(results):
+    """Draw gradients by the number of keys: {name: {"keys": n, column: [mean, low, high]}}."""
+    panels = {"a0_norm": "audio of block 0", "alone_norm": "its first latent alone"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for ax, (column, title) in zip(axes, panels.items()):
+        lines = {}  # one of "latents: 1", "latents: 2" ..., and a point for each other name
+        for name, row in results.items():
+            if column in row:
+                lines.setdefault(name.partition(":")[0], []).append((row["keys"], *row[column]))
+        for i, (label, points) in enumerate(lines.items()):
+            keys, mean, low, high = np.array(points).T
+            ends = mean - low, high - mean
+            ax.errorbar(keys * 1.04**i, mean, ends, marker="o", capsize=3, label=label)
+        ax.set(title=title, xlabel="keys", xscale="log", yscale="log")
+        ax.set_xticks(ticks := sorted({row["keys"] for row in results.values()}), ticks)
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("largest gradient norm")
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+def draw_switches(curves):
+    """Draw the seconds after a switch: {student: {method: [value, low, high] of each second}}."""
+    size = 1 + 3.6 * max(1, len(curves)), 3.4
+    figure, axes = plt.subplots(
+        1, max(1, len(curves)), figsize=size, layout="constrained", sharey=True, squeeze=False
+    )
+    for ax, (student, methods) in zip(axes[0], curves.items()):
+        for i, (method, seconds) in enumerate(methods.items()):
+            value, low, high = np.array(seconds).T
+            x = np.arange(1, len(value) + 1) + 0.06 * i  # intervals stand beside each other
+            ends = value - low, high - value
+            ax.errorbar(x, value, ends, color=CURVES[i], marker="o", ms=3, lw=1.2, label=method)
+        ax.set(title=student, xlabel="second after the switch", ylim=(0, 1.03))
+        ax.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("frames in the new colour")
+    axes[0, -1].legend(fontsize=8)
+    return figure
+
+
 def _bars(ax, values, names, title, xerr=None):
     """Draw horizontal bars, one for each name."""
     ax.barh(range(len(values)), values, color=SINK, xerr=xerr)

@@ -1,6 +1,6 @@
 """Reproduce the released weights, the results and the pictures, command by command.
 
-    python -m studies.reproduce             hours: codec, teacher, three stages, tables, pictures
+    python -m studies.reproduce             hours: codecs, teacher, three stages, tables, pictures
     python -m studies.reproduce --controls  more hours: the students of `studies.compare controls`
                                             and `memory`, the ablations, and their tables
     python -m studies.reproduce --quick     minutes: three short stages from the released teacher
@@ -26,11 +26,13 @@ from studies import compare
 
 # (command, minutes on two CPU cores)
 FULL = [
-    ("-m toy.codec --fit", 1),
+    ("-m toy.fit codec", 1),
+    ("-m toy.fit decoder --out weights/toy_decoder.safetensors", 12),
     ("teacher.py --out weights/toy_teacher.safetensors", 99),
     ("dmd.py --out weights/toy_dmd.safetensors", 15),
     ("ode_regression.py --out weights/toy_ode_regression.safetensors", 30),
     ("self_forcing.py --out weights/toy_self_forcing.safetensors", 20),
+    ("-m toy.fit", 1),
     ("-m studies.evaluate", 4),
     ("-m studies.compare drift", 7),
     ("-m studies.compare joint", 4),
@@ -65,7 +67,10 @@ CONTROLS = [
     *trainings(compare.MEMORY),
     ("-m studies.compare memory --clips 96", 30),
     ("-m studies.ablations sinks", 40),
+    ("-m studies.ablations why_sinks", 25),
     ("-m studies.ablations switches", 30),
+    ("-m studies.refresh", 20),
+    ("-m studies.prompt_switch", 15),
     ("-m studies.fp8", 8),
 ]
 QUICK = [

@@ -388,7 +388,10 @@ texts before the first block
 +     for k in range(blocks):
 +         text_at(k)
 +     without_gradients = torch.inference_mode()(rollout)
-texts in a dictionary, no gradient by no_grad
+no gradient by no_grad
+- torch.inference_mode()(rollout)
++ torch.no_grad()(rollout)
+texts in a dictionary
 -     like, texts = next(net.parameters()), []
 -
 -     def text_at(k):
@@ -397,8 +400,6 @@ texts in a dictionary, no gradient by no_grad
 -             features = read(cues[len(texts)].prompt)
 -             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
 -         return texts[index]
--
--     without_gradients = torch.inference_mode()(rollout)
 +     texts, dtype = {}, next(net.parameters()).dtype
 +
 +     def text_at(k):
@@ -408,8 +409,6 @@ texts in a dictionary, no gradient by no_grad
 +             features = [f.to(dtype).repeat(batch, 1, 1) for f in read(cues[index].prompt)]
 +             texts[index] = net.project_text(*features)
 +         return texts[index]
-+
-+     without_gradients = torch.no_grad()(rollout)
 one caption for all clips
 - f.to(like).expand(batch, -1, -1) for f in features
 + f.to(like) for f in features

@@ -72,15 +72,85 @@ def random_trajectories(count):
     return {"tokens": torch.ones(count, 3, dtype=torch.long), "video": video, "audio": audio}
 
 
-def test_the_gradient_of_block_0_is_that_of_block_0():
+@pytest.mark.parametrize("latents", [1, 3])
+def test_the_gradient_of_block_0_is_that_of_block_0(latents):
     """All other blocks are clean: their noisy states do not change the loss."""
     net, data = model.build(TINY), random_trajectories(8)
-    view = kv_cache.MaskedView(four_masks(TINY, BLOCKS))
-    loss = ablations.block_0_loss(net, data, view, 0)
-    data["audio"][:, :4, 1:] += 1  # noisy audio states after A0
-    assert torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
-    data["audio"][:, :4, 0] += 1
-    assert not torch.equal(loss, ablations.block_0_loss(net, data, view, 0))
+    with ablations.longer_block_0(latents):
+        loss = ablations.block_0_loss(net, data, 0)
+        data["audio"][:, :4, latents:] += 1  # noisy audio states after block 0
+        assert torch.equal(loss, ablations.block_0_loss(net, data, 0))
+        data["audio"][:, :4, latents - 1] += 1
+        assert not torch.equal(loss, ablations.block_0_loss(net, data, 0))
+
+
+@pytest.mark.parametrize("latents", [1, 3])
+def test_the_loss_of_block_0_needs_no_later_second(latents):
+    """It is equal on whole clips, with the noise levels and masks of whole clips."""
+    net, data, cfg = random_model(TINY, torch.float32), random_trajectories(8), TINY
+    levels = torch.full((8, BLOCKS), len(cfg.sigmas) - 1)
+    levels[:, 0] = torch.arange(8) % (len(cfg.sigmas) - 1)
+    whole = ablations.toy_captions(data["tokens"]), data["video"], data["audio"]
+    with ablations.longer_block_0(latents):
+        view = kv_cache.MaskedView(four_masks(cfg, BLOCKS))
+        _, right = ablations.ode_regression.regression_losses(net, whole, levels, cfg.sigmas, view)
+        torch.testing.assert_close(ablations.block_0_loss(net, data, 0), right)
+
+
+def test_the_gradient_of_the_first_latent(monkeypatch):
+    """It is that of a loss in which no other latent counts."""
+    net, data = random_model(TINY, torch.float32).requires_grad_(True), random_trajectories(8)
+    of_block, alone = ablations.a0_norms(net, data, 0)
+    assert of_block == alone  # block 0 has no other latent
+    with ablations.longer_block_0(3):
+        of_block, alone = ablations.a0_norms(net, data, 0)
+        first = lambda squares, mask: squares[:, 0].mean()  # noqa: E731
+        monkeypatch.setattr(ablations.ode_regression, "masked_mean", first)
+        right = ablations.gradient_norm(net, ablations.block_0_loss(net, data, 0))
+    assert alone == pytest.approx(right, rel=1e-4) and of_block != pytest.approx(right, rel=0.01)
+
+
+def test_block_0_takes_latents_from_block_1():
+    """Masks of audio change, those of video do not; afterwards all are as before."""
+    usual = four_masks(TINY, 3)
+    with ablations.longer_block_0(26):
+        longer, blocks = four_masks(TINY, 3), ablations.masks.audio_token_blocks(3, TINY, False)
+    assert blocks.tolist() == 26 * [0] + 25 * [2]
+    assert torch.equal(longer["video_self"], usual["video_self"])
+    assert not torch.equal(longer["audio_self"], usual["audio_self"])
+    assert torch.equal(four_masks(TINY, 3)["audio_self"], usual["audio_self"])
+
+
+def test_sinks_without_values():
+    """Their values are zero in both attentions to audio, and nothing else changes."""
+
+    class Zeroed(kv_cache.MaskedView):
+        def attend(self, layer, site, q, k, v, heads):
+            if site in ("audio_self", "a2v"):
+                v = v.clone()
+                v[:, : TINY.num_sinks] = 0
+            return super().attend(layer, site, q, k, v, heads)
+
+    net, masks = random_model(TINY, torch.float32), four_masks(TINY, BLOCKS)
+    args = noisy_clips(net, clips=2)
+    usual, right = net(*args, kv_cache.MaskedView(masks)), net(*args, Zeroed(masks))
+    found = ablations.without_values(net)(*args, kv_cache.MaskedView(masks))
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(found, usual, strict=True))
+
+
+def test_sinks_that_read_nothing(monkeypatch):
+    """They leave the layers in the same state for every clip; usual sinks do not."""
+    cfg = replace(TINY, num_sinks=2, num_layers=2)
+    net, states = random_model(cfg, torch.float32), []
+    monkeypatch.setattr(net.sinks, "remove", lambda x: states.append(x[:, :2]) or x[:, 2:])
+    args = noisy_clips(net, clips=2)
+    with ablations.sinks_read_nothing(2):
+        net(*args, ablations.ode_regression.masked_view(cfg, BLOCKS))
+    net(*args, ablations.ode_regression.masked_view(cfg, BLOCKS))
+    (one, other), usual = states
+    torch.testing.assert_close(one, other)
+    assert (usual[0] - usual[1]).abs().max() > 1e-2
 
 
 @pytest.fixture
@@ -123,6 +193,20 @@ def test_sinks_from_the_command_line(run, tmp_path, monkeypatch):
     assert result["S = 0"]["share"] == 0 < result["S = 16"]["share"] < 1
     assert all(row["max_norm"] > 0 and row["a0_norm"] > 0 for row in result.values())
     assert "| S = 16 |" in (tmp_path / "x.md").read_text()
+
+
+def test_why_sinks_from_the_command_line(run, tmp_path, monkeypatch):
+    """Two seeds of a variant are merged into one line: mean, lowest and highest value."""
+    names = [f"{name}, seed {seed}" for seed in (0, 1) for name in ("latents: 3", "S = 2")]
+    result = run("why_sinks", "--steps", 11, "--only", *names)
+    assert list(result) == names
+    for name, keys in {"latents: 3": 3, "S = 2": 3}.items():
+        low, high = sorted(result[f"{name}, seed {seed}"]["a0_norm"] for seed in (0, 1))
+        assert 0 < low < high
+        line = f"| {name} | {keys} | {(low + high) / 2:.3g} ({low:.3g}–{high:.3g}) |"
+        assert line in (tmp_path / "x.md").read_text("utf-8")
+    table = ablations.why_table({**result, names[1]: {"broke down": "step 3"}})
+    assert table.endswith("\n| S = 2 | 3 | – | – | – | – | – | – | step 3 |")
 
 
 def test_a_training_that_breaks_down_is_reported(run, tmp_path, monkeypatch):
@@ -205,9 +289,8 @@ def test_a_clip_of_training_just_fits_into_the_window(switch):
 def test_trajectories_are_cut_to_complete_blocks(seconds, blocks):
     """Five seconds, or four in blocks of two; the beginning does not change."""
     cfg = replace(config.TOY, block_seconds=seconds)
-    switch = ablations.Switch(cfg, seconds=seconds * blocks)
     whole = random_trajectories(3)
-    cut = ablations.first_seconds(whole, switch)
+    cut = ablations.first_seconds(whole, cfg, seconds * blocks)
     lengths = {"video": 16 * (1 + 3 * seconds * blocks), "audio": 1 + 25 * seconds * blocks}
     for name, length in lengths.items():
         assert cut[name].shape[2] == length

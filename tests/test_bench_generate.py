@@ -64,6 +64,8 @@ def test_the_page_quotes_the_floor():
 
 def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     """`--device cpu --tiny`: every number is there, not zero, above its floor; fp8 is last."""
+    monkeypatch.setattr(bench_generate.Subject, "speedups", ("fuse",))
+    monkeypatch.setattr(faster, "fused", lambda function: function)  # runs on a CPU, too
     out, saved = tmp_path / "bench.json", []
     args = "--device", "cpu", "--tiny", "--windows", 1, "--blocks", 4, "--out", out
     write = bench_generate.files.write_json
@@ -73,7 +75,7 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
     status, printed, _ = run_here(bench_generate, args, monkeypatch, capsys)
     result = json.loads(out.read_text())
     rows, ladder = result["rows"], result["ladder"]
-    assert [rung["speed_up"] for rung in ladder] == ["", "qkv"] and saved[0] == 1 < len(saved)
+    assert [rung["speed_up"] for rung in ladder] == ["", "fuse"] and saved[0] == 1 < len(saved)
     assert all(rung["block_seconds"] > 0 for rung in ladder)
     for row, in_fp8 in zip(rows, (False, True), strict=True):
         assert row["in_fp8"] == in_fp8 and row["slowest_over_median"] > 0
@@ -81,7 +83,7 @@ def test_it_runs_and_writes_its_table(tmp_path, monkeypatch, capsys):
         fastest = config.FULL.fps * config.FULL.block_seconds / row["passes_fps"]  # seconds a block
         assert row["textbook_over_fastest"] == pytest.approx(row["textbook_seconds"] / fastest)
         assert row["passes_fps"] == pytest.approx(row["floor_fps"] * row["share_of_floor"])
-    assert status == 0 and "| + `qkv` | " in printed and "| 1 s | fp8 | " in printed
+    assert status == 0 and "| + `fuse` | " in printed and "| 1 s | fp8 | " in printed
     assert bench_generate.window_table(rows[:1]).count("FPS") == 2
 
 
@@ -146,14 +148,15 @@ def test_the_page_has_a_row_for_every_speed_up_and_a_place_for_every_table():
     assert all(page.count(f"<!-- {mark} -->") == 2 for mark in MARKS)
 
 
-def test_a_rung_is_set_up_and_taken_down_again():
+def test_a_rung_is_set_up_and_taken_down_again(monkeypatch):
     """Each measurement has the speed-ups that it names and no other, and nobody copies weights."""
+    monkeypatch.setattr(faster, "fused", lambda function: function)
     measured = subject(random_model(tiny(PAPER), torch.float32))
     view = CachedView(measured.net.cfg, 2)
-    for names in (("qkv",), (), ("qkv",)):
+    for names in (("fuse",), (), ("fuse",)):
         net = measured.with_speedups(names)
-        sites = [m for m in net.modules() if isinstance(m, model.Attention)]
-        assert sites and {isinstance(s, faster.JoinedAttention) for s in sites} == {"qkv" in names}
+        halves = [m for m in net.modules() if isinstance(m, model.HalfLayer)]
+        assert {isinstance(half, faster.FusedHalf) for half in halves} == {"fuse" in names}
         pairs = zip(net.parameters(), measured.net.parameters(), strict=True)
         assert all(mine is shared for mine, shared in pairs)
         bench_generate.time_block(net, measured.features, view, 0, CPU, times=1)

@@ -33,7 +33,6 @@ from tape import Operators
 
 import masks
 import rope
-from full_size.faster import join_projections
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, Heads, RollingCache, attention, cache_append_attention
 from masks import SITES
@@ -269,16 +268,12 @@ def test_the_kernel_rounds_no_more_than_pytorch(op, dtype, case, device):
 
 
 @torch.no_grad()
-def stream_model(
-    joined, device="cpu", layers=1, last_pass=contextlib.nullcontext(), dtype=torch.float32
-):
+def stream_model(device="cpu", layers=1, last_pass=contextlib.nullcontext(), dtype=torch.float32):
     """Velocities of four blocks of random tokens, window 1: the prefix is moved twice."""
     widths = (40, 24) if dtype == torch.float32 else (128, 64)  # of the toy, of the full size
     cfg = tiny(PAPER, num_layers=layers, num_heads=1, video_width=widths[0], audio_width=widths[1])
     ropes_of.cache_clear()  # so that every call computes the tables, whatever ran before
     net = random_model(cfg, dtype).to(device)
-    if joined:
-        join_projections(net)
     text, sigma = random_text(net, cfg), torch.full((1,), 0.5, device=device, dtype=dtype)
     velocities, view = [], CachedView(cfg, 8, window=1)
     for k in range(4):
@@ -290,45 +285,41 @@ def stream_model(
     return [v.cpu() for v in velocities]
 
 
-@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stream_by_kernel_and_by_pytorch(dtype, joined, device, monkeypatch):
-    """Few queries take the tensor cores if they can. The kernel reads slices of joined projections
-    as they are."""
-    calls = {op: [] for op in OPS}
+def test_a_stream_by_kernel_and_by_pytorch(dtype, device, monkeypatch):
+    """Few queries take the tensor cores if they can."""
+    calls = Counter()
 
     def noted(op, operator):
-        return lambda *x: calls[op].append(x[0]) or operator(*x)
+        return lambda *x: calls.update([op]) or operator(*x)
 
     for op in OPS:
         monkeypatch.setattr(kernel, op, noted(op, getattr(kernel, op)))
-    actual = stream_model(joined, device, dtype=dtype)
+    actual = stream_model(device, dtype=dtype)
     few = 3 * 4 if dtype == torch.bfloat16 else 0  # attentions with heads of 64, blocks
-    assert [len(calls[op]) for op in OPS] == [4 * 4 - few, 0, few]
-    assert any(not q.is_contiguous() for q in sum(calls.values(), [])) == joined
+    assert [calls[op] for op in OPS] == [4 * 4 - few, 0, few]
     monkeypatch.setattr(kernel, "supports", lambda *_: False)
     # On a GPU, SDPA multiplies float32 in pieces of 11 bits, and an angle of 500 rad differs in its
     # last digit.
     near = 2e-2 if dtype == torch.bfloat16 else 1e-5 if device == "cpu" else 1e-4
-    for one, other in zip(actual, stream_model(joined, device, dtype=dtype), strict=True):
+    for one, other in zip(actual, stream_model(device, dtype=dtype), strict=True):
         torch.testing.assert_close(one, other, atol=near, rtol=near)
 
 
 COPIES = {"aten::cat", "aten::stack", "aten::clone", "aten::_to_copy", "aten::repeat"}
 
 
-def copies_of_a_pass(layers, joined):
+def copies_of_a_pass(layers):
     """Count the copying operators in one pass with a full window."""
-    stream_model(joined, layers=layers, last_pass=(seen := Operators()))
+    stream_model(layers=layers, last_pass=(seen := Operators()))
     return Counter({name: n for name, n in seen.counts.items() if name in COPIES})
 
 
 @needs_gxx
-@pytest.mark.parametrize("joined", [False, True])
-def test_a_layer_copies_no_tensor(joined, emulated_kernel, monkeypatch):
+def test_a_layer_copies_no_tensor(emulated_kernel, monkeypatch):
     """With the (emulated) kernel, a layer concatenates and clones nothing."""
     monkeypatch.setattr(kernel, "emulated", emulated_kernel)
-    assert copies_of_a_pass(2, joined) == copies_of_a_pass(1, joined)
+    assert copies_of_a_pass(2) == copies_of_a_pass(1)
 
 
 def test_under_autograd_pytorch_runs(device):

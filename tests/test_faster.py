@@ -312,7 +312,7 @@ both_kernels = pytest.mark.parametrize(
 
 
 def on_gpu(dtype=torch.float32):
-    """A model with heads that the kernel has, its projections joined; two prompts."""
+    """A model with heads that the kernel has; two prompts."""
     kernel.require()
     narrow = dtype == torch.float32
     widths = (
@@ -320,7 +320,6 @@ def on_gpu(dtype=torch.float32):
     )
     cfg = tiny(PAPER, num_sinks=2, **widths)
     net = random_model(cfg, dtype).cuda()
-    faster.join_projections(net)
     with torch.no_grad():
         features = torch.randn(2, 1, 3, cfg.caption_width, dtype=dtype).cuda()
         return net, [net.project_text(f) for f in features]

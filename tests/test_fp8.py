@@ -156,31 +156,9 @@ def test_a_published_file_and_random_weights_can_be_read_in_fp8(tmp_path):
 # ---- with the speed-ups ----
 
 
-def test_joined_projections_round_their_input_once():
-    """Bit by bit the same stream, by fewer products, and no byte more."""
-    nets = in_fp8(), in_fp8()
-    faster.join_projections(nets[1])
-    found, counts = [], []
-    for net in nets:
-        rounding = mock.Mock(wraps=fp8.rounded)
-        with torch.no_grad(), mock.patch.object(fp8, "rounded", rounding):
-            torch.manual_seed(0)
-            text = random_text(net, CFG)
-            rounding.reset_mock()
-            found.append(stream(net, [text, text], blocks=1))
-        counts.append(rounding.call_count)
-    assert_bitwise(*found)
-    # a layer in each of two passes: video's q, k, v 3 -> 1, k, v of video for audio 2 -> 1
-    assert counts[0] - counts[1] == 2 * CFG.num_layers * (2 + 1)
-    sizes = [{p.untyped_storage()._cdata: p.untyped_storage().nbytes() for p in net.parameters()}
-             for net in nets]  # fmt: skip
-    assert sum(sizes[0].values()) == sum(sizes[1].values()) and len(sizes[0]) > len(sizes[1])
-
-
 def test_a_recorded_stream_beside_its_audio_is_the_same_bit_by_bit():
-    """Recorded passes and two streams, with joined projections; nothing is read back."""
+    """Recorded passes and two streams; nothing is read back."""
     net = in_fp8()
-    faster.join_projections(net)
     with torch.no_grad():
         texts = [random_text(net, CFG)] * 2
     plain = stream(net, texts)
@@ -196,8 +174,7 @@ def test_a_recorded_stream_beside_its_audio_is_the_same_bit_by_bit():
     assert not streams.faults
 
 
-@pytest.mark.parametrize("join", [False, True])
-def test_fused_kernels_round_what_the_products_read(join, monkeypatch):
+def test_fused_kernels_round_what_the_products_read(monkeypatch):
     """Without the compiler: bit by bit the same stream, with the rounding inside the functions."""
     monkeypatch.setattr(faster, "fused", lambda function: function)
     net, product, given = in_fp8(), fp8.product, Counter()
@@ -207,9 +184,6 @@ def test_fused_kernels_round_what_the_products_read(join, monkeypatch):
         return product(x, *parts)
 
     monkeypatch.setattr(fp8, "product", counted)
-    monkeypatch.setattr(fp8.Fp8Linear, "product", staticmethod(counted))
-    if join:
-        faster.join_projections(net)
     with torch.no_grad():
         texts = [random_text(net, CFG)] * 2
     plain = stream(net, texts, blocks=1)
@@ -220,7 +194,7 @@ def test_fused_kernels_round_what_the_products_read(join, monkeypatch):
     passes = 2 * CFG.num_layers
     assert given[torch.Tensor] == passes * 4
     # q, k, v; q of captions and of A2V; k, v of V2A; the MLP
-    assert given[fp8.Rounded] == passes * (5 if join else 3 + 2 + 2 + 1)
+    assert given[fp8.Rounded] == passes * (3 + 2 + 2 + 1)
 
 
 # ---- the command line ----
@@ -245,9 +219,10 @@ def test_a_device_without_fp8_is_refused(name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     request = SimpleNamespace(
-        weights="random", cues=[], device=torch.device(name), dtype=BF16, in_fp8=True
-    )
-    for check in (lambda: fp8.check_device(torch.device(name)), lambda: StreamSource(request)):
+        weights="random", cues=[], image=None, device=torch.device(name), dtype=BF16, in_fp8=True,
+        seconds=1,
+    )  # fmt: skip
+    for check in (lambda: fp8.check_device(torch.device(name)), lambda: StreamSource([request])):
         with pytest.raises(ValueError, match="has no fp8; .* use --dtype bfloat16"):
             check()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
@@ -264,7 +239,7 @@ def test_a_full_size_request_in_fp8_reaches_the_weights_and_the_plan(weights, mo
     line = "--config full --ltx2 ltx2 --dtype fp8 --weights"
     request = generate.check_args(generate.options().parse_args([*line.split(), weights]))
     seen.text.encode_and_free.return_value = {}, 0.0
-    StreamSource(request)
+    StreamSource([request])
     load = seen.weights.random_weights if weights == "random" else seen.weights.Source().load
     assert load.call_args.args[-3:] == (torch.device("cpu"), BF16, True)
     assert seen.memory.check_stream.call_args.args[0].in_fp8
@@ -365,11 +340,10 @@ def test_the_gpu_multiplies_as_specified(rows):
 
 @pytest.mark.gpu
 def test_a_recorded_stream_in_fp8_is_close_to_the_eager_one():
-    """Real CUDA graphs and streams, joined projections, no wait while it runs."""
+    """Real CUDA graphs and streams, no wait while it runs."""
     needs_fp8()
     cfg = tiny(PAPER, num_sinks=2, video_width=64, audio_width=32)
     net = in_fp8(cfg).cuda()
-    faster.join_projections(net)
     with torch.no_grad():
         features = torch.randn(1, 3, cfg.caption_width).to("cuda", BF16)
         texts = [net.project_text(features)] * 2

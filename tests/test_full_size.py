@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,15 @@ import av
 import pytest
 import torch
 from helpers import random_model, run_here, save_text_path
+from PIL import Image
 from safetensors.torch import save_file
+from tape import Tape
 
 import config
 import generate
 from benchmarks import bench_decode
-from full_size import decoders, memory
+from film import live
+from full_size import decoders, faster, memory
 from full_size import text as captions
 from full_size import weights as ltx2
 
@@ -97,14 +101,17 @@ def test_random_weights_make_a_film_and_its_timings(run):
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_film_at_full_speed(run):
-    """All speed-ups that need no GPU: as many frames and samples."""
+def test_a_film_at_full_speed(run, monkeypatch):
+    """Recorded passes and fused kernels, with stand-ins for a GPU: as many frames and samples."""
+    monkeypatch.setattr(faster, "find_speedups", lambda names, device: ("graph", "fuse"))
+    monkeypatch.setattr(faster, "cuda_recorder", lambda: Tape.record)
+    monkeypatch.setattr(faster, "fused", lambda function: function)
     args = "--config", "full", "--weights", "random", "--seconds", 1, "--report", "r.json"
     status, out, err = run(*args, "--speed-up", "all")
     assert status == 0, err
     assert properties("out.mp4")[0] == 25
     report = json.loads(Path("r.json").read_text())
-    assert report["speed_up"] == ["qkv"]
+    assert report["speed_up"] == ["graph", "fuse"]
     assert {"denoise", "refresh"} <= report["stage_seconds"].keys()
 
 
@@ -228,3 +235,54 @@ def test_a_stream_that_does_not_fit_is_refused(run, monkeypatch, tmp_path):
     status, out, err = run(*args, "--window", 30)
     assert status == 2 and "--window 9 would fit" in err and "rolling caches" in out
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- prompts that come while a stream runs ----
+
+
+def test_a_prompt_is_read_while_a_live_stream_runs(run, folder, monkeypatch):
+    """Each new one loads the text encoder once; an empty one is refused; blocks obey the last."""
+    args = ["--config", "released", "--weights", folder / "generator.safetensors", "--live"]
+    args = generate.options().parse_args([*map(str, args), "--ltx2", str(folder), *FLOAT32])
+    functions = generate.check_args, generate.open_source, generate.stream
+    with live.open_server(args, *functions) as server:
+        name, read = server.studio.start("a dog barks", 0)["id"], []
+        encode = captions.encode_and_free
+        monkeypatch.setattr(
+            captions, "encode_and_free", lambda *given: read.append(given[1:3]) or encode(*given)
+        )
+        for words in ("a dog barks", "rain", "snow", "rain"):
+            server.studio.answer("prompt", {"id": name, "words": words})
+        with pytest.raises(ValueError, match="the prompt says nothing"):
+            server.studio.answer("prompt", {"id": name, "words": " "})
+        while not (blocks := server.studio.session.report(99, 0)["blocks"][5:]):
+            assert server.studio.session.thread.is_alive()
+            time.sleep(0.05)
+        server.studio.end()
+    cpu = torch.device("cpu")
+    assert read == [(["rain"], cpu), (["snow"], cpu)]
+    assert blocks[-1]["prompt"] == "rain" and blocks[-1]["strip"] == ""
+
+
+def test_the_text_encoder_goes_where_there_is_room(folder, monkeypatch):
+    """Beside a stream: on its GPU, else on the CPU, else nowhere."""
+    size, free = memory.text_bytes(folder), {}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free[device.type])
+    gpu = torch.device("cuda")
+    for free["cuda"], free["cpu"], place in ((2 * size, 0, "cuda"), (size, 2 * size, "cpu")):
+        assert memory.place_for_text(folder, gpu).type == place
+    free.update(cuda=size, cpu=size)
+    with pytest.raises(ValueError, match="a text encoder of 0.0 GB, 0.0 GB free"):
+        memory.place_for_text(folder, gpu)
+
+
+def test_a_picture_becomes_the_first_frame(run, folder):
+    """LTX-2's own encoder is loaded for it, is in the plan, and changes the film."""
+    Image.new("RGB", (64, 64), "white").save("white.png")
+    args = ["--config", "released", "--weights", folder / "generator.safetensors"]
+    args += ["--ltx2", folder, "--seconds", 1, "--prompt", "rain", *FLOAT32]
+    status, out, err = run(*args, "--image", "white.png")
+    assert status == 0, err
+    assert "before all that: the video encoder" in out and properties("out.mp4")[0] == 25
+    run(*args, "--out", "plain.mp4")
+    assert Path("out.mp4").read_bytes() != Path("plain.mp4").read_bytes()

@@ -40,7 +40,7 @@ VALUES = {
     "--steps": NUMBERS, "--out": PATHS, "--html": PATHS, "--report": PATHS,
     "--config": ["toy", "toy_released", "full", "x", ""], "--weights": [*PATHS, "random", "a/b"],
     "--device": ["cpu", "meta", "cuda:99", "x", ""], "--dtype": [*generate.DTYPES, "x"],
-    "--speed-up": ["all", "qkv", "x", ""], "--ltx2": PATHS, "--unknown": TEXTS, "--help": [None],
+    "--speed-up": ["all", "graph", "x", ""], "--ltx2": PATHS, "--unknown": TEXTS, "--help": [None],
 }  # fmt: skip
 
 

@@ -52,11 +52,14 @@ class EvictingView:
         queries, keys, values = heads.queries(q), heads.keys(k), heads.split(v)
         out = []
         for b in range(self.num_blocks):
-            now = torch.tensor([b])
-            seen = masks.may_attend(now, key_blocks, self.window, self.pinned)[0]
+            seen = self.seen(b, key_blocks)
             moved = torch.where((key_blocks == 0)[:, None, None], self.later(keys, site, b), keys)
             out.append(attention(queries[:, query_blocks == b], moved[:, seen], values[:, seen]))
         return torch.cat(out, dim=1)
+
+    def seen(self, block, key_blocks):
+        """(K,) booleans: which keys a block attends to."""
+        return masks.may_attend(torch.tensor([block]), key_blocks, self.window, self.pinned)[0]
 
     def later(self, keys, site, block):
         """Move keys one second later in time for every block that is evicted before `block`."""
@@ -208,6 +211,51 @@ def test_repeated_passes_do_no_harm():
         for site in masks.SITES:
             assert torch.equal(one[site].k, other[site].k)
             assert torch.equal(one[site].v, other[site].v)
+
+
+# ---- forgetting ----
+
+
+class ForgetfulView(EvictingView):
+    """Before each of the blocks `at`, all blocks but the newest are forgotten."""
+
+    def __init__(self, at, *args):
+        super().__init__(*args)
+        self.at = at
+
+    def seen(self, block, key_blocks):
+        newest = [k - 1 for k in self.at if k <= block]
+        if not newest:
+            return super().seen(block, key_blocks)
+        return (key_blocks >= max(newest[-1], block - self.window)) & (key_blocks <= block)
+
+
+@pytest.mark.parametrize("window", [1, 2, 4])
+@pytest.mark.parametrize("at", [(2,), (3,), (5,), (3, 4, 6)])
+@pytest.mark.parametrize("cfg", LAYOUTS, ids=layout_name)
+def test_after_forgetting_blocks_see_the_newest_and_what_follows(cfg, at, window):
+    """The ring turns on as usual, nothing is pinned, and the blocks before are as they were."""
+    case = Case(cfg, BLOCKS + 1, window)
+    view, spec = case.cached_view(), ForgetfulView(at, case.cfg, BLOCKS + 1, window)
+    for k in range(BLOCKS + 1):
+        if k in at:
+            view.forget()
+        case.streamed(k, view, torch.rand(2, dtype=torch.float64))
+        assert_same(case.streamed(k, view, case.sigmas[k]), case.masked(k, spec))
+        case.refresh(k, view)
+        view.next_block()
+    assert differ(case.masked(at[0], spec), case.masked(at[0]))
+
+
+def test_block_0_is_not_forgotten_while_it_is_the_newest():
+    """It is no longer pinned: with a window of one, block 2 does not see it."""
+    case = Case(PAPER, window=1)
+    view, spec = case.cached_view(1), EvictingView(case.cfg, BLOCKS, 1, pinned=False)
+    view.forget()
+    for k in (1, 2, 3):
+        assert_same(case.streamed(k, view, case.sigmas[k]), case.masked(k, spec))
+        case.refresh(k, view)
+        view.next_block()
 
 
 # ---- under autograd ----

@@ -16,7 +16,7 @@ from matplotlib.ft2font import FT2Font
 import config
 import masks
 from film import page, sheet
-from kv_cache import RollingCache
+from kv_cache import CachedView
 from studies import plots
 from toy import world as toy_world
 
@@ -60,7 +60,7 @@ def test_any_prompt_is_text_in_the_page(write, words):
         wanted = plain.count(tag) + (words.count(tag) if tag == "http" else 0)
         assert text.count(tag) == wanted, tag
     heading = re.search(r"<h1[^>]*>(.*?)</h1>", text, re.S)[1]
-    data = json.loads(re.search(r"const data = (.*?), ROWS", text)[1])
+    data = json.loads(re.search(r"const data = (.*?);\n", text)[1])
     assert page.html.unescape(heading) == sheet.plain(words) == data["prompts"][0][1]
     assert "data:video/mp4;base64,AGZpbG0=" in text
     assert len(re.search(r"<title>(.*?)</title>", text)[1]) < 200
@@ -167,19 +167,37 @@ def test_what_is_drawn_is_what_happened():
 
 @pytest.mark.parametrize("blocks, window", [(6, 2), (12, 1), (3, 8), (1, 1)])
 def test_the_table_shows_what_the_cache_holds(blocks, window):
-    """The slots give, for every block, the same blocks as the keys of a real cache."""
-    cache, held = RollingCache(1, 1, min(window + 1, max(1, blocks - 1))), {}
-    for k, slot in enumerate(page.cache_slots(blocks, window)):
-        held[slot] = k
-        keys = torch.full((1, 1, 1, 1), float(k))
-        assert list(held.values()) == cache.append(keys, keys)[0].flatten().tolist()
-        cache.next_block()
+    """Block 0, and the window before the block; each in its slot until another takes it."""
+    table, held = page.CacheTable(blocks, window), []
+    for k in range(blocks):
+        if k <= window + 1:
+            held = [*held, k]
+        else:  # the oldest in the ring makes room
+            held = [k if old == k - window - 1 else old for old in held]
+        assert table.next_row() == held
+
+
+@pytest.mark.parametrize("change", [1, 2, 6])
+def test_the_table_shows_what_a_change_of_the_prompt_leaves(change):
+    """The blocks that the cache of a stream shows; first the newest and the new one."""
+    table, view = page.CacheTable(12, 3), CachedView(config.TOY, 12, 3)
+    view.move_prefixes = lambda *_: None  # the keys here are numbers of blocks, without positions
+    for k in range(12):
+        if k == change:
+            view.forget()
+        for cache in view.caches:
+            keys = torch.full((1, cache.num_new, 1, 1), float(k))
+            shown, _ = cache.append(keys, keys)
+        blocks = [block for block in table.next_row(k == change) if block is not None]
+        assert [*dict.fromkeys(shown.flatten().int().tolist())] == blocks
+        assert k != change or blocks == [k - 1, k]
+        view.next_block()
 
 
 def test_a_stream_that_ended_early_shows_the_blocks_it_made():
     """Of 101 blocks, the four in 3 seconds, in the slots of the long stream; no later prompt."""
     data = contents(blocks=101, cues=[(0, "red"), (1.5, "blue"), (70, "green")])
-    assert data["blocks"] == contents()["blocks"] and data["slots"] == [0, 1, 2, 1]
+    assert data["blocks"] == contents()["blocks"] and data["held"][3] == [None, 2, 3]
     assert data["prompts"] == [[0, "red"], [2, "blue"]]
 
 
@@ -226,6 +244,9 @@ onload = () => setTimeout(() => document.body.textContent = "FOUND" + JSON.strin
   seconds: texts("seconds"), blocks: texts("blocks"), prompts: texts("prompts"),
   rows: [...document.querySelectorAll(".row:not([hidden])")].map(row => row.id),
   switches: document.querySelectorAll(".switch").length, width: document.body.scrollWidth,
+  passes: [...document.images].filter(image => image.naturalWidth).length,
+  changes: [...document.querySelectorAll("td.prompt")].map(cell => cell.textContent),
+  high: document.querySelector("table").clientHeight,
   marks: words("seen").length, cells: [...document.querySelector("table").rows].map(
     row => [...row.cells].slice(1).map(c => c.textContent)), now: get("now").style.left,
   playing: document.querySelector("tr.now td").textContent,
@@ -257,6 +278,17 @@ def test_a_browser_draws_the_table_beside_the_film(write):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
+def test_a_browser_shows_passes_and_prompts_in_the_table(write):
+    """A column of pictures if there are any; a row above the first block of a new prompt."""
+    pixel = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="
+    data = contents(cues=[(0, "red"), (1, "blue")]) | {"strips": [pixel] * 4}
+    found = in_browser(write("red, then blue", data))
+    assert found["cells"][0] == ["noise → clean", "pinned", "ring"] and found["passes"] == 4
+    assert found["cells"][2:5] == [["", "0", "1"], [], ["", "0", "1", "2"]]
+    assert found["changes"] == ["blue"]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_a_browser_shows_no_walls_at_full_size(write):
     """The rows of impacts and onsets are away, the row of prompts is there if they change."""
     data = contents(cfg=config.FULL, cues=[(0, "rain"), (1, "snow")])
@@ -274,7 +306,8 @@ def test_labels_do_not_overlap(write, seconds, width):
     found = in_browser(write("red", data), width, seconds - 1)
     assert not found["overlaps"] and len(found["seconds"]) > 5 and len(found["blocks"]) > 4
     assert found["seconds"][-1] == str(seconds) and found["switches"] == 3
-    assert found["width"] <= width and len(found["cells"]) == 13
+    assert found["width"] <= width and len([*filter(None, found["cells"])]) == 13
+    assert found["high"] < 450
     assert f"{seconds - 2}{seconds}" in found["cells"][-1]  # evicted, new
 
 

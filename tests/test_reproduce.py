@@ -64,7 +64,7 @@ def test_on_a_gpu_a_failure_stops_nothing(run):
     assert status == 2 and len(run.ran) == len(reproduce.GPU)
     assert f"{reproduce.KERNEL_TESTS}: exit status 2; start" in err
     assert sum(minutes for _, minutes in reproduce.GPU) <= 12
-    assert out.index("bench_decode") < out.index("\n| 5 s | ") < out.rindex("`qkv`")
+    assert out.index("bench_decode") < out.index("\n| 5 s | ") < out.rindex("`graph`")
 
 
 def test_without_a_gpu_none_of_its_commands_runs(run):

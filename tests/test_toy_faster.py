@@ -68,12 +68,8 @@ def opened(*arguments):
 
 @pytest.mark.parametrize(
     "options, half",
-    [
-        ([], faster.FastHalf),
-        (["--dtype", "bfloat16"], HalfLayer),
-        (["--speed-up", "qkv"], HalfLayer),
-    ],
-    ids=["plain", "bfloat16", "speed-up"],
+    [([], faster.FastHalf), (["--dtype", "bfloat16"], HalfLayer)],
+    ids=["plain", "bfloat16"],
 )
 def test_what_a_stream_runs(options, half):
     """The faster layers, unless the command line asks for others."""

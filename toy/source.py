@@ -23,6 +23,7 @@ from toy import world
 FOLDER = Path(__file__).parent.parent / "weights"
 # students that generate.py loads by default
 WEIGHTS = {name: FOLDER / f"{name}_self_forcing.safetensors" for name in ("toy", "toy_released")}
+WINDOWS = {"toy_released": 1}  # of stage III, where it differs from `masks.trained_window`
 DROP_CAPTION, DROP_WORD = 0.10, 0.05  # probability that a caption, or a word, is hidden in training
 
 
@@ -143,8 +144,7 @@ class StreamSource:
             self.net = random_weights(cfg, device, dtype)
         else:
             self.net = load_student(request.weights or WEIGHTS[cfg.name], cfg, device, dtype)
-        changed = request.in_fp8 or request.speedups or dtype != torch.float32
-        if device.type == "cpu" and not changed:
+        if device.type == "cpu" and dtype == torch.float32:
             from toy import faster
 
             faster.speed_up(self.net)
