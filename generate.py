@@ -3,18 +3,23 @@
     python generate.py
     python generate.py --prompt "blue slow wood" --seconds 20 --seed 3
     python generate.py --prompt "0: red fast metal" --prompt "5: blue slow wood" --seconds 10
-    python generate.py --config toy_released --window 1 --seconds 60
+    python generate.py --live
+    python generate.py --prompts list.txt --out-dir films
 
 Writes out.mp4 (24 frames per second, with sound) and out.png, the contact sheet: frames above the
-sound's spectrum, with impacts and onsets marked.
+sound's spectrum, with impacts and onsets marked. --live plays the stream in the browser while it is
+made, and takes new prompts; without --out it keeps nothing. Other machines need --host and the
+token in the link, or a tunnel. --prompts makes many films and loads everything once: one prompt a
+line, or JSON lines with id, prompt, seed, seconds, image. The same command goes on where it was.
 
 A prompt of the toy names a colour (red green blue yellow), a speed (slow fast) and a material (wood
 metal), in any order. The model chooses what is left out. "5: ..." changes the prompt at second 5.
 
-Each block is one second (block 0 may be a single frame). The model attends to block 0 and to the
-last --window seconds, so memory and time per block are constant. In toy_released, block 0 is a
-whole second; with --window 1 its ball keeps colour and pitch longer (results/README.md). However a
-stream ends, the film of its finished blocks is kept. On one machine, a seed gives the same bytes.
+Each block is one second. The model attends to block 0 and to the last --window seconds, so memory
+and time per block are constant. The default student, toy_released, has the layout of the later
+release, in which block 0 is a whole second: its ball keeps colour and pitch (results/README.md).
+"--config toy" has the paper's layout, in which block 0 is a single frame. However a stream ends,
+the film of its finished blocks is kept. On one machine, a seed gives the same bytes.
 
 At full size, on one GPU, with published weights, or with random weights to measure speed:
 
@@ -222,8 +227,8 @@ def options():
     cli.add_seed(p, "random seed of the noise")
     p.add_argument(
         "--window", type=cli.whole(1, MOST_SECONDS),
-        help="seconds of the past in the cache; default as trained: 1 (toy_released), 4 (toy, full), "
-        "3 (released)",
+        help="seconds of the past in the cache; default as trained: 1 for toy_released, 4 for toy "
+        "and full, 3 for released",
     )  # fmt: skip
     p.add_argument(
         "--steps", type=cli.whole(1, 1000),

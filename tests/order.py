@@ -14,8 +14,8 @@ config.py masks.py rope.py sink_tokens.py plumbing/contents.py plumbing/texts.py
 kernel/library.py kernel/cache_append_attention.py kv_cache.py model.py rollout.py
 plumbing/cli.py plumbing/stopwatch.py plumbing/browser.py
 toy/world.py toy/codec.py toy/decoder.py toy/detectors.py toy/switch.py
-film/decoders.py film/mp4.py film/writer.py film/sheet.py film/page.py film/passes.py film/filming.py
-film/live.py film/prompt_list.py film/picture.py toy/faster.py
+film/decoders.py film/mp4.py film/writer.py film/sheet.py film/page.py film/passes.py
+film/filming.py film/live.py film/prompt_list.py film/picture.py toy/faster.py
 toy/source.py generate.py
 plumbing/processes.py plumbing/trainer.py plumbing/stages.py toy/fit.py
 teacher.py dmd.py ode_regression.py self_forcing.py

@@ -50,7 +50,7 @@ def run(student, tmp_path, monkeypatch, capsys):
     before = {kind: signal.getsignal(kind) for kind in SIGNALS}
     for kind in SIGNALS:  # a shell may have started the tests with signals ignored
         signal.signal(kind, signal.default_int_handler)
-    yield lambda *args: run_here(generate, args, monkeypatch, capsys)
+    yield lambda *args: run_here(generate, ("--config", "toy", *args), monkeypatch, capsys)
     for kind, handler in before.items():
         assert signal.getsignal(kind) == signal.default_int_handler  # the stream put it back
         signal.signal(kind, handler)
@@ -419,7 +419,7 @@ def test_two_runs_with_one_target_keep_both_films(run, tmp_path, monkeypatch):
 
 def start(folder, *args, **how):
     """Start `python generate.py ...` in a folder, with unbuffered output."""
-    command = [sys.executable, "-u", str(ROOT / "generate.py"), *map(str, args)]
+    command = [sys.executable, "-u", str(ROOT / "generate.py"), "--config", "toy", *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -466,7 +466,7 @@ def test_only_parts_of_the_same_film_are_those_of_another_run(tmp_path):
 
 def test_output_that_was_never_open_is_no_reason_either(tmp_path):
     """As after `generate.py >&- 2>&-`."""
-    command = [sys.executable, ROOT / "generate.py", "--seconds", "1"]
+    command = [sys.executable, ROOT / "generate.py", "--config", "toy", "--seconds", "1"]
     shell = ["sh", "-c", '"$@" >&- 2>&-', "sh", *command]
     assert subprocess.run(shell, cwd=tmp_path, timeout=60).returncode == 0
     assert assert_kept(tmp_path) == 25

@@ -61,7 +61,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(toy_source.WEIGHTS, "toy", weights / "good")
 
     def main(*args):
-        return run_here(generate, args, monkeypatch, capsys)
+        return run_here(generate, ("--config", "toy", *args), monkeypatch, capsys)
 
     return main
 
@@ -371,18 +371,24 @@ def test_the_page_of_a_stream_that_ended_early_is_as_long_as_the_film(run, monke
 
 @pytest.mark.parametrize("cfg", ["toy", "toy_released"])
 def test_a_page_shows_an_eviction_unless_told_otherwise(cfg):
-    """A film is 5 seconds long, which evicts nothing; with --html 10; --seconds decides."""
+    """A film is 5 seconds long, in which toy evicts nothing; with --html 10; --seconds decides."""
 
     def request(*args):
         return generate.check_args(generate.options().parse_args(["--config", cfg, *args]))
 
-    plain, page, short = (
-        request(),
-        request("--html", "x.html"),
-        request("--html", "x.html", "--seconds", "1"),
-    )
-    assert [plain.seconds, page.seconds, short.seconds] == [5, 10, 1]
-    assert full_window(plain.num_blocks) <= plain.window < full_window(page.num_blocks)
+    page = "--html", "x.html"
+    plain, long, short = request(), request(*page), request(*page, "--seconds", "1")
+    assert [plain.seconds, long.seconds, short.seconds] == [5, 10, 1]
+    assert long.window < full_window(long.num_blocks)
+    assert cfg == "toy_released" or full_window(plain.num_blocks) <= plain.window
+
+
+@pytest.mark.parametrize("cfg, window", [("toy", 4), ("toy_released", 1)])
+def test_the_default_window_is_that_of_the_training(cfg, window):
+    """Stage III of the shipped students: --window 4 (default), and --window 1."""
+    request = generate.check_args(generate.options().parse_args(["--config", cfg]))
+    command = files.read_weights(toy_source.WEIGHTS[cfg])[2]["command"]
+    assert request.window == window and ("--window 1" in command) == (window == 1)
 
 
 # ---- errors ----
@@ -481,7 +487,8 @@ def toy_weights(tmp_path_factory):
 
 def test_generate_runs_from_any_folder(toy_weights, tmp_path):
     """`python path/to/generate.py` needs nothing but its arguments."""
-    command = [sys.executable, ROOT / "generate.py", "--seconds", "1", "--weights", toy_weights]
+    command = [sys.executable, ROOT / "generate.py", "--config", "toy", "--seconds", "1"]
+    command += ["--weights", toy_weights]
     out = subprocess.check_output([*command, "--out", "x.mp4"], cwd=tmp_path, text=True)
     assert out.splitlines()[-1] == "wrote x.mp4 and x.png"
     assert left_in(tmp_path) == ["x.mp4", "x.png"]

@@ -232,7 +232,7 @@ def run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(config.CONFIGS, "toy", SMALL)
     monkeypatch.setitem(toy_source.WEIGHTS, "toy", save_small_student(tmp_path / "student"))
-    return lambda *args: run_here(generate, args, monkeypatch, capsys)
+    return lambda *args: run_here(generate, ("--config", "toy", *args), monkeypatch, capsys)
 
 
 def first_frame(path):

@@ -42,7 +42,7 @@ def start(student, tmp_path, monkeypatch):
     clients = []
 
     def start(*options):
-        args = generate.options().parse_args(["--live", *map(str, options)])
+        args = generate.options().parse_args(["--live", "--config", "toy", *map(str, options)])
         functions = generate.check_args, generate.open_source, generate.stream
         server = live.open_server(args, *functions)
         threading.Thread(target=server.serve_forever, args=[0.05]).start()

@@ -33,7 +33,7 @@ def run(student, tmp_path, monkeypatch, capsys):
 
     def main(*lines, options=("--prompts", "list", "--out-dir", "films", "--seconds", "1")):
         Path("list").write_text("\n".join(lines), "utf-8")
-        return run_here(generate, options, monkeypatch, capsys)
+        return run_here(generate, ("--config", "toy", *options), monkeypatch, capsys)
 
     return main
 
@@ -140,8 +140,8 @@ def test_every_film_is_that_of_its_own_command_line(run, monkeypatch, capsys):
     assert sorted(os.listdir("films")) == names
     plain = ["--prompt", "red fast metal", "--seconds", "1", "--out", "a.mp4"]
     other = ["--prompt", "red", "--prompt", "1: blue", "--seconds", "2", "--seed", "3"]
-    run_here(generate, plain, monkeypatch, capsys)
-    run_here(generate, [*other, "--out", "b.mp4"], monkeypatch, capsys)
+    for options in (plain, [*other, "--out", "b.mp4"]):
+        run_here(generate, ["--config", "toy", *options], monkeypatch, capsys)
     assert list(films().values()) == [Path("a.mp4").read_bytes(), Path("b.mp4").read_bytes()]
     reports = [json.loads(Path(f"films/{name}.json").read_text()) for name in ("00001", "b")]
     assert [len(report["passes_seconds"]) for report in reports] == [2, 3]
@@ -218,10 +218,10 @@ def test_an_error_in_one_film_does_not_end_the_others(run, monkeypatch):
     """Of any kind; what was finished of it is kept, and the next run makes it anew."""
     stream = generate.stream
 
-    def breaks(net, cues, *args, **options):
-        for block in stream(net, cues, *args, **options):
+    def breaks(net, prompt, *args, **options):
+        for block in stream(net, prompt, *args, **options):
             yield block
-            if cues[0].prompt == "blue":
+            if prompt == "blue":
                 raise RuntimeError("no memory")
 
     monkeypatch.setattr(generate, "stream", breaks)
@@ -238,10 +238,10 @@ def test_a_signal_keeps_the_finished_blocks_and_stops(run, monkeypatch, kind):
     """Ctrl-C during the second of three films: it is short, the third is not begun."""
     stream = generate.stream
 
-    def interrupted(net, cues, *args, **options):
-        for block in stream(net, cues, *args, **options):
+    def interrupted(net, prompt, *args, **options):
+        for block in stream(net, prompt, *args, **options):
             yield block
-            if cues[0].prompt == "blue":
+            if prompt == "blue":
                 os.kill(os.getpid(), kind)
 
     monkeypatch.setattr(generate, "stream", interrupted)
