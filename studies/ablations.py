@@ -285,10 +285,10 @@ def after_training(net, held, seconds) -> dict:
 def train_variant(variant, start, data, held, args) -> dict:
     """Train briefly; return gradients, loss and attention, or why the training broke down."""
     net = variant.change(student_from(start, variant.cfg, variant.seed))
-    data, held = (first_seconds(x, variant.cfg, variant.seconds) for x in (data, held))
     # AdamW, as in the paper: a step of Muon is an orthogonal matrix, however large the gradient
     recipe = trainer.Recipe(args.steps, BATCH, variant.seed, muon_lr=0, adam_lr=args.lr, decay=0.0)
     learner = trainer.Learner(net, recipe)
+    data, held = (first_seconds(x, net.cfg, variant.seconds) for x in (data, held))
     losses = ode_regression.make_losses(net, data, recipe, TOY_PROMPTS, variant.seconds)
     norms, at_block_0 = [], []
     precision = HalfPrecision(variant.precision)  # float32: changes nothing

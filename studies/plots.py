@@ -381,7 +381,7 @@ def draw_keys(results):
             keys, mean, low, high = np.array(points).T
             ends = mean - low, high - mean
             ax.errorbar(keys * 1.04**i, mean, ends, marker="o", capsize=3, label=label)
-        ax.set(title=title, xlabel="keys", xscale="log", yscale="log")
+        ax.set(title=title, xlabel="keys", xscale="log", ylim=(0, None))
         ax.set_xticks(ticks := sorted({row["keys"] for row in results.values()}), ticks)
         ax.minorticks_off()
         ax.grid(alpha=0.3)

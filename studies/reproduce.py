@@ -71,6 +71,7 @@ CONTROLS = [
     ("-m studies.ablations switches", 30),
     ("-m studies.refresh", 20),
     ("-m studies.prompt_switch", 15),
+    ("-m studies.image", 4),
     ("-m studies.fp8", 8),
 ]
 QUICK = [
