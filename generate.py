@@ -351,6 +351,24 @@ def open_source(requests):
     return source
 
 
+def begin(request, source):
+    """Begin a film: return stopwatch, decoder, blocks, and a list for the pictures of passes."""
+    watch, passes = Stopwatch(request.device), request.asked()["passes_a_block"]
+    decoder = source.decoder(watch.watch)
+    watch.watch_passes(source.net, passes)
+    cues = request.cues if len(request.cues) > 1 else request.cues[0].prompt
+    blocks = stream(
+        source.net, cues, request.seconds, request.seed, request.window, request.steps,
+        read=source.read, picture=source.picture(request.image),
+    )  # fmt: skip
+    strips = []
+    if request.html:
+        from film.passes import PassPictures
+
+        blocks = PassPictures(source.net, passes).of_blocks(blocks, strips)
+    return watch, decoder, blocks, strips
+
+
 def main():
     args, films = options().parse_args(), None
     if args.live:
@@ -366,21 +384,8 @@ def main():
     with StopRequest() as stop:
         for request in tqdm(requests, "films", disable=len(requests) < 2):
             try:
-                watch = Stopwatch(request.device)
-                decoder = source.decoder(watch.watch)
-                watch.watch_passes(source.net, request.asked()["passes_a_block"])
+                watch, decoder, blocks, strips = begin(request, source)
                 movie = open_movie(request.out, decoder, watch)
-                cues = request.cues if len(request.cues) > 1 else request.cues[0].prompt
-                blocks = stream(
-                    source.net, cues, request.seconds, request.seed, request.window,
-                    request.steps, read=source.read, picture=source.picture(request.image),
-                )  # fmt: skip
-                strips = []
-                if request.html:
-                    from film.passes import PassPictures
-
-                    pictures = PassPictures(source.net, request.asked()["passes_a_block"])
-                    blocks = pictures.of_blocks(blocks, strips)
                 made = run(blocks, decoder, movie, watch, request.seconds, stop)
                 finish(request, stop, *made, watch, movie, source.text_seconds, strips)
             except Exception as error:

@@ -381,11 +381,11 @@ def draw_keys(results):
             keys, mean, low, high = np.array(points).T
             ends = mean - low, high - mean
             ax.errorbar(keys * 1.04**i, mean, ends, marker="o", capsize=3, label=label)
-        ax.set(title=title, xlabel="keys", xscale="log", ylim=(0, None))
+        ax.set(title=title, xlabel="keys", xscale="log")
         ax.set_xticks(ticks := sorted({row["keys"] for row in results.values()}), ticks)
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("largest gradient norm")
+    axes[0].set(ylabel="largest gradient norm", ylim=(0, None))
     axes[1].legend(fontsize=8)
     return figure
 

@@ -263,10 +263,8 @@ def test_a_switch_inside_a_block_waits_for_the_next(weights):
 def test_a_switch_to_the_same_words_is_none(weights):
     """Neither the order of the words nor the number of cues matters."""
     net = toy_source.load_student(weights / "good", SMALL)
-    plain, switched = (
-        blocks_of(net, (0, "red fast")),
-        blocks_of(net, (0, "red fast"), (2, "fast red")),
-    )
+    plain = blocks_of(net, (0, "red fast"))
+    switched = blocks_of(net, (0, "red fast"), (2, "fast red"))
     assert all(all(map(torch.equal, a[1:], b[1:])) for a, b in zip(plain, switched))
 
 

@@ -16,6 +16,7 @@ The price is four passes a switch. studies/prompt_switch.py compares other ways.
 trained or measured at full size. There, a new prompt is only read.
 """
 
+import torch
 from torch import nn
 
 GUIDED_BLOCKS, SCALE, BELOW = 2, 2.0, 0.8
@@ -31,8 +32,10 @@ class Switching(nn.Module):
 
     def forward(self, video, audio, sigma_video, sigma_audio, text, span, view):
         if text is not self.text:
-            self.old, self.text, self.since = self.text, text, span.video.start
-            if self.old:
+            # the same words, in any order, have the same keys: no change
+            is_new = self.text and not torch.equal(text.video[0][0], self.text.video[0][0])
+            self.old, self.text, self.since = self.text if is_new else None, text, span.video.start
+            if is_new:
                 view.forget()
         latents, sigmas = (video, audio), (sigma_video, sigma_audio)
         end = self.since + GUIDED_BLOCKS * self.cfg.video_frames_per_block
