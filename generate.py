@@ -39,6 +39,7 @@ whole stream, of each block and of each stage.
 
 import re
 from bisect import bisect_left
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -145,6 +146,7 @@ def stream(
         while len(texts) <= index:  # each prompt is projected once, when its time has come
             features = read(cues[len(texts)].prompt)
             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
+            texts[:-1] = [None] * (len(texts) - 1)  # at full size, each has 1.2 GB
         return texts[index]
 
     if cfg.is_toy and cues is prompt:  # a list, which may grow
@@ -191,14 +193,16 @@ class Request(NamedTuple):
         return {
             "config": self.cfg.name,
             "weights": self.weights,
+            "ltx2": self.ltx2,
             "prompts": [f"{cue.seconds:g}: {cue.prompt}" for cue in self.cues],
-            "image": self.image,
+            "image": self.image and str(Path(self.image).resolve()),
             "seconds": self.seconds,
             "seed": self.seed,
             "dtype": "fp8" if self.in_fp8 else str(self.dtype).removeprefix("torch."),
             "window": self.window,
             "passes_a_block": len(few_step_sigmas(self.cfg, self.steps)) - 1,
             "speed_up": self.speedups,
+            "video_overlap": self.video_overlap,
         }
 
     def about(self) -> dict:

@@ -19,7 +19,8 @@ The remedy.  S learnable vectors are placed before the audio tokens, after the i
 
 The later release.  The released checkpoint puts the first second into block 0. Its first audio
 token attends to 26 keys, and it trains without sinks. This fits our guess that sinks are needed
-for a block 0 of one audio latent. (The toy needs none: results/README.md.)
+for a block 0 of one audio latent. (The toy needs none, and more keys do not do what sinks do there:
+results/README.md.)
 
     S      paper's stage II, 3000 steps: largest gradient norm, loss at sigma = 0.5
     24     9.15   0.110

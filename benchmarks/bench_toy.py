@@ -57,7 +57,7 @@ def run_generate(seconds) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, str(cli.ROOT / "generate.py"), "--seconds", str(seconds)]
-        command += ["--out", f"{folder}/out.mp4", "--report", str(report)]
+        command += ["--config", "toy", "--out", f"{folder}/out.mp4", "--report", str(report)]
         threads = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
         subprocess.run(command, check=True, env=threads, capture_output=True)
         return json.loads(report.read_text("utf-8"))

@@ -57,14 +57,14 @@ def open_movie(path, decoder, watch) -> Movie:
     return movie
 
 
-def run(blocks, decoder, movie, watch, seconds, stop=StopRequest()):
+def run(blocks, decoder, movie, watch, seconds, stop=None):
     """Make a film of the blocks; return its small pictures, and the errors that ended it.
 
     seconds   of the whole film, to show the progress; None: show nothing
 
     After an error, the later steps still run: they write the finished blocks.
     """
-    writer, errors = Writer(movie, watch), []
+    writer, errors, stop = Writer(movie, watch), [], stop or StopRequest()
     how = {"bar_format": "video {n:.0f}/{total:.0f} s {bar}", "disable": seconds is None}
     with noted(errors), tqdm(total=seconds, **how) as bar:
         try:

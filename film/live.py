@@ -65,7 +65,7 @@ class Session:
     def __init__(self, cues, seed, studio, path):
         """cues: list of `generate.Cue`, which grows; path: of the film, None: do not keep it."""
         self.id, self.cues, self.seed, self.studio = secrets.token_hex(8), cues, seed, studio
-        self.folder = None if path else tempfile.TemporaryDirectory()
+        self.folder = None if path else tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.path = path or Path(self.folder.name, "film.mp4")
         self.ending, self.error, self.next_prompt = StopRequest(), "", None
         self.played, self.last_report = 0.0, time.monotonic()
@@ -86,7 +86,7 @@ class Session:
         if self.folder:
             self.folder.cleanup()
         elif self.movie.frames:
-            print(f"wrote {self.path}")
+            print(f"wrote {self.movie.path}")  # another name if another run wrote this one
 
     def _paced(self, blocks):
         """Yield the blocks, each when it is due; end when nobody watches."""
@@ -95,7 +95,7 @@ class Session:
         for block in blocks:
             low, high = block_interval(block.index, request.cfg)
             prompt = [cue.prompt for cue in self.cues if cue.seconds <= low][-1]
-            held = table.next_row(request.cfg.is_toy and prompt != before)
+            held = table.next_row(page.forgets(before, prompt, request.cfg))
             before = prompt
             shown = {"interval": [low, high], "held": held, "strip": self.strips[-1]}
             self.blocks.append({**shown, "prompt": prompt})
@@ -105,9 +105,9 @@ class Session:
             if not self.is_watched():
                 return
             self.watch.lap()  # waiting is no part of the next block's time
-            if self.next_prompt:
-                self.cues.append(self.cues[0]._replace(seconds=high, prompt=self.next_prompt))
-                self.next_prompt = None
+            words, self.next_prompt = self.next_prompt, None  # at once: the page may set it again
+            if words:
+                self.cues.append(self.cues[0]._replace(seconds=high, prompt=words))
 
     def is_watched(self) -> bool:
         return not self.ending.is_asked and time.monotonic() < self.last_report + SILENCE
@@ -137,8 +137,8 @@ class Session:
         self.played, self.last_report = float(played), time.monotonic()
         ended, watch = not self.thread.is_alive(), self.watch
         new = range(known, min(len(watch.decoding), len(watch.written)))
-        if known:
-            self.blocks[known - 1].pop("strip", None)  # a long stream does not fill the memory
+        for block in self.blocks[max(0, known - 2 * AHEAD) : known]:
+            block.pop("strip", None)  # a long stream does not fill the memory
         return {
             "blocks": [
                 {
@@ -171,9 +171,10 @@ class Studio:
     def __init__(self, request, source, stream):
         """source: what `open_source` returned; stream: `generate.stream`."""
         self.request, self.source = request, source
+        picture = source.picture(request.image)
         self.stream = lambda cues, seed: stream(
             source.net, cues, request.seconds, seed, request.window, request.steps,
-            read=source.read, picture=source.picture(request.image),
+            read=source.read, picture=picture,
         )  # fmt: skip
         self.pictures = PassPictures(source.net, request.asked()["passes_a_block"])
         self.session, self.lock = None, threading.Lock()
@@ -185,13 +186,12 @@ class Studio:
         if not (isinstance(seed, int) and 0 <= seed < 2**32):
             raise ValueError(f"seed {seed}: expected a whole number from 0 to {2**32 - 1}")
         self.read(words)
-        first, *later = self.request.cues
         with self.lock:
             if self.session and self.session.is_watched() and self.session.thread.is_alive():
                 raise ValueError("another page plays a stream; stop it there, or close that page")
             self.end()
-            cues = [first._replace(prompt=words), *later]
-            self.session = Session(cues, seed, self, self._free_path())
+            cue = self.request.cues[0]._replace(prompt=words)
+            self.session = Session([cue], seed, self, self._free_path())
         return {"id": self.session.id}
 
     def read(self, words):
@@ -365,6 +365,8 @@ def open_server(args, check_args, open_source, stream) -> Server:
         if vars(args)[name]:
             name = name.replace("_", "-")
             raise ValueError(f"--live does not go together with --{name}; leave one of them out")
+    if len(args.prompt or ()) > 1:
+        raise ValueError("--live takes one --prompt; type the next one into the page")
     if args.out:
         check_film(args.out)
     args.seconds = args.seconds or A_DAY

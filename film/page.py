@@ -90,6 +90,13 @@ def switches(cues, blocks) -> list:
     return [[later[0], sheet.plain(words)] for later, (_, words) in zip(starts, cues) if later]
 
 
+def forgets(old, new, cfg) -> bool:
+    """Return whether the cache forgets at this change of the prompt: toy/switch.py."""
+    # neither the order of words nor "a ball" has a meaning: world.parse_prompt
+    words = [{*text.lower().replace(",", " ").split()} - {"a", "ball"} for text in (old, new)]
+    return cfg.is_toy and words[0] != words[1]
+
+
 def contents(frames, levels, request, seconds, strips=()) -> dict:
     """Return the data for the script of the page; times in seconds.
 
@@ -104,8 +111,8 @@ def contents(frames, levels, request, seconds, strips=()) -> dict:
     blocks = [block_interval(k, cfg) for k in range(request.num_blocks)]
     blocks = [block for block in blocks if block[1] <= seconds]
     prompts, table = switches(request.cues, blocks), CacheTable(request.num_blocks, request.window)
-    changes = {low for (_, old), (low, new) in pairwise(prompts) if new != old}
-    held = [table.next_row(cfg.is_toy and low in changes) for low, _ in blocks]
+    changes = {low for (_, old), (low, new) in pairwise(prompts) if forgets(old, new, cfg)}
+    held = [table.next_row(low in changes) for low, _ in blocks]
     step = max(1, cfg.mel_rate // LEVELS_PER_SECOND)
     low, high = levels.min(), levels.max()
     walls = zip(toy_world.WALLS, toy_world.WALL_BANDS, sheet.WALL_COLOURS) if cfg.is_toy else ()

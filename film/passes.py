@@ -33,7 +33,8 @@ class PassPictures:
 
     def _keep(self, net, inputs, velocities):
         video, last = inputs[0], slice(-net.cfg.tokens_per_frame, None)  # the last latent frame
-        x0 = to_x0(video[:1, last], inputs[2][:1, None], velocities[0][:1, last])
+        sigma = inputs[2][:1].view(1, -1)[:, last]  # (1, 1), or with a first picture one a token
+        x0 = to_x0(video[:1, last], sigma, velocities[0][:1, last])
         if video is self.latents:  # the same pass with the prompt before came first
             old = self.estimates.pop()
             x0 = old + SCALE * (x0 - old)  # guided, as in toy/switch.py

@@ -31,7 +31,7 @@ KEYS = "id", "prompt", "seed", "seconds", "image"
 ID = re.compile(r"\w(?:[\w.-]{0,98}\w)?")  # no separator, no leading dot or hyphen, no final dot
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # devices on Windows
 MOST_SEED = 2**32 - 1
-CONTRADICT = "prompt", "out", "html", "report", "live"  # options of a single film
+CONTRADICT = "prompt", "out", "html", "report"  # options of a single film
 
 
 class Entry(NamedTuple):

@@ -198,7 +198,8 @@ def cuda_recorder():
 
     def record(function):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: other threads, such as the writer's, may wait for the GPU meanwhile
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = function()
         return graph.replay, outputs
 

@@ -275,8 +275,9 @@ def check_stream(request):
     """Print the memory that a `generate.Request` needs.  Raises ValueError if it does not fit."""
     cfg, blocks, dtype = request.cfg, request.num_blocks, request.dtype
     free = free_bytes(request.device)
+    prompts = min(2, len(request.cues))  # while one follows another, both are there
     rows = film_rows(
-        cfg, blocks, request.window, dtype, request.speedups, len(request.cues), request.in_fp8,
+        cfg, blocks, request.window, dtype, request.speedups, prompts, request.in_fp8,
         request.video_overlap,
     )  # fmt: skip
     print(shown(rows, free))

@@ -24,8 +24,9 @@ class StreamSource:
     """A student, the features of all prompts, and the decoders of LTX-2."""
 
     def __init__(self, requests):
-        """Load everything that `generate.Request`s need, which differ only in what is to be seen.
+        """Load everything that `generate.Request`s need.
 
+        They differ only in prompts, seed, length and image.
         The plan of memory is for the longest request, with the prompts of the one that has most.
         """
         request = max(requests, key=lambda request: request.seconds)
@@ -86,7 +87,7 @@ class StreamSource:
 def encode_beside(folder, words, device, dtype) -> dict:
     """Encode a prompt beside a loaded stream: load the text encoder, read, free it again."""
     # On a GPU with room it takes as long as at the start. On the CPU it takes longer and no memory
-    # of the GPU. Neither stops the stream, if it is called from another thread.
+    # of the GPU. From another thread, the stream waits for its computation only. Not measured.
     place = memory.place_for_text(folder, device)
     return text.encode_and_free(folder, [words], place, dtype)[0]
 

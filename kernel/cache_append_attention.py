@@ -2,8 +2,8 @@
 
 kernel/cache_append_attention.cu is the GPU version of `kv_cache.cache_append_attention`. `append`
 norms, rotates and writes; SDPA attends after it. `online` and `tensor_cores` do the same and attend
-themselves: `online` is for reading, `tensor_cores` for few queries in bfloat16
-(`fits_tensor_cores`). None of them records gradients.
+themselves: `online` is the version to read first, no stream uses it; `tensor_cores` is for few
+queries in bfloat16 (`fits_tensor_cores`). None of them records gradients.
 
 The kernel runs where `supports` is True, elsewhere the PyTorch version. A benchmark must not
 confuse the two. `require` checks once that there is a kernel. Within `strict`, every call that

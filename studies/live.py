@@ -30,7 +30,7 @@ setInterval(() => film.currentTime != ticks.at(-1)?.[1] &&
 """
 PROMPTS = "red fast metal", "blue slow wood", "yellow fast wood"
 SCREEN = {"width": 1060, "height": 640, "deviceScaleFactor": 1.25, "mobile": False}
-FRAMES, STEP, COLOURS = 6, 1, 64  # of the recording: for each prompt; seconds between two
+FRAMES, STEP, COLOURS = 6, 1, 128  # of the recording: for each prompt; seconds between two
 
 
 class Process:

@@ -32,11 +32,11 @@ Columns, each with a bootstrap 95 % confidence interval over the streams:
 Pictures are decoded by the linear codec, as in evaluate.py. Its ball jumps at the border of every
 latent, so compare a step with those elsewhere.
 
-Expected: re-caching helps little, for the pictures in the cache show the old colour. Forgetting
-helps, and without the newest block the ball jumps. Guidance helps most, because it asks for the
-difference between the prompts, and an old prompt is better to leave than an empty one. It harms the
-picture from a scale of 3 on, since no student was trained with it. A block 0 of a whole second
-holds its stream to the old colour for ever, a single frame does not.
+Expected after trial runs: re-caching helps little, because the cached pictures show the old colour.
+Forgetting helps, and without the newest block the ball jumps. Guidance helps most, because it asks
+for the difference between the prompts, and an old prompt is better to leave than an empty one. It
+harms the picture from a scale of 3 on, since no student was trained with it. A block 0 of a whole
+second holds its stream to the old colour for ever, a single frame does not.
 
     python -m studies.prompt_switch
     python -m studies.prompt_switch --only "toy, nothing" "toy, as shipped"

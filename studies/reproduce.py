@@ -67,7 +67,7 @@ CONTROLS = [
     *trainings(compare.MEMORY),
     ("-m studies.compare memory --clips 96", 30),
     ("-m studies.ablations sinks", 40),
-    ("-m studies.ablations why_sinks", 25),
+    ("-m studies.ablations why_sinks", 30),
     ("-m studies.ablations switches", 30),
     ("-m studies.refresh", 20),
     ("-m studies.prompt_switch", 15),

@@ -384,10 +384,12 @@ cues without a regular expression
 +         cues.append(Cue(float(start), words))
 +     cues = sorted(cues, key=lambda cue: cue.seconds)
 texts before the first block
--     without_gradients = torch.inference_mode()(rollout)
+-             texts[:-1] = [None] * (len(texts) - 1)  # at full size, each has 1.2 GB
+-         return texts[index]
++         return texts[index]
++
 +     for k in range(blocks):
 +         text_at(k)
-+     without_gradients = torch.inference_mode()(rollout)
 no gradient by no_grad
 - torch.inference_mode()(rollout)
 + torch.no_grad()(rollout)
@@ -399,6 +401,7 @@ texts in a dictionary
 -         while len(texts) <= index:  # each prompt is projected once, when its time has come
 -             features = read(cues[len(texts)].prompt)
 -             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
+-             texts[:-1] = [None] * (len(texts) - 1)  # at full size, each has 1.2 GB
 -         return texts[index]
 +     texts, dtype = {}, next(net.parameters()).dtype
 +

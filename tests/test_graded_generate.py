@@ -140,7 +140,7 @@ def test_a_prompt_applies_from_the_first_block_that_begins_at_its_time_or_later(
         count = f"{layout}, 4 seconds are {len(begins)} blocks, not {len(blocks)}"
         assert len(blocks) == len(begins), count
         right = [[words for start, words in cues if start <= begin][-1] for begin in begins]
-        # The last pass of a block. Those before it may run with the old prompt, too (toy/switch.py).
+        # The last pass of a block. Others may run with the old prompt, too (toy/switch.py).
         for block, text in {block: text for block, text, *_ in net.passes}.items():
             which = f"{layout}, block {block}, which begins at second {begins[block]}"
             found = prompt_of(text.video)

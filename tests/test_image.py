@@ -1,6 +1,8 @@
 """A first picture: image files of all kinds, the frame that is given, the encoder of LTX-2."""
 
 import io
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,7 +250,7 @@ def test_a_film_begins_with_the_picture(run):
     status, _, err = run("--seconds", 1, "--image", "ball.png", "--report", "r.json")
     assert status == 0, err
     assert np.abs(first_frame("out.mp4") - pixels / 255).mean() < 0.03
-    assert texts.read_json("r.json")["image"] == "ball.png"
+    assert texts.read_json("r.json")["image"] == str(Path("ball.png").resolve())
     run("--seconds", 1, "--out", "plain.mp4")
     assert np.abs(first_frame("plain.mp4") - pixels / 255).mean() > 0.06
 
@@ -372,3 +374,14 @@ def test_both_ways_end_at_the_picture():
         )
         with torch.no_grad():
             torch.testing.assert_close(next(made).video, first, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cfg", ["toy", "toy_released"])
+def test_the_page_of_a_film_with_a_picture_shows_its_passes(run, cfg, monkeypatch):
+    """Block 0 has a noise level for each token, all other blocks have one."""
+    pixels = np.full((32, 32, 3), 90, np.uint8)
+    save(Image.fromarray(pixels), "p.png")
+    status, _, err = run("--config", cfg, "--seconds", 2, "--image", "p.png", "--html", "p.html")
+    assert status == 0, err
+    strips = json.loads(re.search(r'"strips": (\[.*?\])', texts.read_text("p.html"))[1])
+    assert all(strip.startswith("data:image/png") for strip in strips) and len(strips) > 1

@@ -171,7 +171,6 @@ def test_benchmark_numbers_are_the_scripts():
     bench = json.loads((ROOT / "results" / "bench_toy.json").read_text())
     stream, long, floor, prefix = (bench[part] for part in ("stream", "long", "floor", "prefix"))
     passes = f"{stream['passes_times_real_time']:.1f}× real time"
-    assert passes in README
     blocks = ("first_full_window_ms", "blocks_50_to_60_ms", "blocks_590_to_600_ms")
     quoted = [
         f"passes | {passes} |",

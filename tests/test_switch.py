@@ -161,3 +161,14 @@ def test_at_full_size_a_new_prompt_is_only_read():
     net = random_model(tiny(PAPER, num_layers=1), torch.float32)
     cues = [generate.Cue(0, "red"), generate.Cue(2, "blue")]
     assert not net.cfg.is_toy and cost_of(net, cues) == cost_of(net, cues[:1])
+
+
+def test_repeating_the_new_prompt_does_not_end_its_guidance():
+    """A cue with the same words a second later changes no latent."""
+    net = random_model(tiny(PAPER))
+    cues = [generate.Cue(0, "red"), generate.Cue(2, "blue")]
+    once, twice = (
+        rollout.whole_clip(list(generate.stream(net, more, 5)))
+        for more in (cues, [*cues, generate.Cue(3, "blue")])
+    )
+    assert all(map(torch.equal, once, twice))

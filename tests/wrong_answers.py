@@ -1737,6 +1737,7 @@ the latest text of the list, whichever it is: reads 'green slow wood'
 -         while len(texts) <= index:  # each prompt is projected once, when its time has come
 -             features = read(cues[len(texts)].prompt)
 -             texts.append(net.project_text(*(f.to(like).expand(batch, -1, -1) for f in features)))
+-             texts[:-1] = [None] * (len(texts) - 1)  # at full size, each has 1.2 GB
 -         return texts[index]
 +         if len(texts) <= index:
 +             features = read(cues[len(texts)].prompt)

@@ -61,7 +61,7 @@ def fast_clips(n):
 
 
 def streamed_latents(each=6, seconds=5):
-    """Return video latents that the shipped student streams: `each` fast balls of every colour."""
+    """Return video latents that the student `toy` streams: `each` fast balls of every colour."""
     net = source.load_student(source.WEIGHTS["toy"], config.TOY)
     prompts = [f"{colour} fast" for colour in world.COLOURS]
     made = [list(generate.stream(net, words, seconds, batch=each)) for words in prompts]

@@ -10,7 +10,7 @@ with them. `Switching` does two things when the prompt changes:
 
         x0 = x0_old + 2 (x0_new - x0_old)
 
-    The passes at more noise decide where the ball is, these decide how it looks.
+    Probably the passes at more noise decide where the ball is, and these how it looks.
 
 The price is four passes a switch. studies/prompt_switch.py compares other ways. Nothing of this was
 trained or measured at full size. There, a new prompt is only read.
@@ -34,13 +34,14 @@ class Switching(nn.Module):
         if text is not self.text:
             # the same words, in any order, have the same keys: no change
             is_new = self.text and not torch.equal(text.video[0][0], self.text.video[0][0])
-            self.old, self.text, self.since = self.text if is_new else None, text, span.video.start
             if is_new:
+                self.old, self.since = self.text, span.video.start
                 view.forget()
+            self.text = text
         latents, sigmas = (video, audio), (sigma_video, sigma_audio)
-        end = self.since + GUIDED_BLOCKS * self.cfg.video_frames_per_block
         # at sigma = 0, the refresh predicts nothing that is used
-        if self.old and span.video.start < end and 0 < sigma_audio.max() < BELOW:
+        guided = GUIDED_BLOCKS * self.cfg.video_frames_per_block  # latent frames
+        if self.old and span.video.start < self.since + guided and 0 < sigma_audio.max() < BELOW:
             away = self.net(*latents, *sigmas, self.old, span, view)
             # the second pass overwrites the keys of the first
             new = self.net(*latents, *sigmas, text, span, view)
