@@ -11,6 +11,7 @@ sound's spectrum, with impacts and onsets marked. --live plays the stream in the
 made, and takes new prompts; without --out it keeps nothing. Other machines need --host and the
 token in the link, or a tunnel. --prompts makes many films and loads everything once: one prompt a
 line, or JSON lines with id, prompt, seed, seconds, image. The same command goes on where it was.
+--image is the first picture; the toy takes over where its ball is, but hardly how it looks.
 
 A prompt of the toy names a colour (red green blue yellow), a speed (slow fast) and a material (wood
 metal), in any order. The model chooses what is left out. "5: ..." changes the prompt at second 5.
@@ -18,8 +19,9 @@ metal), in any order. The model chooses what is left out. "5: ..." changes the p
 Each block is one second. The model attends to block 0 and to the last --window seconds, so memory
 and time per block are constant. The default student, toy_released, has the layout of the later
 release, in which block 0 is a whole second: its ball keeps colour and pitch (results/README.md).
-"--config toy" has the paper's layout, in which block 0 is a single frame. However a stream ends,
-the film of its finished blocks is kept. On one machine, a seed gives the same bytes.
+"--config toy" has the paper's layout, in which block 0 is a single frame. In the toy, a new prompt
+makes the cache forget all but the newest second, also block 0. However a stream ends, the film of
+its finished blocks is kept. On one machine, with one OMP_NUM_THREADS, a seed gives the same bytes.
 
 At full size, on one GPU, with published weights, or with random weights to measure speed:
 
@@ -46,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 import config
-from film.filming import StopRequest, check_targets, finish, open_movie, run
+from film.filming import StopRequest, check_not_read, check_targets, finish, open_movie, run
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView
 from masks import block_interval, num_blocks, trained_window
@@ -313,6 +315,7 @@ def check_args(args) -> Request:
         read_picture(args.image, cfg.height, cfg.width)  # complain before anything is loaded
     if not args.prompts and not args.live:  # these check their files themselves
         check_targets(args.out or "out.mp4", args.html, args.report)
+    check_not_read(args.out or "out.mp4", args.report, args.image, args.prompts)
     return Request(
         cfg=cfg,
         cues=cues,

@@ -118,6 +118,16 @@ def sheet_of(film) -> Path:
     return Path(film).with_suffix(".png")
 
 
+def check_not_read(film, report, *inputs):
+    """Raise ValueError if a film, its sheet or its report would overwrite a file that is read."""
+    read = [Path(path).resolve() for path in inputs if path]
+    for path in (film, sheet_of(film), report):
+        if path and Path(path).resolve() in read:
+            raise ValueError(
+                f"{path} would be overwritten, but is read; give the film another name"
+            )
+
+
 def check_targets(film, page, report):
     """Raise ValueError for a file that cannot be written, or has a wrong ending."""
     check_film(film)
@@ -153,6 +163,7 @@ def finish(request, stop, pictures, errors, watch, movie, text_seconds, strips=(
     if movie.frames:
         report = {**request.about(), **watch.report(movie.frames, request.cfg)}
         report |= {"text_seconds": text_seconds, "ended_by": [*map(in_one_line, errors)]}
+        report["ended_by"] += ["interrupted"] * stop.is_asked
         if watch.ttfc:
             report["ttfc_with_text_seconds"] = watch.ttfc + text_seconds
         with noted(errors):

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from film.filming import in_one_line, sheet_of
 from film.mp4 import check_film
-from plumbing import texts
+from plumbing import files, texts
 
 KEYS = "id", "prompt", "seed", "seconds", "image"
 ID = re.compile(r"\w(?:[\w.-]{0,98}\w)?")  # no separator, no leading dot or hyphen, no final dot
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.I)  # devices on Windows
 MOST_SEED = 2**32 - 1
-CONTRADICT = "prompt", "out", "html", "report"  # options of a single film
+CONTRADICT = "prompt", "out", "html", "report", "host", "port", "no_browser"
 
 
 class Entry(NamedTuple):
@@ -68,7 +68,9 @@ def read_list(path) -> list[Entry]:
 
 
 def read_prompt(number, text, folder) -> Entry:
-    """Read a line of plain text."""
+    """Read a line of plain text.  Raises ValueError for JSON."""
+    if text.startswith(('{"', "[{")):
+        raise ValueError("JSON in a list of plain prompts; expected an object in every line")
     return Entry(number, f"{number:05}", [text])
 
 
@@ -126,7 +128,11 @@ class FilmList:
         """
         check_options(args)
         entries, folder = read_list(args.prompts), Path(args.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = files.reason_of(error)
+            raise ValueError(f"--out-dir {folder}: no folder can be made ({reason})") from None
         check_film(folder / "x.mp4")  # here, and not for each film: it lists the folder
         self.num_films, self.requests, self.failed = len(entries), [], {}
         for entry in entries:
@@ -155,7 +161,8 @@ class FilmList:
             print(f"failed: {line}", file=sys.stderr)
         if self.failed or left:
             counts = f"{len(self.failed)} of {self.num_films} films failed, {len(left)} are left"
-            raise ValueError(f"{counts}; the same command goes on")
+            first = "correct what failed; then " if self.failed else ""
+            raise ValueError(f"{counts}; {first}the same command goes on")
 
 
 def check_options(args):
@@ -164,7 +171,8 @@ def check_options(args):
         raise ValueError("--prompts needs --out-dir: the folder for the films")
     for name in CONTRADICT:
         if vars(args).get(name):
-            raise ValueError(f"--{name} contradicts --prompts, whose films have their own")
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} does not go together with --prompts; leave one out")
 
 
 def is_made(request) -> bool:
@@ -179,5 +187,6 @@ def is_made(request) -> bool:
                 f"delete it to make this film anew, or name another --out-dir"
             )
     frames = 1 + round(request.seconds * request.cfg.fps)
-    files_there = all(path.exists() for path in (Path(request.out), sheet_of(request.out)))
-    return files_there and report.get("frames") == frames
+    made = Path(request.out), sheet_of(request.out)
+    are_there = all(path.exists() and path.stat().st_size for path in made)
+    return are_there and report.get("frames") == frames

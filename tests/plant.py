@@ -20,7 +20,7 @@ from order import ROOT, imports_of
 def tests_of(file) -> list[str]:
     """The tests that are named after a file of the project, then those that import it.
 
-    >>> tests_of("film/mp4.py")
+    >>> tests_of("film/writer.py")
     ['tests/test_endings.py', 'tests/test_generate.py']
     """
     all_tests = sorted((ROOT / "tests").glob("test_*.py"))

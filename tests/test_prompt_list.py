@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SMALL, run_here, save_small_student
+from PIL import Image
 from tape import Tape
 
 import config
@@ -211,7 +212,8 @@ def test_one_bad_prompt_does_not_end_the_others(run):
     )
     assert err.startswith(first) and err.count(second) == 2
     assert f"\nfailed: {first}" in err and f"\nfailed: {second}" in err
-    assert err.endswith("generate.py: 2 of 4 films failed, 0 are left; the same command goes on\n")
+    counts = "generate.py: 2 of 4 films failed, 0 are left; "
+    assert err.endswith(f"{counts}correct what failed; then the same command goes on\n")
 
 
 def test_an_error_in_one_film_does_not_end_the_others(run, monkeypatch):
@@ -252,10 +254,10 @@ def test_a_signal_keeps_the_finished_blocks_and_stops(run, monkeypatch, kind):
 
 
 CONTRADICTIONS = {
-    "--prompt red": "--prompt contradicts --prompts, whose films have their own",
-    "--out x.mp4": "--out contradicts --prompts",
-    "--html x.html": "--html contradicts --prompts",
-    "--report x.json": "--report contradicts --prompts",
+    "--prompt red": "--prompt does not go together with --prompts",
+    "--out x.mp4": "--out does not go together with --prompts",
+    "--html x.html": "--html does not go together with --prompts",
+    "--report x.json": "--report does not go together with --prompts",
 }
 
 
@@ -318,3 +320,35 @@ def test_recorded_passes_serve_films_of_different_lengths(student):
         for one, other in zip(*pair, strict=True):
             assert all(map(torch.equal, one[1:], other[1:]))
     assert len(made) == count
+
+
+def test_a_picture_or_a_list_is_never_overwritten(run):
+    """The sheet of the film a would be a.png, the picture; the report of l would be the list."""
+    Path("films").mkdir()
+    for name, entry in (("a", {"id": "a", "image": "a.png"}), ("l", {"id": "l"})):
+        Image.new("RGB", (32, 32)).save("films/a.png")
+        before = Path("films/a.png").read_bytes()
+        Path("films/l.json").write_text(json.dumps({"prompt": "red", **entry}))
+        status, _, err = run("x", options=["--prompts", "films/l.json", "--out-dir", "films"])
+        assert status == 2 and "would be overwritten, but is read" in err, name
+        assert Path("films/a.png").read_bytes() == before
+        assert left_in_films() == ["a.png", "l.json"]
+
+
+def left_in_films():
+    return sorted(path.name for path in Path("films").iterdir())
+
+
+def test_json_in_a_plain_list_and_an_empty_film_are_noticed(run):
+    """Neither is a prompt; a film of no bytes is made again."""
+    assert "line 1: JSON in a list of plain prompts" in run('[{"prompt": "red"}]')[2]
+    assert "line 2: JSON in a list of plain prompts" in run("red", '{"prompt": "red"}')[2]
+    assert run("red")[0] == 0
+    Path("films/00001.mp4").write_bytes(b"")
+    assert run("red")[0] == 0 and Path("films/00001.mp4").stat().st_size
+
+
+def test_a_folder_that_cannot_be_made_is_named(run):
+    Path("file").write_text("x")
+    status, _, err = run("red", options=["--prompts", "list", "--out-dir", "file"])
+    assert status == 2 and "--out-dir file: no folder can be made" in err
