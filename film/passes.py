@@ -15,7 +15,7 @@ from PIL import Image
 from film.writer import to_bytes
 from model import to_x0
 from toy import codec as toy_codec
-from toy.switch import SCALE
+from toy.switch import guided
 
 
 class PassPictures:
@@ -36,8 +36,7 @@ class PassPictures:
         sigma = inputs[2][:1].view(1, -1)[:, last]  # (1, 1), or with a first picture one a token
         x0 = to_x0(video[:1, last], sigma, velocities[0][:1, last])
         if video is self.latents:  # the same pass with the prompt before came first
-            old = self.estimates.pop()
-            x0 = old + SCALE * (x0 - old)  # guided, as in toy/switch.py
+            x0 = guided(self.estimates.pop(), x0)
         self.latents = video
         self.estimates.append(x0)
 

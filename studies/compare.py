@@ -173,6 +173,11 @@ MEMORY = {
         "self_forcing.py --config toy_released --window 1 --student "
         "runs/controls/hiding_ode_regression_1.safetensors --seed 1"),
 }  # fmt: skip
+# the students that generate.py streams, by their blocks
+SHIPPED = {
+    "1+3k": MEMORY["stage III"],
+    "4+3k": MEMORY["stage III, 4+3k, past often hidden, window 1"],
+}
 COMPARED = {"controls": CONTROLS, "memory": MEMORY}
 
 

@@ -44,10 +44,7 @@ from toy import detectors
 from toy import world as toy_world
 from toy.source import load_bidirectional
 
-STUDENTS = {
-    "1+3k": compare.MEMORY["stage III"],
-    "4+3k": compare.MEMORY["stage III, 4+3k, past often hidden, window 1"],
-}
+STUDENTS = compare.SHIPPED
 SECONDS = 5
 ENDS = 2.5, 97.5  # percent: of the 95 % intervals
 EARLY, LATE = slice(1, 49), slice(60, None)  # frames

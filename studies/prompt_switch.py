@@ -62,7 +62,7 @@ from toy import codec as toy_codec
 from toy import detectors
 from toy import world as toy_world
 from toy.source import WEIGHTS
-from toy.switch import BELOW, GUIDED_BLOCKS, Switching
+from toy.switch import BELOW, GUIDED_BLOCKS, Switching, guided
 
 BEFORE, AFTER = 4, 6  # seconds
 LONG_STEP = 4.0  # pixels; twice the usual step at a border
@@ -159,7 +159,7 @@ class Guided(nn.Module):
         if sigma_video.max() >= self.below:
             return self.net(*latents, text, *place)
         both = self.net(*latents, self.other, *place), self.net(*latents, text, *place)
-        return [a + self.scale * (n - a) for a, n in zip(*both)]
+        return [guided(old, new, self.scale) for old, new in zip(*both)]
 
 
 def rows() -> dict:
@@ -252,11 +252,11 @@ def continue_stream(start: Past, method: Method, seed) -> list:
     if method.shipped:
         net = Switching(net)
         net.text, net.old = texts["old"], None
-    guided = Guided(net, texts[method.away_from], method.scale, method.below)
+    leaving = Guided(net, texts[method.away_from], method.scale, method.below)
     for k in range(first, first + AFTER):
         span = block_span(k, net.cfg)
         noise = model.draw_noise(len(like), span, net.cfg, generator, like.device, like.dtype)
-        student = guided if k < first + method.guided else net
+        student = leaving if k < first + method.guided else net
         x0 = denoise(student, noise, net.cfg.sigmas, texts["new"], span, view, generator)
         blocks.append(Block(k, *x0))
         refresh(net, x0, texts["new"], span, view)

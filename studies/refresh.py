@@ -36,10 +36,7 @@ from studies import ablations, compare, evaluate, plots
 from toy import codec as toy_codec
 
 REACH = {"everything": None, "no prefix": None, "newest block": 1, "itself": 0}  # blocks back
-STUDENTS = {
-    "1+3k": compare.MEMORY["stage III"],
-    "4+3k": compare.MEMORY["stage III, 4+3k, past often hidden, window 1"],
-}
+STUDENTS = compare.SHIPPED
 
 
 # ---- passes that see less ----

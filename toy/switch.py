@@ -22,6 +22,11 @@ from torch import nn
 GUIDED_BLOCKS, SCALE, BELOW = 2, 2.0, 0.8
 
 
+def guided(old, new, scale=SCALE):
+    """Move a prediction for the new prompt further away from that for the old one."""
+    return old + scale * (new - old)
+
+
 class Switching(nn.Module):
     """A student for one stream, which forgets and is guided when its prompt changes."""
 
@@ -40,11 +45,11 @@ class Switching(nn.Module):
             self.text = text
         latents, sigmas = (video, audio), (sigma_video, sigma_audio)
         # at sigma = 0, the refresh predicts nothing that is used
-        guided = GUIDED_BLOCKS * self.cfg.video_frames_per_block  # latent frames
-        if self.old and span.video.start < self.since + guided and 0 < sigma_audio.max() < BELOW:
+        frames = GUIDED_BLOCKS * self.cfg.video_frames_per_block
+        if self.old and span.video.start < self.since + frames and 0 < sigma_audio.max() < BELOW:
             away = self.net(*latents, *sigmas, self.old, span, view)
             # the second pass overwrites the keys of the first
             new = self.net(*latents, *sigmas, text, span, view)
             # the same for velocities, since x0 = x - sigma v
-            return [a + SCALE * (n - a) for a, n in zip(away, new)]
+            return list(map(guided, away, new))
         return self.net(*latents, *sigmas, text, span, view)
