@@ -266,7 +266,7 @@ def options():
     p.add_argument("--device", default="cpu", help="cpu, cuda, mps, ...")
     p.add_argument(
         "--speed-up", nargs="+", metavar="NAME",
-        help="all, or some of graph, beside, fuse; need a GPU; see full_size/README.md",
+        help="all, or some of graph, beside, fuse, parts; need a GPU; see full_size/README.md",
     )  # fmt: skip
     about = f"precision: {', '.join(DTYPES)}; default float32 (toy), bfloat16 (full size)"
     p.add_argument("--dtype", choices=list(DTYPES), metavar="TYPE", help=about)

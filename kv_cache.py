@@ -187,10 +187,11 @@ class RollingCache:
         self.k[:, : self.prefix_tokens] = rope.rotate(self.unmoved_prefix_k, by)
 
 
-def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache):
+def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache, attention=attention):
     """Norm and rotate, append to the cache, attend to all visible keys: one call per attention.
 
     q (B, Q, H*D)   k, v (B, T, H*D) projections -> (B, Q, H*D); Q may differ from T.
+    attention       of normed queries to visible keys; full_size/faster.py has another one
 
     On a GPU without gradients, a CUDA kernel runs. For few queries it does everything, for many it
     does all but attention, and SDPA follows.
@@ -235,9 +236,9 @@ class CachedView:
         """Number of blocks evicted so far, block 0 not counted."""
         return max(0, self.block - 1 - self.window)
 
-    def attend(self, layer, site, q, k, v, heads: Heads):
+    def attend(self, layer, site, q, k, v, heads: Heads, attention=attention):
         """Projections (B, T, H*D) of the current block -> (B, Q, H*D)."""
-        return cache_append_attention(q, k, v, heads, self.layers[layer][site])
+        return cache_append_attention(q, k, v, heads, self.layers[layer][site], attention)
 
     @torch.no_grad()  # moves cached tensors, which have no gradient
     def next_block(self):

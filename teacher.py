@@ -167,7 +167,7 @@ def sample(net, captions, sigmas, seconds=config.CLIP_SECONDS, guidance=GUIDANCE
 
 
 def main():
-    from toy import source  # only the toy's teacher is trained here
+    from toy import training  # only the toy's teacher is trained here
 
     p = cli.parser(__doc__)
     p.add_argument("--steps", type=trainer.STEPS, default=6000, help="training steps of 16 clips")
@@ -177,10 +177,10 @@ def main():
     p.add_argument("--out", default="runs/toy_teacher.safetensors", help=trainer.ABOUT_OUT)
     args = p.parse_args()
     trainer.check_places(args.run, args.out)
-    recipe, examples = trainer.Recipe(args.steps, seed=args.seed), source.TrainingClips()
+    recipe, examples = trainer.Recipe(args.steps, seed=args.seed), training.TrainingClips()
     net = model.build(config.TOY_TEACHER, args.seed)
     if args.init:
-        net = source.load_bidirectional(args.init)
+        net = training.load_bidirectional(args.init)
     losses = make_losses(net, examples, recipe)
     learner = trainer.Learner(net, recipe)
     settings = trainer.hashes(codec=examples.codec_id)

@@ -250,8 +250,8 @@ def bench_window(subject, window, blocks, rate) -> dict:
     names, begin = subject.speedups, time.perf_counter()
     net = subject.with_speedups(names)
     if "graph" in names:
-        decode = [decoders.Decoder(*subject.decoders, cfg).decode] if subject.decoders else []
-        net.warm_up(subject.features, blocks, window, *decode)
+        made = [decoders.Decoder(*subject.decoders, cfg)] if subject.decoders else []
+        net.warm_up(subject.features, blocks, window, *map(faster.decoding, made))
     row |= {"speed_up": names, "in_fp8": subject.in_fp8}
     row["warm_up_seconds"] = time.perf_counter() - begin
     if subject.decoders:

@@ -74,7 +74,7 @@ def run(blocks, decoder, movie, watch, seconds, stop=None):
                 watch.block_made()
                 chunk = decoder.decode(block)
                 latents = {"video latents": block.video, "audio latents": block.audio}
-                writer.add(packet(f"block {block.index}", chunk, latents))
+                writer.add(packet(f"block {block.index}", chunk, decoder.scale, latents))
                 watch.block_decoded()
                 low, high = block_interval(block.index, decoder.cfg)
                 bar.update(high - low)
@@ -86,7 +86,7 @@ def run(blocks, decoder, movie, watch, seconds, stop=None):
         finally:  # also after an error: the film is not to be interrupted
             stop.may_interrupt = False
     with noted(errors):
-        writer.add(packet("the end", decoder.finish()))
+        writer.add(packet("the end", decoder.finish(), decoder.scale))
     with noted(errors):
         writer.close()
     with noted(errors):

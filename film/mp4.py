@@ -20,6 +20,7 @@ from plumbing import files
 
 try:
     import av
+    from av.video.reformatter import ColorRange, Colorspace
 except ImportError:  # benchmarks need no av: they do not write the film
     av = None
 
@@ -42,7 +43,7 @@ class Movie:
         channels   1 or 2
         scale      integer factor by which frames are enlarged, smoothly
         """
-        self.path, self.scale, self.fps = Path(path), scale, fps
+        self.path, self.fps = Path(path), fps
         check_film(self.path)
         self.token = secrets.token_hex(3)
         self.old_film = stamp(self.path)  # tells in `close` if another run has replaced the film
@@ -54,20 +55,25 @@ class Movie:
         self.video.options = {"preset": "ultrafast", "crf": "14", "tune": "zerolatency"}
         self.video.pix_fmt = "yuv420p"
         self.video.height, self.video.width = (n * scale for n in size)
+        self.video.codec_context.colorspace = Colorspace.ITU601  # see film/writer.py
+        self.video.codec_context.color_range = ColorRange.MPEG
         self.layout = {1: "mono", 2: "stereo"}[channels]
         self.audio = self.file.add_stream("aac", rate=sample_rate, layout=self.layout)
         self.frames = self.samples = 0
 
-    def add(self, frames, samples):
-        """Append frames (P, H, W, 3) of uint8 and samples (channels, n) of float32."""
+    def add(self, brightness, colour, samples):
+        """Append frames, see `film.writer.to_planes`, and samples (channels, n) of float32."""
         if samples.size:
             sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), "fltp", self.layout)
             sound.sample_rate, sound.pts = self.audio.rate, self.samples
             sound.time_base = Fraction(1, self.audio.rate)
             self.samples += samples.shape[1]
             self.file.mux(self.audio.encode(sound))
-        for frame in enlarged(frames, self.scale):
-            picture = av.VideoFrame.from_ndarray(frame, "rgb24")
+        height, width = self.video.height, self.video.width
+        brightness = enlarged(brightness, (height, width)).flatten(1)
+        colour = enlarged(colour, (height // 2, width // 2)).flatten(1)
+        for frame in torch.cat([brightness, colour], 1).view(-1, height * 3 // 2, width).numpy():
+            picture = av.VideoFrame.from_ndarray(frame, "yuv420p")
             picture.pts, picture.time_base = self.frames, Fraction(1, self.fps)
             self.frames += 1
             self.file.mux(self.video.encode(picture))
@@ -97,14 +103,13 @@ class Movie:
             self.partial.unlink(missing_ok=True)
 
 
-def enlarged(frames, scale):
-    """Enlarge frames (P, H, W, 3) of uint8 smoothly, by an integer factor."""
-    if scale == 1 or not len(frames):
-        return frames
-    x = torch.from_numpy(frames).permute(0, 3, 1, 2)  # of bytes: much faster than of floats
-    # antialias changes nothing in a larger picture, but chooses the softer of two bicubic curves
-    x = F.interpolate(x, scale_factor=scale, mode="bicubic", antialias=True)
-    return x.permute(0, 2, 3, 1).contiguous().numpy()
+def enlarged(planes, size):
+    """Enlarge planes (P, C, h, w) of uint8 smoothly to a size (H, W)."""
+    if planes.shape[2:] == size or not len(planes):
+        return planes
+    # antialias changes nothing in a larger picture, but chooses the softer of two bicubic curves;
+    # bytes are much faster than floats
+    return F.interpolate(planes, size, mode="bicubic", antialias=True)
 
 
 def copy_with_index(film, path):

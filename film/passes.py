@@ -12,7 +12,6 @@ from collections import deque
 import torch
 from PIL import Image
 
-from film.writer import to_bytes
 from model import to_x0
 from toy import codec as toy_codec
 from toy.switch import guided
@@ -53,5 +52,6 @@ class PassPictures:
         is_one_frame = block.index == 0 and self.codec.cfg.prefix_video_frames == 1
         frames = self.codec.decode_video(tokens, is_one_frame)[:, -1]  # (passes, 3, H, W)
         file = io.BytesIO()
-        Image.fromarray(to_bytes(torch.cat([*frames], -1)[None])[0].numpy()).save(file, "png")
+        strip = (torch.cat([*frames], -1) * 255).round().byte().permute(1, 2, 0)
+        Image.fromarray(strip.numpy()).save(file, "png")
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

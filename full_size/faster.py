@@ -27,24 +27,30 @@ streams meet once per layer, before video and audio attend to each other.
 **fuse.** Between two matrix products lie up to six element-wise operators, each of which reads and
 writes all tokens. `FusedHalf` has them compiled into one kernel, which also rounds before a product
 in fp8.
+
+**parts.** With tiles of 128 queries, video's attention has 9 tiles x 32 heads = 288 tiles. The 132
+multiprocessors of an H100 compute 132 at a time, so the third round has work for 24 of them only.
+With the keys in three parts there are 864 tiles, each a third of the work: 7 short rounds in place
+of 9. Each part also returns the sum of its weights, by which `joined` weights its mean.
 """
 
 import functools
+import math
 import weakref
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 import rope
+from film.writer import packet
 from full_size import fp8
-from kv_cache import CachedView
-from model import HalfLayer, gated, modulated, norm, ropes_of
+from kv_cache import CachedView, attention
+from model import Attention, HalfLayer, gated, modulated, norm, ropes_of
 from rollout import rollout
 
-SPEEDUPS = "graph", "beside", "fuse"
+SPEEDUPS = "graph", "beside", "fuse", "parts"
 
 
 def find_speedups(names, device) -> tuple:
@@ -61,6 +67,8 @@ def sped_up(net, speedups, device):
     """Apply speed-ups to a transformer; the result takes its place."""
     if "fuse" in speedups:
         fuse(net)
+    if "parts" in speedups:
+        attend_in_parts(net)
     if "beside" in speedups:
         run_beside(net, SideStream(device))
     return Recorded(net, cuda_recorder) if "graph" in speedups else net
@@ -71,8 +79,13 @@ def speed_up(source, request):
     source.net = sped_up(source.net, request.speedups, request.device)
     if "graph" in request.speedups:
         features = source.read(request.cues[0].prompt)
-        decode = source.decoder(lambda _, function: function).decode
+        decode = decoding(source.decoder(lambda _, function: function))
         source.net.warm_up(features, request.num_blocks, request.window, decode)
+
+
+def decoding(decoder):
+    """Return a function that takes a block through all that the GPU does after its passes."""
+    return lambda block: packet("warm-up", decoder.decode(block), decoder.scale)
 
 
 # ---- graph ----
@@ -95,7 +108,8 @@ class Recorded(nn.Module):
         """Record all passes of a stream on noise, before a prompt comes.
 
         features, blocks, window   as the stream will have them; contents do not matter
-        decode                     called with every block of noise: decoders warm up, too
+        decode                     called with every block of noise, see `decoding`: kernels are
+                                   loaded on their first use, which takes up to 80 ms
         """
         like = next(self.parameters())
         with torch.inference_mode():  # as in a stream; else `fp8.rounded` is compiled twice
@@ -293,8 +307,7 @@ class FusedHalf(HalfLayer):
     def mlp(self, x, modulation):
         before = fused(self.ending(modulated_norm))
         y = before(x, self.table[3:5], modulation.main[:, :, 3:5], self.eps)
-        # GELU and rounding in one kernel took 55 us on an H100, in two 50.
-        y = self.mlp_out(F.gelu(self.mlp_in(y), approximate="tanh"))
+        y = self.mlp_out(fused(self.ending(gelu))(self.mlp_in(y)))
         return fused(gated_sum)(x, y, self.table[5], modulation.main[:, :, 5])
 
 
@@ -330,6 +343,18 @@ def gated_sum(x, y, table, rows):
     return x + gated(y, table + rows)
 
 
+def gelu(x):
+    """GELU as in model.py, cheaper: 1 + tanh(u) = 2 sigmoid(2 u) needs one exponential.
+
+    >>> x = torch.linspace(-5, 5, 100)
+    >>> torch.allclose(gelu(x), nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
+    True
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+    return (wide * torch.sigmoid(2 * u)).to(x.dtype)
+
+
 def fuse(net):
     """Fuse the element-wise work of every layer, in place."""
     for layer in net.layers:
@@ -337,3 +362,50 @@ def fuse(net):
             half.__class__ = FusedHalf  # the same parameters, other methods
             if isinstance(half.mlp_in, fp8.Fp8Linear):  # then all that read its tokens are
                 half.ending = then_rounded
+
+
+# ---- parts ----
+
+PARTS = 3  # every cache of the full size has a multiple of 3 x 128 keys
+
+
+class AttentionInParts(Attention):
+    """An Attention whose queries attend to one part of the keys after the other."""
+
+    def forward(self, x, context, q_rope, k_rope, attend):
+        attend = functools.partial(attend, attention=attention_in_parts)
+        return super().forward(x, context, q_rope, k_rope, attend)
+
+
+def attend_in_parts(net):
+    """Let the self attention of video attend in parts, in place; other sites have few queries."""
+    for layer in net.layers:
+        layer.video.self_attn.__class__ = AttentionInParts  # the same parameters
+
+
+def attention_in_parts(q, k, v):
+    """`kv_cache.attention` of one clip, (1, T, H, D) -> (1, Q, H*D), with the keys in PARTS."""
+    if len(q) > 1 or k.shape[1] % PARTS:
+        return attention(q, k, v)
+    k, v = (x[0].unflatten(0, (PARTS, -1)) for x in (k, v))  # (PARTS, K / PARTS, H, D)
+    q, k, v = (x.transpose(1, 2) for x in (q.expand(PARTS, -1, -1, -1), k, v))
+    return fused(joined)(*attention_with_sums(q, k, v))
+
+
+def attention_with_sums(q, k, v):
+    """(B, H, T, D) -> attention (B, H, Q, D), and log of the sum of exp(scores) (B, H, Q)."""
+    if q.is_cuda:  # cuDNN, which is faster than flash attention here
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[:2]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def joined(means, log_sums):
+    """Parts (P, H, Q, D) and their log_sums (P, H, Q) -> attention to all keys (1, Q, H*D).
+
+    >>> means, log_sums = torch.tensor([2.0, 8.0]), torch.tensor([3.0, 1.0]).log()
+    >>> joined(means.view(2, 1, 1, 1), log_sums.view(2, 1, 1))   # (3 * 2 + 1 * 8) / (3 + 1)
+    tensor([[[3.5000]]])
+    """
+    weights = (log_sums - log_sums.amax(0)).exp().view(*means.shape[:-1], 1)
+    mean = (weights * means).sum(0) / weights.sum(0)
+    return mean.transpose(0, 1).flatten(1)[None].to(means.dtype)

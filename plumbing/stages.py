@@ -69,7 +69,7 @@ def open_source(args, is_causal):
     """
     cfg, prompts = cli.find_config(args.config or "toy"), args.prompts
     if cfg.is_toy:
-        from toy.source import TrainingSource
+        from toy.training import TrainingSource
 
         # Reject options that would be ignored, and configs that the student cannot have.
         name = cfg.name

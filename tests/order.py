@@ -16,15 +16,15 @@ plumbing/cli.py plumbing/stopwatch.py plumbing/browser.py
 toy/world.py toy/codec.py toy/decoder.py toy/detectors.py toy/switch.py
 film/decoders.py film/mp4.py film/writer.py film/sheet.py film/page.py film/passes.py
 film/filming.py film/live.py film/prompt_list.py film/picture.py toy/faster.py
-toy/source.py generate.py
+toy/source.py generate.py toy/training.py
 plumbing/processes.py plumbing/trainer.py plumbing/stages.py toy/fit.py
 teacher.py dmd.py ode_regression.py self_forcing.py
 full_size/fp8.py full_size/checkpoint.py full_size/parts.py full_size/hub.py
 full_size/weights.py full_size/text.py full_size/decoders.py full_size/sharding.py
 full_size/memory.py full_size/faster.py full_size/source.py
 studies/plots.py studies/evaluate.py studies/compare.py studies/ablations.py
-studies/image.py studies/refresh.py studies/prompt_switch.py studies/live.py studies/fp8.py
-studies/reproduce.py
+studies/image.py studies/refresh.py studies/pasts.py studies/prompt_switch.py studies/live.py
+studies/fp8.py studies/reproduce.py
 benchmarks/page.py benchmarks/bench_attention.py benchmarks/bench_generate.py
 benchmarks/bench_decode.py benchmarks/bench_toy.py benchmarks/training_memory.py
 benchmarks/newcomer.py

@@ -117,7 +117,7 @@ def test_films_are_stereo_and_need_not_be_square(tmp_path):
     """Height, width and channels arrive in the file."""
     movie = Movie(tmp_path / "film.mp4", (64, 96), 24, 48000, channels=2)
     sound = np.stack([np.zeros(48000), np.sin(np.arange(48000) / 20)]).astype(np.float32)
-    movie.add(np.zeros((24, 64, 96, 3), np.uint8), sound)
+    movie.add(*writer.to_planes(torch.zeros(24, 3, 64, 96), halve=True), sound)
     movie.close()
     with av.open(str(movie.path)) as film:
         assert (film.streams.video[0].height, film.streams.video[0].width) == (64, 96)
@@ -129,8 +129,8 @@ def test_films_are_stereo_and_need_not_be_square(tmp_path):
 def test_a_broken_fragment_is_cut_off(tmp_path):
     """Of a file that ends anywhere, whole fragments remain, and all of their frames."""
     movie = Movie(tmp_path / "film.mp4", (32, 32), 24, 24000)
-    pictures = np.random.default_rng(0).integers(0, 255, (96, 32, 32, 3), np.uint8)
-    movie.add(pictures, np.zeros((1, 96000), np.float32))
+    pictures = torch.rand(96, 3, 32, 32)
+    movie.add(*writer.to_planes(pictures, halve=True), np.zeros((1, 96000), np.float32))
     movie.file.close()
     data, cut = movie.partial.read_bytes(), tmp_path / "cut.mp4"
     counts = []
@@ -178,14 +178,14 @@ def test_a_signal_while_a_block_is_decoded_or_written_waits_for_its_end(run, mon
     """No half second: the block is finished, the next one not begun."""
     calls = []
 
-    def to_bytes_or_signal(frames):
+    def to_planes_or_signal(frames, halve, to_planes=writer.to_planes):
         calls.append(1)
         if len(calls) == 3:  # block 2
             signal.raise_signal(kind)
             signal.raise_signal(kind)
-        return frames.mul(255).byte().permute(0, 2, 3, 1)
+        return to_planes(frames, halve)
 
-    monkeypatch.setattr(writer, "to_bytes", to_bytes_or_signal)
+    monkeypatch.setattr(writer, "to_planes", to_planes_or_signal)
     status, _, err = run("--seconds", 600)
     assert status == 0 and "interrupted: 49 frames are kept" in err
     assert frames_of("out.mp4") == 49
@@ -248,7 +248,7 @@ def test_an_ignored_signal_stays_ignored(run, monkeypatch, tmp_path):
 STAGES = {  # what breaks, at which call, and how many frames are kept
     "passes": (OmniTransformer, "forward", 5 * 3 + 2, 49),
     "decoding": ("decoder", "decode", 4, 49),
-    "bytes": (writer, "to_bytes", 4, 49),
+    "bytes": (writer, "to_planes", 4, 49),
     "writing": (Movie, "add", 4, 49),
     "end of decoding": ("decoder", "finish", 1, 97),
     "index": (mp4, "copy_with_index", 1, 97),
@@ -376,7 +376,7 @@ def test_the_model_waits_only_if_it_is_far_ahead():
 
     def add():
         for k in range(writer.AHEAD + 3):
-            slow.add(writer.packet(f"block {k}", chunk))
+            slow.add(writer.packet(f"block {k}", chunk, 1))
             added.append(k)
 
     thread = threading.Thread(target=add)

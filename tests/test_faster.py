@@ -19,7 +19,7 @@ import model
 import rollout
 from full_size import faster
 from kernel import cache_append_attention as kernel
-from kv_cache import CachedView
+from kv_cache import CachedView, attention
 
 SIGMAS, WINDOW, BLOCKS = (1.0, 0.6, 0.0), 1, 8  # a ring of 2: full from block 3 on
 PLACES = 4  # block 0, blocks 1 and 2 while the ring fills, its first place when it is full
@@ -207,8 +207,9 @@ def fused_stream(monkeypatch, compiled, dtype):
 
 
 def test_fused_halves_do_what_halves_do(monkeypatch):
-    """Bit by bit, if the functions are not compiled: rows and their order, sinks, both streams."""
-    assert_bitwise(*fused_stream(monkeypatch, lambda function: function, torch.float64))
+    """In float64, if the functions are not compiled: rows and their order, sinks, both streams."""
+    for x, y in zip(*fused_stream(monkeypatch, lambda function: function, torch.float64)):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -216,6 +217,35 @@ def test_compiled_kernels_differ_by_rounding(monkeypatch):
     """In bfloat16, by the compiler for CPUs; a kernel rounds once, single operators after each."""
     for x, y in zip(*fused_stream(monkeypatch, faster.fused, torch.bfloat16)):
         assert (x - y).norm() <= 0.05 * x.norm()
+
+
+# ---- attention in parts ----
+
+
+@pytest.mark.parametrize("clips, keys", [(1, 12), (1, 13), (2, 12)])
+def test_attention_in_parts_is_attention(monkeypatch, clips, keys):
+    """One clip in parts; several clips, or keys that cannot be divided, at once."""
+    monkeypatch.setattr(faster, "fused", lambda function: function)
+    q, k, v = (torch.randn(clips, n, 2, 8, dtype=torch.float64) for n in (5, keys, keys))
+    k[:, 2] *= 30  # one key has almost all of the weight, in one of the parts
+    calls = []
+    monkeypatch.setattr(faster, "joined", lambda *a, f=faster.joined: calls.append(a) or f(*a))
+    torch.testing.assert_close(faster.attention_in_parts(q, k, v), attention(q, k, v))
+    assert len(calls) == (clips == 1 and keys == 12)
+
+
+def test_a_stream_in_parts_is_the_same(monkeypatch):
+    """Video's self attention alone, at every number of filled slots, fused as well."""
+    monkeypatch.setattr(faster, "fused", lambda function: function)
+    cfg = tiny(PAPER, num_sinks=2, height=32, width=96)  # 3 tokens a frame
+    net, texts = with_texts(cfg)
+    plain, calls = stream(net, texts), []
+    monkeypatch.setattr(faster, "joined", lambda *a, f=faster.joined: calls.append(a) or f(*a))
+    for attend_faster in (faster.attend_in_parts, faster.fuse):
+        attend_faster(net)
+        for x, y in zip(plain, stream(net, texts)):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert len(calls) == 2 * BLOCKS * len(SIGMAS) * cfg.num_layers - 2 * cfg.num_layers
 
 
 # ---- two streams ----

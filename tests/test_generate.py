@@ -212,9 +212,9 @@ def test_a_long_stream_draws_its_first_minute_only(run, monkeypatch):
 def test_a_flash_and_a_click_are_in_time(tmp_path):
     """At 500 ms they are played at 500 ms, the click within 5 ms: no encoder delay is left."""
     movie = Movie(tmp_path / "click.mp4", (32, 32), 24, 24000)
-    pictures, samples = np.zeros((25, 32, 32, 3), np.uint8), np.zeros((1, 24000), np.float32)
-    pictures[12], samples[0, 12000:12024] = 255, 0.9
-    movie.add(pictures, samples)
+    pictures, samples = torch.zeros(25, 3, 32, 32), np.zeros((1, 24000), np.float32)
+    pictures[12], samples[0, 12000:12024] = 1, 0.9
+    movie.add(*writer.to_planes(pictures, halve=True), samples)
     movie.close()
     with av.open(str(movie.path)) as film:
         shown = [(f.to_ndarray(format="rgb24").mean(), f.time) for f in film.decode(video=0)]
@@ -224,6 +224,22 @@ def test_a_flash_and_a_click_are_in_time(tmp_path):
     assert max(shown)[1] == pytest.approx(0.5, abs=1e-3)
     assert start + loudest.argmax() / 24000 == pytest.approx(0.5, abs=0.005)
     assert [t for _, t in shown] == pytest.approx([p / 24 for p in range(25)], abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_a_film_has_the_colours_of_its_frames(tmp_path, scale):
+    """Red, green, blue, grey and others, in patches; a player is told how they are stored."""
+    patches = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5], [1, 0.8, 0.1]])
+    frames = patches.T.repeat_interleave(16, 1).expand(2, 32, 3, 80).transpose(1, 2)
+    movie = Movie(tmp_path / "colours.mp4", (32, 80), 24, 24000, scale=scale)
+    movie.add(*writer.to_planes(frames, halve=scale == 1), np.zeros((1, 2000), np.float32))
+    movie.close()
+    with av.open(str(movie.path)) as film:
+        about = film.streams.video[0].codec_context
+        shown = next(film.decode(video=0)).to_ndarray(format="rgb24")
+    assert (about.colorspace, about.color_range) == (5, 1)  # BT.601, from 16 to 235
+    middles = shown[16 * scale, 8 * scale :: 16 * scale] / 255
+    np.testing.assert_allclose(middles, patches, atol=0.03)
 
 
 def test_blocks_decode_to_their_own_seconds(weights):

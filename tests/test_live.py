@@ -20,6 +20,7 @@ import generate
 from film import decoders, live
 from film.mp4 import Movie
 from film.passes import PassPictures
+from film.writer import to_planes
 from plumbing.browser import CHROMIUM, opened
 from studies.live import CLOCK, Process, longest_gap
 from toy import codec as toy_codec
@@ -289,8 +290,7 @@ def test_a_new_prompt_applies_from_the_next_block(start):
     movie = Movie("plain.mp4", (32, 32), 24, 24000, 1, 10)
     for block in generate.stream(source.net, cues, 8, seed=3):
         chunk = decoder.decode(block)
-        frames = (chunk.frames * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-        movie.add(frames.numpy(), chunk.samples.numpy())
+        movie.add(*to_planes(chunk.frames, halve=False), chunk.samples.numpy())
     movie.close()
     assert Path(FILM).read_bytes() == Path("plain.mp4").read_bytes()
 

@@ -15,7 +15,8 @@ from kv_cache import MaskedView
 from masks import clip_span, four_masks, frame_blocks
 from plumbing import files, trainer
 from toy import source as toy_source
-from toy.source import TOY_PROMPTS, TrainingSource, toy_captions
+from toy.source import TOY_PROMPTS, toy_captions
+from toy.training import TrainingSource
 
 CFG = tiny(PAPER, num_sinks=4)
 SIGMAS, BLOCKS = CFG.sigmas, 6

@@ -14,10 +14,10 @@ PLANT = [sys.executable, ROOT / "tests" / "plant.py"]
     [
         ("shape[2] // SHEET", "shape[3] // SHEET", 1, "it lives"),  # no doctest is about it
         (
-            "frames * 255).round()",
-            "frames * 255)",
+            "plane.round()",
+            "plane",
             0,
-            "FAILED film/writer.py::film.writer.to_bytes",
+            "FAILED film/writer.py::film.writer.to_planes",
         ),
         ("no such text", "x", 2, "occurs 0 times in film/writer.py; expected once"),
     ],

@@ -14,7 +14,8 @@ import self_forcing
 from kv_cache import CachedView
 from toy import codec as toy_codec
 from toy import world as toy_world
-from toy.source import TrainingSource, toy_captions, true_latents
+from toy.source import toy_captions, true_latents
+from toy.training import TrainingSource
 
 
 @pytest.mark.parametrize("is_forced, share", [(False, True), (True, True), (False, False)])

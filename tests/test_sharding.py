@@ -31,7 +31,8 @@ from full_size import weights as ltx2
 from kv_cache import MaskedView
 from masks import clip_span, num_blocks
 from plumbing import processes, trainer
-from toy.source import TOY_PROMPTS, TrainingSource, toy_captions
+from toy.source import TOY_PROMPTS, toy_captions
+from toy.training import TrainingSource
 
 TEACHER = tiny(replace(PAPER, name="toy_teacher"), num_sinks=0, num_layers=1)
 STUDENT = tiny(PAPER, num_sinks=4, num_layers=1)

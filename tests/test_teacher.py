@@ -12,7 +12,8 @@ from kv_cache import MaskedView
 from plumbing import trainer
 from toy import source as toy_source
 from toy import world as toy_world
-from toy.source import TrainingClips, toy_captions
+from toy.source import toy_captions
+from toy.training import TrainingClips
 
 CFG = tiny(PAPER, num_sinks=0)
 TOKENS = torch.tensor([[1, 5, 7], [2, 6, 8], [3, 5, 8]])

@@ -144,15 +144,15 @@ def test_films_are_decoded_with_the_network():
 
 
 def test_frames_are_enlarged_without_hard_edges():
-    """A step of brightness becomes a slope; means stay; a factor of 1 changes nothing."""
-    frames = torch.full((2, 4, 6, 3), 50, dtype=torch.uint8)
-    frames[:, :, 3:] = 200
-    large = enlarged(frames.numpy(), 10)
-    assert large.shape == (2, 40, 60, 3)
-    steps = torch.from_numpy(large[0, 20, :, 0].astype(int)).diff()
+    """A step of brightness becomes a slope; means stay; its own size changes nothing."""
+    planes = torch.full((2, 1, 4, 6), 50, dtype=torch.uint8)
+    planes[..., 3:] = 200
+    large = enlarged(planes, (40, 60))
+    assert large.shape == (2, 1, 40, 60)
+    steps = large[0, 0, 20].int().diff()
     assert 0 < steps.max() < 30 and steps[25:34].min() > 0  # 150 in one step before
-    assert abs(large.mean() - 125) < 1
-    assert (enlarged(frames.numpy(), 1) == frames.numpy()).all()
+    assert abs(large.float().mean() - 125) < 1
+    assert torch.equal(enlarged(planes, (4, 6)), planes)
 
 
 # ---- the command line ----

@@ -23,7 +23,8 @@ import teacher
 from kv_cache import MaskedView
 from masks import clip_span
 from plumbing import cli, files, stages, trainer
-from toy.source import TOY_PROMPTS, TrainingClips
+from toy.source import TOY_PROMPTS
+from toy.training import TrainingClips
 
 RECIPE = trainer.Recipe(steps=10, batch=2, warmup=3, seed=5)
 GOLDEN = dict(rel=1e-4)

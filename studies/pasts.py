@@ -1,0 +1,189 @@
+"""Which past should stage III train behind? Own or true blocks, with or without a refresh.
+
+    python -m studies.pasts past       12 trainings of 6 to 10 minutes: what should the cache hold?
+    python -m studies.pasts refresh    2 trainings of 20 minutes: can the refresh go?
+    python -m studies.pasts past --only "1 pass, own past" --clips 16
+
+All students start from the shipped one of stage II. They differ in the rollouts that stage III
+trains on (self_forcing.py). A seed is that of stage III: captions, noise, exit passes.
+
+past       The cache holds the blocks that the student has made itself (self-forcing), those of the
+           real clip (teacher forcing), or real blocks that the student has denoised again from the
+           level .73, each behind the blocks resampled before it (self-resampling). With four passes
+           a block the stream hardly drifts, and own and true past did not differ (results/
+           README.md). With one or two passes it drifts.
+           Expected: then the own past pays. Refuted if, after 15 seconds, F1 and identity of the
+           students with own and with true past have overlapping 95 % intervals, in both seeds.
+refresh    Every block takes four passes, then the refresh writes the keys and values of the clean
+           block: a fifth of the passes. Without it the cache keeps those of the last pass.
+           Students trained with and without it are streamed with and without it.
+           Expected: who has trained without it needs none. Refuted if such a stream has a lower F1
+           than one with the refresh, and the intervals do not overlap, in both seeds.
+
+In trainings without a refresh, a block may end at any of its four passes. A stream keeps what the
+last of them wrote. So the refresh is replaced by a pass at the last level, with fresh noise.
+
+Metrics are those of compare.py. Trainings resume, and finished rows are kept.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from torch import nn
+
+import dmd
+import model
+import self_forcing
+import teacher
+from config import CLIP_SECONDS
+from kv_cache import CachedView
+from masks import block_span, num_blocks
+from plumbing import cli, files, trainer
+from rollout import Block, block_of, denoise, few_step_sigmas, refresh, whole_clip
+from studies import ablations, compare, evaluate, plots
+from toy import codec as toy_codec
+from toy.source import TOY_PROMPTS, load_bidirectional, true_latents
+
+LEVEL = 0.7265238  # from which real blocks are denoised again: the third of the student's levels
+
+
+# ---- rollouts to train on ----
+
+
+@torch.no_grad()
+def resampled(net, captions, generator, clips):
+    """Denoise the blocks of real clips again, from LEVEL, each behind those resampled before it."""
+    truth, cfg, made = true_latents(clips), net.cfg, []
+    blocks, text = num_blocks(CLIP_SECONDS, cfg), net.project_text(*captions.features)
+    view, level = CachedView(cfg, blocks), torch.full((len(captions), 1), LEVEL)
+    for k in range(blocks):
+        span, clean = block_span(k, cfg), block_of(truth, k, cfg)
+        noisy = [model.add_noise(x, model.noise_like(x, generator), level) for x in clean]
+        x0 = denoise(net, noisy, (LEVEL, 0.0), text, span, view, generator)
+        refresh(net, x0, text, span, view)
+        view.next_block()
+        made.append(Block(k, *x0))
+    return whole_clip(made)
+
+
+class LastLevelKept(nn.Module):
+    """A student in training whose refresh is replaced by a pass at its last noise level."""
+
+    def __init__(self, net, generator):
+        super().__init__()
+        self.net, self.cfg, self.project_text = net, net.cfg, net.project_text
+        self.generator = generator
+
+    def forward(self, video, audio, sigma_video, sigma_audio, *others):
+        if not sigma_video.any():  # a refresh
+            sigma_video = sigma_audio = torch.full_like(sigma_video, self.cfg.sigmas[-2])
+            level, clean = sigma_video[:, None], (video, audio)
+            noise = [model.noise_like(x, self.generator) for x in clean]
+            video, audio = (model.add_noise(x, n, level) for x, n in zip(clean, noise))
+        return self.net(video, audio, sigma_video, sigma_audio, *others)
+
+
+class Arm(NamedTuple):
+    """A training of stage III."""
+
+    passes: int = 4  # per block
+    past: str = "own"  # own, true, resampled
+    has_refresh: bool = True
+    seed: int = 0
+
+    def make(self, net, clips, captions, generator):
+        """Make training clips, for `dmd.make_update`."""
+        again = partial(resampled, net, captions, generator)
+        history = {"own": None, "true": true_latents, "resampled": again}[self.past]
+        student = net if self.has_refresh else LastLevelKept(net, generator)
+        return self_forcing.rollout_clip(student, clips, captions, generator, history=history)
+
+
+# ---- training ----
+
+
+def trained(name, arm, args):
+    """Return the student of an arm; train it if its weights are missing."""
+    folder = Path(args.run) / name.replace(", ", "_").replace(" ", "_")
+    weights = folder / "student.safetensors"
+    if weights.exists():
+        return model.load(weights)
+    student, real = model.load(args.student), load_bidirectional(args.real)
+    student.cfg = replace(student.cfg, sigmas=few_step_sigmas(student.cfg, arm.passes))
+    ids = {n: files.fingerprint(x.state_dict()) for n, x in (("student", student), ("real", real))}
+    critic = load_bidirectional(args.real)
+    learners = dmd.make_learners(student, critic, dmd.make_recipes(args.steps, arm.seed))
+    run = trainer.Run(learners, args.command, folder, {**arm._asdict(), **trainer.hashes(**ids)})
+    real.requires_grad_(False)
+    print(f"{name}: from step {run.step}")
+    update = dmd.make_update(*learners.values(), real, teacher.GUIDANCE, arm.make, TOY_PROMPTS.draw)
+    run.train(update, print_every=20, save_every=20)
+    run.write_student(weights)
+    return model.load(weights)
+
+
+# ---- experiments ----
+
+SEEDS = 2
+PASTS = {  # one seed after the other
+    f"{n} pass{'es' * (n > 1)}, {past} past, seed {seed}": Arm(n, past, seed=seed)
+    for seed in range(SEEDS)
+    for n in (1, 2)
+    for past in ("own", "true", "resampled")
+}
+REFRESHES = {
+    f"trained {word} refresh, seed {seed}": Arm(has_refresh=word == "with", seed=seed)
+    for seed in range(SEEDS)
+    for word in ("with", "without")
+}
+EXPERIMENTS = {"past": PASTS, "refresh": REFRESHES}
+
+
+def measure(args) -> Callable:
+    """Return a function: name of an arm -> train it, return its rows {"NAME, 0-5 s": metrics}."""
+    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
+    times = [(0, 5), (args.seconds - 5, args.seconds)]
+    truth = evaluate.measure_truth(args.seconds, seeds, times)
+
+    def rows(name):
+        net, found = trained(name, EXPERIMENTS[args.ablation][name], args), {}
+        streamed = {"": net}
+        if args.ablation == "refresh":
+            streamed = {", streamed with": net, ", streamed without": compare.WithoutRefresh(net)}
+        for how, student in streamed.items():
+            make = partial(evaluate.from_stream, student, codec, args.seconds)
+            arm, _, seed = name.rpartition(", ")
+            found |= compare.by_interval(f"{arm}{how}, {seed}", make, seeds, times, truth)
+        return found
+
+    return rows
+
+
+def main():
+    p = cli.parser(__doc__)
+    p.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    evaluate.add_sizes(p, clips=48, seconds=20)
+    about = "steps of each training; the released student has 150"
+    p.add_argument("--steps", type=trainer.STEPS, default=80, help=about)
+    about = "student of stage II, at which all start"
+    cli.add_weights(p, "--student", "weights/toy_ode_regression.safetensors", about)
+    cli.add_weights(p, "--real", "weights/toy_teacher.safetensors", "the teacher")
+    p.add_argument("--only", nargs="*", metavar="NAME", help="only these trainings")
+    p.add_argument("--run", default="runs/pasts", help="trainings and finished rows")
+    p.add_argument("--out", help="default: results/EXPERIMENT_in_training")
+    args = p.parse_args()
+    args.ablation, args.out = args.experiment, args.out or f"results/{args.experiment}_in_training"
+    names = cli.chosen(args.only, EXPERIMENTS[args.experiment])
+    args.command = cli.command(p, args, ("experiment", "out", "run")) + f" -- {args.experiment}"
+    evaluate.check(args.seconds, args.out)
+    results = ablations.measure_variants(names, measure(args), args)
+    last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
+    evaluate.write(args, {"result": results}, evaluate.table(results), plots.draw_rows(last))
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()
