@@ -1,7 +1,7 @@
 """Which past should stage III train behind? Own or true blocks, with or without a refresh.
 
-    python -m studies.pasts past       12 trainings of 6 to 10 minutes: what should the cache hold?
-    python -m studies.pasts refresh    2 trainings of 20 minutes: can the refresh go?
+    python -m studies.pasts past       12 trainings of 6 to 9 minutes: what should the cache hold?
+    python -m studies.pasts refresh    4 trainings of 8 minutes: can the refresh go?
     python -m studies.pasts past --only "1 pass, own past" --clips 16
 
 All students start from the shipped one of stage II. They differ in the rollouts that stage III
@@ -105,23 +105,25 @@ class Arm(NamedTuple):
 # ---- training ----
 
 
-def trained(name, arm, args):
-    """Return the student of an arm; train it if its weights are missing."""
-    folder = Path(args.run) / name.replace(", ", "_").replace(" ", "_")
+def distilled(folder, student, arm, steps, args):
+    """Return the student behind stage III; train it if its weights are missing from the folder."""
     weights = folder / "student.safetensors"
-    if weights.exists():
-        return model.load(weights)
-    student, real = model.load(args.student), load_bidirectional(args.real)
-    student.cfg = replace(student.cfg, sigmas=few_step_sigmas(student.cfg, arm.passes))
-    ids = {n: files.fingerprint(x.state_dict()) for n, x in (("student", student), ("real", real))}
-    critic = load_bidirectional(args.real)
-    learners = dmd.make_learners(student, critic, dmd.make_recipes(args.steps, arm.seed))
-    run = trainer.Run(learners, args.command, folder, {**arm._asdict(), **trainer.hashes(**ids)})
-    real.requires_grad_(False)
-    print(f"{name}: from step {run.step}")
-    update = dmd.make_update(*learners.values(), real, teacher.GUIDANCE, arm.make, TOY_PROMPTS.draw)
-    run.train(update, print_every=20, save_every=20)
-    run.write_student(weights)
+    if not weights.exists():
+        start, real = files.fingerprint(student.state_dict()), load_bidirectional(args.real)
+        student.cfg = replace(student.cfg, sigmas=few_step_sigmas(student.cfg, arm.passes))
+        recipes, critic = dmd.make_recipes(steps, arm.seed), load_bidirectional(args.real)
+        learners = dmd.make_learners(student, critic, recipes)
+        hashes = trainer.hashes(student=start, teacher=files.fingerprint(real.state_dict()))
+        run = trainer.Run(learners, args.command, folder, {**arm._asdict(), **hashes})
+        print(f"{folder.name}: from step {run.step}")
+        real.requires_grad_(False)
+        run.train(
+            dmd.make_update(
+                *learners.values(), real, teacher.GUIDANCE, arm.make, TOY_PROMPTS.draw
+            ),
+            print_every=10, save_every=10,
+        )  # fmt: skip
+        run.write_student(weights)
     return model.load(weights)
 
 
@@ -149,14 +151,17 @@ def measure(args) -> Callable:
     truth = evaluate.measure_truth(args.seconds, seeds, times)
 
     def rows(name):
-        net, found = trained(name, EXPERIMENTS[args.ablation][name], args), {}
+        folder = Path(args.run) / name.replace(", ", "_").replace(" ", "_")
+        arm, student, found = EXPERIMENTS[args.ablation][name], model.load(args.student), {}
+        net = distilled(folder, student, arm, args.steps, args)
         streamed = {"": net}
         if args.ablation == "refresh":
             streamed = {", streamed with": net, ", streamed without": compare.WithoutRefresh(net)}
         for how, student in streamed.items():
             make = partial(evaluate.from_stream, student, codec, args.seconds)
-            arm, _, seed = name.rpartition(", ")
-            found |= compare.by_interval(f"{arm}{how}, {seed}", make, seeds, times, truth)
+            training, _, seed = name.rpartition(", ")
+            full = f"{training}{how}, {seed}"
+            found |= compare.by_interval(full, make, seeds, times, truth)
         return found
 
     return rows
@@ -167,7 +172,7 @@ def main():
     p.add_argument("experiment", choices=tuple(EXPERIMENTS))
     evaluate.add_sizes(p, clips=48, seconds=20)
     about = "steps of each training; the released student has 150"
-    p.add_argument("--steps", type=trainer.STEPS, default=80, help=about)
+    p.add_argument("--steps", type=trainer.STEPS, default=50, help=about)
     about = "student of stage II, at which all start"
     cli.add_weights(p, "--student", "weights/toy_ode_regression.safetensors", about)
     cli.add_weights(p, "--real", "weights/toy_teacher.safetensors", "the teacher")
@@ -175,9 +180,10 @@ def main():
     p.add_argument("--run", default="runs/pasts", help="trainings and finished rows")
     p.add_argument("--out", help="default: results/EXPERIMENT_in_training")
     args = p.parse_args()
-    args.ablation, args.out = args.experiment, args.out or f"results/{args.experiment}_in_training"
     names = cli.chosen(args.only, EXPERIMENTS[args.experiment])
     args.command = cli.command(p, args, ("experiment", "out", "run")) + f" -- {args.experiment}"
+    args.ablation = args.experiment  # the name of the file of finished rows
+    args.out = args.out or f"results/{args.experiment}_in_training"
     evaluate.check(args.seconds, args.out)
     results = ablations.measure_variants(names, measure(args), args)
     last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
