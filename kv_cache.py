@@ -187,11 +187,11 @@ class RollingCache:
         self.k[:, : self.prefix_tokens] = rope.rotate(self.unmoved_prefix_k, by)
 
 
-def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache, attention=attention):
+def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache, attend_keys=attention):
     """Norm and rotate, append to the cache, attend to all visible keys: one call per attention.
 
     q (B, Q, H*D)   k, v (B, T, H*D) projections -> (B, Q, H*D); Q may differ from T.
-    attention       of normed queries to visible keys; full_size/faster.py has another one
+    attend_keys     attention to all visible keys; full_size/faster.py has another one
 
     On a GPU without gradients, a CUDA kernel runs. For few queries it does everything, for many it
     does all but attention, and SDPA follows.
@@ -199,9 +199,9 @@ def cache_append_attention(q, k, v, heads: Heads, cache: RollingCache, attention
     if kernel.supports(q, k, v, heads):
         if kernel.fits_tensor_cores(q, heads.count):
             return kernel.tensor_cores(q, k, v, heads, cache)
-        return attention(heads.split(kernel.append(q, k, v, heads, cache)), *cache.visible())
+        return attend_keys(heads.split(kernel.append(q, k, v, heads, cache)), *cache.visible())
     keys, values = cache.append(heads.keys(k), heads.split(v))
-    return attention(heads.queries(q), keys, values)
+    return attend_keys(heads.queries(q), keys, values)
 
 
 class CachedView:
@@ -236,9 +236,9 @@ class CachedView:
         """Number of blocks evicted so far, block 0 not counted."""
         return max(0, self.block - 1 - self.window)
 
-    def attend(self, layer, site, q, k, v, heads: Heads, attention=attention):
+    def attend(self, layer, site, q, k, v, heads: Heads, attend_keys=attention):
         """Projections (B, T, H*D) of the current block -> (B, Q, H*D)."""
-        return cache_append_attention(q, k, v, heads, self.layers[layer][site], attention)
+        return cache_append_attention(q, k, v, heads, self.layers[layer][site], attend_keys)
 
     @torch.no_grad()  # moves cached tensors, which have no gradient
     def next_block(self):

@@ -31,7 +31,7 @@ in fp8.
 **parts.** With tiles of 128 queries, video's attention has 9 tiles x 32 heads = 288 tiles. The 132
 multiprocessors of an H100 compute 132 at a time, so the third round has work for 24 of them only.
 With the keys in three parts there are 864 tiles, each a third of the work: 7 short rounds in place
-of 9. Each part also returns the sum of its weights, by which `joined` weights its mean.
+of 9. Each part returns its mean and the sum of its weights; `joined` averages the means by these.
 """
 
 import functools
@@ -366,14 +366,15 @@ def fuse(net):
 
 # ---- parts ----
 
-PARTS = 3  # every cache of the full size has a multiple of 3 x 128 keys
+PARTS = 3  # at 512 x 768, a latent frame has 3 x 128 tokens
+HALF = torch.float16, torch.bfloat16
 
 
 class AttentionInParts(Attention):
     """An Attention whose queries attend to one part of the keys after the other."""
 
     def forward(self, x, context, q_rope, k_rope, attend):
-        attend = functools.partial(attend, attention=attention_in_parts)
+        attend = functools.partial(attend, attend_keys=attention_in_parts)
         return super().forward(x, context, q_rope, k_rope, attend)
 
 
@@ -385,7 +386,7 @@ def attend_in_parts(net):
 
 def attention_in_parts(q, k, v):
     """`kv_cache.attention` of one clip, (1, T, H, D) -> (1, Q, H*D), with the keys in PARTS."""
-    if len(q) > 1 or k.shape[1] % PARTS:
+    if len(q) > 1 or k.shape[1] % PARTS or q.is_cuda and q.dtype not in HALF:  # cuDNN takes HALF
         return attention(q, k, v)
     k, v = (x[0].unflatten(0, (PARTS, -1)) for x in (k, v))  # (PARTS, K / PARTS, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q.expand(PARTS, -1, -1, -1), k, v))

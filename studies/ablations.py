@@ -464,15 +464,13 @@ def train_switch(switch, args):
 
 def switches(args) -> Callable:
     """Return a function: name of a variant -> train it, return its rows {"name, 0-5 s": ...}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    times = [(0, 5), (STREAMED - 5, STREAMED)]
-    truth = evaluate.measure_truth(STREAMED, seeds, times)
+    codec, measured = toy_codec.load(), compare.both_ends(args.clips, STREAMED)
 
     def rows(name):
         switch = SWITCHES[name]
         net = train_switch(switch, args)
         make = partial(evaluate.from_stream, net, codec, STREAMED, window=switch.window)
-        return compare.by_interval(name, make, seeds, times, truth)
+        return measured(name, make)
 
     return rows
 
@@ -510,13 +508,20 @@ def main():
     args.command = cli.command(p, args, ("ablation", "out", "run")) + f" -- {args.ablation}"
     args.out = args.out or f"results/{args.ablation}"
     check(args)
-    results = measure_variants(names, ablation(args), args)
+    results = measure_variants(names, ablation(args), args, args.ablation)
     evaluate.write(args, {"result": results}, table(results), draw(results))
 
 
-def measure_variants(names, measure, args) -> dict:
+def measure_streams(names, measure, args, file):
+    """Measure both ends of the streams of all variants; write their table and picture."""
+    results = measure_variants(names, measure, args, file)
+    last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
+    evaluate.write(args, {"result": results}, evaluate.table(results), plots.draw_rows(last))
+
+
+def measure_variants(names, measure, args, file) -> dict:
     """Return the rows of all variants; after an interruption, measure only the missing ones."""
-    file, done = Path(args.run) / f"{args.ablation}.json", {}
+    file, done = Path(args.run) / f"{file}.json", {}
     if file.exists() and (state := json.loads(file.read_text("utf-8")))["command"] == args.command:
         done = state["rows"]
     for name in names:

@@ -28,7 +28,7 @@ numbers of evaluate.py. Event rates and spread are relative to these clips in th
 import copy
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from torch import nn
 
@@ -159,6 +159,9 @@ MEMORY = {
     "stage II, 4+3k, past often hidden, window 1": Student("runs/controls/hiding_ode_regression", 1,
         "ode_regression.py --config toy_released --windows 0 1 2 3"),
     "stage III": Student("weights/toy_self_forcing", 4, "self_forcing.py"),
+    "stage III, 4+3k, window 1": Student("runs/controls/released_self_forcing", 1,
+        "self_forcing.py --config toy_released --window 1 --student "
+        "runs/controls/released_ode_regression.safetensors"),
     "stage III, 4+3k, past often hidden": Student("weights/toy_released_self_forcing", 3,
         "self_forcing.py --config toy_released --window 1 --student "
         "runs/controls/hiding_ode_regression.safetensors --run runs/controls/hiding_self_forcing"),
@@ -191,13 +194,9 @@ def compare(args):
     missing = [s.command for s in chosen.values() if not Path(cli.weights_path(s.path)).exists()]
     if missing := list(dict.fromkeys(missing)):  # rows may share a student
         raise ValueError(f"train first: {'; '.join(f'python {command}' for command in missing)}")
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    times = [(0, 5), (args.seconds - 5, args.seconds)]
-    truth = evaluate.measure_truth(args.seconds, seeds, times)
-    results = {}
+    codec, measured, results = toy_codec.load(), both_ends(args.clips, args.seconds), {}
     for name, student in chosen.items():
-        make = stream_of(student, codec, args.seconds)
-        results |= by_interval(name, make, seeds, times, truth)
+        results |= measured(name, stream_of(student, codec, args.seconds))
     shown = over_seeds(results)
     return results | shown, evaluate.table(shown), plots.draw_rows(shown)
 
@@ -208,13 +207,23 @@ def stream_of(student, codec, seconds):
     return partial(evaluate.from_stream, net, codec, seconds, window=student.window)
 
 
-def by_interval(name, make, seeds, times, truth) -> dict:
-    """Measure the clips of `make`: {"NAME, START-STOP s": metrics with intervals}."""
-    found = evaluate.measure_all(make, seeds, times, name)
-    return {
-        f"{name}, {start}-{stop} s": evaluate.with_intervals(w, t, truth[0])
-        for (start, stop), w, t in zip(times, found, truth)
-    }
+def both_ends(clips, seconds) -> Callable:
+    """Return a function (name, make) that measures the first and the last five seconds of streams.
+
+    make   toy clips, seed -> video, sound
+    ->     {"NAME, START-STOP s": metrics with intervals}
+    """
+    seeds, times = evaluate.held_out(clips), [(0, 5), (seconds - 5, seconds)]
+    truth = evaluate.measure_truth(seconds, seeds, times)
+
+    def measured(name, make):
+        found = evaluate.measure_all(make, seeds, times, name)
+        return {
+            f"{name}, {start}-{stop} s": evaluate.with_intervals(w, t, truth[0])
+            for (start, stop), w, t in zip(times, found, truth)
+        }
+
+    return measured
 
 
 def over_seeds(results) -> dict:

@@ -160,9 +160,7 @@ def stream(variant, net, codec, seconds, clips, seed):
 def measure(args) -> Callable:
     """Return a function: name of a variant -> its rows {"NAME, 0-5 s": metrics}."""
     net, codec = model.load(args.student).requires_grad_(False), toy_codec.load()
-    seeds, times = evaluate.held_out(args.clips), [(0, 5), (args.seconds - 5, args.seconds)]
-    truth = evaluate.measure_truth(args.seconds, seeds, times)
-    error = error_measure(net, codec)
+    measured, error = compare.both_ends(args.clips, args.seconds), error_measure(net, codec)
 
     def rows(name):
         if name == KINDS:
@@ -172,8 +170,8 @@ def measure(args) -> Callable:
         with variant.at_work():
             rounded = variant.applied_to(net)
         make = partial(stream, variant, rounded, codec, args.seconds)
-        found, wrong = compare.by_interval(name, make, seeds, times, truth), error(variant)
-        return {row: {**wrong, **metrics} for row, metrics in found.items()}
+        wrong = error(variant)
+        return {row: {**wrong, **metrics} for row, metrics in measured(name, make).items()}
 
     return rows
 
@@ -211,9 +209,8 @@ def main():
     p.add_argument("--out", default="results/fp8", help="writes .json, .md and .png")
     args = p.parse_args()
     names, args.command = cli.chosen(args.only, VARIANTS), cli.command(p, args)
-    args.ablation = "fp8"  # the name of the file of finished rows
     evaluate.check(args.seconds, args.out)
-    results = ablations.measure_variants([*names, KINDS], measure(args), args)
+    results = ablations.measure_variants([*names, KINDS], measure(args), args, "fp8")
     kinds = results.pop(KINDS)
     figure = plots.draw_rows(results, TITLES)
     for axis in figure.axes[:2]:  # errors are small

@@ -2,26 +2,27 @@
 
     python -m studies.pasts past       12 trainings of 6 to 9 minutes: what should the cache hold?
     python -m studies.pasts refresh    4 trainings of 8 minutes: can the refresh go?
-    python -m studies.pasts past --only "1 pass, own past" --clips 16
+    python -m studies.pasts past --only "1 pass, own past, seed 0" --clips 16
 
 All students start from the shipped one of stage II. They differ in the rollouts that stage III
 trains on (self_forcing.py). A seed is that of stage III: captions, noise, exit passes.
 
-past       The cache holds the blocks that the student has made itself (self-forcing), those of the
+past       The cache holds the blocks that the student has made itself (self-forcing), those of a
            real clip (teacher forcing), or real blocks that the student has denoised again from the
-           level .73, each behind the blocks resampled before it (self-resampling). With four passes
-           a block the stream hardly drifts, and own and true past did not differ (results/
-           README.md). With one or two passes it drifts.
-           Expected: then the own past pays. Refuted if, after 15 seconds, F1 and identity of the
-           students with own and with true past have overlapping 95 % intervals, in both seeds.
+           level .73, each behind the blocks resampled before it (self-resampling; a student of one
+           pass does not train at this level). With four passes a block F1 hardly drifts, and in
+           one seed own and true past had the same F1 (results/README.md). With one pass it drifts.
+           Expected: then the own past pays. Refuted if, for one pass as for two, the 95 % intervals
+           of F1 after 15 seconds overlap between own and true past, in both seeds.
 refresh    Every block takes four passes, then the refresh writes the keys and values of the clean
-           block: a fifth of the passes. Without it the cache keeps those of the last pass.
-           Students trained with and without it are streamed with and without it.
-           Expected: who has trained without it needs none. Refuted if such a stream has a lower F1
-           than one with the refresh, and the intervals do not overlap, in both seeds.
+           block: a fifth of all passes. Without it the cache keeps those of the last pass. Students
+           trained with and without the refresh are streamed with and without it.
+           Expected: a student trained without the refresh streams as well without it as the other
+           one with it. Refuted if, in both seeds, its F1 is lower, and the intervals do not
+           overlap.
 
-In trainings without a refresh, a block may end at any of its four passes. A stream keeps what the
-last of them wrote. So the refresh is replaced by a pass at the last level, with fresh noise.
+Training ends a block at a random pass, but a stream always ends at the last one and keeps its keys.
+So training without the refresh runs one pass at the last level in its place, with fresh noise.
 
 Metrics are those of compare.py. Trainings resume, and finished rows are kept.
 """
@@ -34,20 +35,20 @@ from typing import Callable, NamedTuple
 import torch
 from torch import nn
 
+import config
 import dmd
 import model
 import self_forcing
 import teacher
-from config import CLIP_SECONDS
 from kv_cache import CachedView
 from masks import block_span, num_blocks
 from plumbing import cli, files, trainer
 from rollout import Block, block_of, denoise, few_step_sigmas, refresh, whole_clip
-from studies import ablations, compare, evaluate, plots
+from studies import ablations, compare, evaluate
 from toy import codec as toy_codec
 from toy.source import TOY_PROMPTS, load_bidirectional, true_latents
 
-LEVEL = 0.7265238  # from which real blocks are denoised again: the third of the student's levels
+LEVEL = config.FOUR_STEPS[2]  # .73, from which real blocks are denoised again
 
 
 # ---- rollouts to train on ----
@@ -57,7 +58,7 @@ LEVEL = 0.7265238  # from which real blocks are denoised again: the third of the
 def resampled(net, captions, generator, clips):
     """Denoise the blocks of real clips again, from LEVEL, each behind those resampled before it."""
     truth, cfg, made = true_latents(clips), net.cfg, []
-    blocks, text = num_blocks(CLIP_SECONDS, cfg), net.project_text(*captions.features)
+    blocks, text = num_blocks(config.CLIP_SECONDS, cfg), net.project_text(*captions.features)
     view, level = CachedView(cfg, blocks), torch.full((len(captions), 1), LEVEL)
     for k in range(blocks):
         span, clean = block_span(k, cfg), block_of(truth, k, cfg)
@@ -106,24 +107,28 @@ class Arm(NamedTuple):
 
 
 def distilled(folder, student, arm, steps, args):
-    """Return the student behind stage III; train it if its weights are missing from the folder."""
+    """Return the student after stage III, from weights in the folder or trained to the end.
+
+    student   the one to start at; it changes
+    """
+    real, critic = (load_bidirectional(args.real) for _ in range(2))
+    ids = {"student": student, "real": real}
+    hashes = trainer.hashes(**{k: files.fingerprint(x.state_dict()) for k, x in ids.items()})
+    student.cfg = replace(student.cfg, sigmas=few_step_sigmas(student.cfg, arm.passes))
+    learners = dmd.make_learners(student, critic, dmd.make_recipes(steps, arm.seed))
+    run = trainer.Run(learners, args.command, folder, {**arm._asdict(), **hashes})
+    print(f"{folder.name}: from step {run.step}")
+    make, draw = arm.make, TOY_PROMPTS.draw
+    real.requires_grad_(False)
+    update = dmd.make_update(*learners.values(), real, teacher.GUIDANCE, make, draw)
+    run.train(update, print_every=10, save_every=10)
+    return written(run, folder)
+
+
+def written(run, folder):
+    """Write the averaged student of a finished training; return it."""
     weights = folder / "student.safetensors"
-    if not weights.exists():
-        start, real = files.fingerprint(student.state_dict()), load_bidirectional(args.real)
-        student.cfg = replace(student.cfg, sigmas=few_step_sigmas(student.cfg, arm.passes))
-        recipes, critic = dmd.make_recipes(steps, arm.seed), load_bidirectional(args.real)
-        learners = dmd.make_learners(student, critic, recipes)
-        hashes = trainer.hashes(student=start, teacher=files.fingerprint(real.state_dict()))
-        run = trainer.Run(learners, args.command, folder, {**arm._asdict(), **hashes})
-        print(f"{folder.name}: from step {run.step}")
-        real.requires_grad_(False)
-        run.train(
-            dmd.make_update(
-                *learners.values(), real, teacher.GUIDANCE, arm.make, TOY_PROMPTS.draw
-            ),
-            print_every=10, save_every=10,
-        )  # fmt: skip
-        run.write_student(weights)
+    run.write_student(weights)
     return model.load(weights)
 
 
@@ -146,22 +151,19 @@ EXPERIMENTS = {"past": PASTS, "refresh": REFRESHES}
 
 def measure(args) -> Callable:
     """Return a function: name of an arm -> train it, return its rows {"NAME, 0-5 s": metrics}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    times = [(0, 5), (args.seconds - 5, args.seconds)]
-    truth = evaluate.measure_truth(args.seconds, seeds, times)
+    codec, measured = toy_codec.load(), compare.both_ends(args.clips, args.seconds)
 
     def rows(name):
+        arm, found = EXPERIMENTS[args.experiment][name], {}
         folder = Path(args.run) / name.replace(", ", "_").replace(" ", "_")
-        arm, student, found = EXPERIMENTS[args.ablation][name], model.load(args.student), {}
-        net = distilled(folder, student, arm, args.steps, args)
+        net = distilled(folder, model.load(args.student), arm, args.steps, args)
         streamed = {"": net}
-        if args.ablation == "refresh":
+        if args.experiment == "refresh":
             streamed = {", streamed with": net, ", streamed without": compare.WithoutRefresh(net)}
+        training, _, seed = name.rpartition(", ")
         for how, student in streamed.items():
             make = partial(evaluate.from_stream, student, codec, args.seconds)
-            training, _, seed = name.rpartition(", ")
-            full = f"{training}{how}, {seed}"
-            found |= compare.by_interval(full, make, seeds, times, truth)
+            found |= measured(f"{training}{how}, {seed}", make)
         return found
 
     return rows
@@ -182,12 +184,9 @@ def main():
     args = p.parse_args()
     names = cli.chosen(args.only, EXPERIMENTS[args.experiment])
     args.command = cli.command(p, args, ("experiment", "out", "run")) + f" -- {args.experiment}"
-    args.ablation = args.experiment  # the name of the file of finished rows
     args.out = args.out or f"results/{args.experiment}_in_training"
     evaluate.check(args.seconds, args.out)
-    results = ablations.measure_variants(names, measure(args), args)
-    last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
-    evaluate.write(args, {"result": results}, evaluate.table(results), plots.draw_rows(last))
+    ablations.measure_streams(names, measure(args), args, args.experiment)
 
 
 if __name__ == "__main__":

@@ -404,9 +404,9 @@ def main():
     p.add_argument("--out", default="results/prompt_switch", help="writes .json, .md and .png")
     args = p.parse_args()
     names, args.command = cli.chosen(args.only, rows()), cli.command(p, args)
-    args.ablation = "prompt_switch"  # the name of the file of finished rows
     evaluate.check(0, args.out)
-    results = ablations.measure_variants(names, partial(row, seed=args.seed), args)
+    measured = partial(row, seed=args.seed)
+    results = ablations.measure_variants(names, measured, args, "prompt_switch")
     evaluate.write(args, {"result": results}, table(results), drawn(results))
 
 

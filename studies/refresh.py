@@ -32,7 +32,7 @@ from torch import nn
 import model
 from kv_cache import attention
 from plumbing import cli
-from studies import ablations, compare, evaluate, plots
+from studies import ablations, compare, evaluate
 from toy import codec as toy_codec
 
 REACH = {"everything": None, "no prefix": None, "newest block": 1, "itself": 0}  # blocks back
@@ -119,16 +119,14 @@ def streams() -> dict:
 
 def measure(args) -> Callable:
     """Return a function: name of a stream -> its rows {"NAME, 0-5 s": metrics}."""
-    codec, seeds = toy_codec.load(), evaluate.held_out(args.clips)
-    times = [(0, 5), (args.seconds - 5, args.seconds)]
-    truth = evaluate.measure_truth(args.seconds, seeds, times)
+    codec, measured = toy_codec.load(), compare.both_ends(args.clips, args.seconds)
 
     def rows(name):
         student, *seen = streams()[name]
         net = Selective(model.load(cli.weights_path(student.path)), *seen)
         options = {"window": student.window}
         make = partial(evaluate.from_stream, net, codec, args.seconds, **options)
-        return compare.by_interval(name, make, seeds, times, truth)
+        return measured(name, make)
 
     return rows
 
@@ -144,11 +142,8 @@ def main():
     p.add_argument("--out", default="results/refresh", help="writes .json, .md and .png")
     args = p.parse_args()
     names, args.command = cli.chosen(args.only, streams()), cli.command(p, args)
-    args.ablation = "refresh"  # the name of the file of finished rows
     evaluate.check(args.seconds, args.out)
-    results = ablations.measure_variants(names, measure(args), args)
-    last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
-    evaluate.write(args, {"result": results}, evaluate.table(results), plots.draw_rows(last))
+    ablations.measure_streams(names, measure(args), args, "refresh")
 
 
 if __name__ == "__main__":

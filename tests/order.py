@@ -23,8 +23,8 @@ full_size/fp8.py full_size/checkpoint.py full_size/parts.py full_size/hub.py
 full_size/weights.py full_size/text.py full_size/decoders.py full_size/sharding.py
 full_size/memory.py full_size/faster.py full_size/source.py
 studies/plots.py studies/evaluate.py studies/compare.py studies/ablations.py
-studies/image.py studies/refresh.py studies/pasts.py studies/prompt_switch.py studies/live.py
-studies/fp8.py studies/reproduce.py
+studies/image.py studies/refresh.py studies/pasts.py studies/first_teachers.py
+studies/prompt_switch.py studies/live.py studies/fp8.py studies/reproduce.py
 benchmarks/page.py benchmarks/bench_attention.py benchmarks/bench_generate.py
 benchmarks/bench_decode.py benchmarks/bench_toy.py benchmarks/training_memory.py
 benchmarks/newcomer.py

@@ -65,7 +65,7 @@ class ToyPrompts:
         return toy_captions(numbers)
 
     def draw(self, n, generator):
-        """Draw n random clips and their captions; only `--history true` uses the clips."""
+        """Draw n random clips and their captions; the clips are for teacher forcing."""
         seeds = torch.randint(world.HELD_OUT, (n,), generator=generator).tolist()
         clips = world.draw_clips(seeds)
         tokens = drop_caption_words(world.caption_tokens(clips), generator)
