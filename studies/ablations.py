@@ -512,11 +512,12 @@ def main():
     evaluate.write(args, {"result": results}, table(results), draw(results))
 
 
-def measure_streams(names, measure, args, file):
+def measure_streams(names, measure, args, file, titles=plots.STREAM_ENDS):
     """Measure both ends of the streams of all variants; write their table and picture."""
     results = measure_variants(names, measure, args, file)
     last = {name: row for name, row in results.items() if name.endswith(f"-{args.seconds} s")}
-    evaluate.write(args, {"result": results}, evaluate.table(results), plots.draw_rows(last))
+    figure = plots.draw_rows(last, titles)
+    evaluate.write(args, {"result": results}, evaluate.table(results), figure)
 
 
 def measure_variants(names, measure, args, file) -> dict:

@@ -126,9 +126,9 @@ def consistency(net, recipe, args):
 
 # losses, whether it starts at the teacher, and its steps in about equal minutes
 TRAININGS = {
-    "regression": (regression, False, 400),
-    "causal flow matching": (flow_matching, True, 400),
-    "consistency": (consistency, True, 250),
+    "regression": (regression, False, 300),
+    "causal flow matching": (flow_matching, True, 300),
+    "consistency": (consistency, True, 190),
 }
 ARMS = {f"{name}, seed {seed}": (name, seed) for seed in range(2) for name in TRAININGS}
 
@@ -172,7 +172,7 @@ def main():
     evaluate.add_sizes(p, clips=48, seconds=20)
     about = "steps of each first training; default: equal minutes"
     p.add_argument("--steps", type=trainer.STEPS, help=about)
-    p.add_argument("--distil", type=trainer.STEPS, default=50, help="steps of stage III")
+    p.add_argument("--distil", type=trainer.STEPS, default=40, help="steps of stage III")
     about = "trajectories of the regression"
     p.add_argument("--walks", type=cli.whole(8, 10**5), default=384, help=about)
     cli.add_weights(p, "--few-step", "weights/toy_dmd.safetensors", "student of stage I")
@@ -183,7 +183,7 @@ def main():
     args = p.parse_args()
     names, args.command = cli.chosen(args.only, ARMS), cli.command(p, args, ("out", "run"))
     evaluate.check(args.seconds, args.out)
-    ablations.measure_streams(names, measure(args), args, "first_teachers")
+    ablations.measure_streams(names, measure(args), args, "first_teachers", pasts.TITLES)
 
 
 if __name__ == "__main__":
