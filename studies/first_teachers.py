@@ -13,8 +13,8 @@ causal flow matching   the teacher goes on to learn flow matching of real clips,
                        probability as in stage II (diffusion forcing)
 consistency            the teacher learns to predict the same clean block from two neighbouring
                        noise levels of the student, behind the real past (teacher forcing). From the
-                       lowest level it predicts the real block. Simpler: no step of the teacher
-                       leads from one level to the next, and no averaged student makes the goal
+                       lowest level it predicts the real block. In the literature, a step of the
+                       teacher leads to the next level, and an averaged student makes the goal
 
 The last two need no stage I. They learn from new clips, the regression from 384 trajectories.
 
