@@ -162,7 +162,7 @@ rotated key by key
 +             self.k[:, t] = rope.rotate(self.unmoved_prefix_k[:, t : t + 1], by)[:, 0]
 attention by einsum
 -     keys, values = cache.append(heads.keys(k), heads.split(v))
--     return attention(heads.queries(q), keys, values)
+-     return attend_keys(heads.queries(q), keys, values)
 +     keys, values = cache.append(heads.keys(k), heads.split(v))
 +     scores = torch.einsum("bqhd,bkhd->bhqk", heads.queries(q), keys) / keys.shape[-1] ** 0.5
 +     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values).flatten(2)

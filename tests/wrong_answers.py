@@ -436,17 +436,17 @@ values move too: values have no position
 +         self.v[:, : self.prefix_tokens] = rope.rotate(self.v[:, : self.prefix_tokens], by)
 queries without gradient: no gradient reaches the queries
 -     keys, values = cache.append(heads.keys(k), heads.split(v))
--     return attention(heads.queries(q), keys, values)
+-     return attend_keys(heads.queries(q), keys, values)
 +     keys, values = cache.append(heads.keys(k), heads.split(v))
-+     return attention(heads.queries(q).detach(), keys, values)
++     return attend_keys(heads.queries(q).detach(), keys, values)
 projections without gradient: no gradient reaches the keys
 - cache.append(heads.keys(k), heads.split(v))
 + cache.append(heads.keys(k).detach(), heads.split(v))
 raw queries: the queries are not normed and rotated
 -     keys, values = cache.append(heads.keys(k), heads.split(v))
--     return attention(heads.queries(q), keys, values)
+-     return attend_keys(heads.queries(q), keys, values)
 +     keys, values = cache.append(heads.keys(k), heads.split(v))
-+     return attention(heads.split(q), keys, values)
++     return attend_keys(heads.split(q), keys, values)
 keys prepared as queries: the keys are normed and rotated like queries
 - cache.append(heads.keys(k), heads.split(v))
 + cache.append(heads.queries(k), heads.split(v))
@@ -455,9 +455,9 @@ values prepared as keys: the values are normed and rotated like keys
 + cache.append(heads.keys(k), heads.keys(v))
 no division by sqrt(D): q k is not divided by sqrt(D)
 -     keys, values = cache.append(heads.keys(k), heads.split(v))
--     return attention(heads.queries(q), keys, values)
+-     return attend_keys(heads.queries(q), keys, values)
 +     keys, values = cache.append(heads.keys(k), heads.split(v))
-+     return attention(heads.queries(q) * keys.shape[-1] ** 0.5, keys, values)
++     return attend_keys(heads.queries(q) * keys.shape[-1] ** 0.5, keys, values)
 attention moves on: the cache moves on, but only the loop may do that
 -     keys, values = cache.append(heads.keys(k), heads.split(v))
 +     keys, values = cache.append(heads.keys(k), heads.split(v))
