@@ -21,7 +21,7 @@ def tests_of(file) -> list[str]:
     """The tests that are named after a file of the project, then those that import it.
 
     >>> tests_of("film/writer.py")
-    ['tests/test_endings.py', 'tests/test_generate.py']
+    ['tests/test_endings.py', 'tests/test_generate.py', 'tests/test_live.py']
     """
     all_tests = sorted((ROOT / "tests").glob("test_*.py"))
     named = [test for test in all_tests if test.name.startswith(f"test_{Path(file).stem}")]
