@@ -48,7 +48,7 @@ import model
 from benchmarks import page
 from benchmarks.bench_attention import matmul_rate, seconds
 from film import filming
-from film.mp4 import Movie, av
+from film.mp4 import av
 from full_size import decoders, faster, fp8, memory, text, weights
 from kernel import cache_append_attention as kernel
 from kv_cache import CachedView, attention
@@ -279,10 +279,9 @@ def bench_film(net, subject, window, blocks, speedups) -> dict:
     cfg, watch = net.cfg, Stopwatch(subject.device)
     decoder = decoders.Decoder(*subject.decoders, cfg, watch=watch.watch)
     watch.watch_passes(net, len(cfg.sigmas) - 1)
-    seconds, size = blocks * cfg.block_seconds, (cfg.height, cfg.width)
+    seconds = blocks * cfg.block_seconds
     with tempfile.TemporaryDirectory() as folder:
-        movie = Movie(f"{folder}/x.mp4", size, cfg.fps, decoder.sample_rate, decoder.channels)
-        movie.add = watch.watch("write", movie.add, by_cpu=True)
+        movie = filming.open_movie(f"{folder}/x.mp4", decoder, watch)
         stream = generate.stream(net, "x", seconds, window=window, read=lambda _: subject.features)
         _, errors = filming.run(stream, decoder, movie, watch, seconds)
     for error in errors:

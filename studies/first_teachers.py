@@ -56,8 +56,8 @@ def real_clips(recipe, step):
     """Return latents (video, audio) and captions of the real clips of a step."""
     first = ode_regression.FIRST_SEED + (recipe.seed * recipe.steps + step) * recipe.batch
     seeds = range(first, first + recipe.batch)  # the teacher has not seen them
-    captions = TOY_PROMPTS.captions(TOY_PROMPTS.numbers(seeds))
-    return true_latents(world.draw_clips(seeds)), captions
+    clips = world.draw_clips(seeds)
+    return true_latents(clips), TOY_PROMPTS.captions(world.caption_tokens(clips))
 
 
 def regression(net, recipe, args):
@@ -155,14 +155,14 @@ def measure(args) -> Callable:
         name, seed = ARMS[arm]
         student = first_student(name, seed, args)
 
-        def measure(when):
+        def streamed(when):
             make = partial(evaluate.from_stream, student, codec, args.seconds)
             return measured(f"{name}, {when} stage III, seed {seed}", make)
 
-        found = measure("before")  # first: stage III changes the student
+        found = streamed("before")  # first: stage III changes the student
         folder = Path(args.run) / f"{name.replace(' ', '_')}_{seed}_III"
         student = pasts.distilled(folder, student, pasts.Arm(seed=seed), args.distil, args)
-        return {**found, **measure("after")}
+        return {**found, **streamed("after")}
 
     return rows
 

@@ -170,7 +170,7 @@ def test_seeds_learn_from_clips_of_their_own(monkeypatch):
     for seed in (0, 1):
         for step in range(4):
             first_teachers.real_clips(trainer.Recipe(4, batch=2, seed=seed), step)
-    assert len(set(seen)) == 16  # each is asked for twice: its latents, its words
+    assert len(set(seen)) == 16
     assert teacher.SEEDS * teacher.CLIPS_PER_SEED <= FIRST_SEED <= min(seen)
     assert max(seen) < world.HELD_OUT
 

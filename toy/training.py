@@ -21,7 +21,7 @@ from toy.source import (
     student_from,
     toy_captions,
     true_latents,
-)  # fmt: skip
+)
 
 
 class TrainingClips:
